@@ -1,0 +1,158 @@
+"""The parts of one cell, built from its configuration: the one place where names become objects.
+
+Everything that trains, samples or evaluates takes an `Assembly`. Parts are built on first use and kept; the hot path
+then holds plain objects.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpdm_core.config.schema import CellConfig
+from hpdm_core.denoiser import Denoiser
+from hpdm_core.errors import InputError
+from hpdm_core.model.fusion import FusionShape
+from hpdm_core.model.hpdm import HPDM
+from hpdm_core.model.initialise import initialise
+from hpdm_core.pyramid import Pyramid
+from hpdm_core.randomness import keyed_global_rng
+
+if TYPE_CHECKING:
+    from hpdm_core.data.dataset import ClipDataset
+    from hpdm_core.diffusion import NoiseSampler, Objective
+    from hpdm_core.plugins import Plugins
+    from hpdm_core.pyramid import CoordinateSampler
+    from hpdm_core.sampling.solver import Solver
+
+__all__ = ["Assembly"]
+
+
+class Assembly:
+    """The parts of the cell that ``config`` describes, found among ``plugins``."""
+
+    def __init__(self, config: CellConfig, plugins: Plugins) -> None:
+        self.config = config
+        self.plugins = plugins
+
+    @cached_property
+    def pyramid(self) -> Pyramid:
+        """Levels, sizes and coordinates."""
+        model = self.config.model
+        return Pyramid(
+            video=model.video,
+            patch=model.patch,
+            token=model.token,
+            levels=model.levels,
+            channels=model.channels,
+        )
+
+    @cached_property
+    def levels_per_block(self) -> tuple[int, ...]:
+        """How many levels each block runs: starts at 1 or more, never falls, ends at L (paper, section 4.3)."""
+        model = self.config.model
+        part = model.computation_allocation
+        made = tuple(self.plugins.make("computation_allocations", part, model.blocks, model.levels))
+        allowed = (
+            len(made) == model.blocks
+            and all(1 <= count <= model.levels for count in made)
+            and list(made) == sorted(made)
+            and made[-1] == model.levels
+        )
+        if not allowed:
+            raise InputError(
+                f"model.computation_allocation: '{part.use}' gives {list(made)}; allowed is one number for each of "
+                f"the {model.blocks} blocks, from 1 or more, never falling, ending at {model.levels} (all levels)"
+            )
+        return made
+
+    @cached_property
+    def sigma_in(self) -> tuple[float, ...]:
+        """Input scale per level."""
+        part = self.config.diffusion.noise_scaling
+        levels = self.config.model.levels
+        made = tuple(float(value) for value in self.plugins.make("noise_scalings", part, levels))
+        if len(made) != levels or not all(value > 0 for value in made):
+            raise InputError(
+                f"diffusion.noise_scaling: '{part.use}' gives {list(made)}; allowed is one positive number for each "
+                f"of the {levels} levels"
+            )
+        return made
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Target, decoder and loss weight."""
+        made: Objective = self.plugins.make("objectives", self.config.diffusion.objective)
+        return made
+
+    @cached_property
+    def noise_sampler(self) -> NoiseSampler:
+        """Which entries a training step has, and their sigmas."""
+        made: NoiseSampler = self.plugins.make(
+            "noise_samplers", self.config.diffusion.noise_sampling, self.sigma_in
+        )
+        return made
+
+    @cached_property
+    def coordinate_sampler(self) -> CoordinateSampler:
+        """Where training patches lie."""
+        made: CoordinateSampler = self.plugins.make(
+            "coordinate_samplers", self.config.training.coordinate_sampling, self.pyramid
+        )
+        return made
+
+    @cached_property
+    def solver(self) -> Solver:
+        """How a level is denoised."""
+        made: Solver = self.plugins.make("solvers", self.config.sampling.solver, self.sigma_in)
+        return made
+
+    @cached_property
+    def dataset(self) -> ClipDataset:
+        """Where clips come from. Opening it may decode videos."""
+        from hpdm_core.data.dataset import ClipShape
+
+        frames, height, width = self.config.model.video
+        clip = ClipShape(frames=frames, height=height, width=width, channels=self.config.model.channels)
+        reader = self.plugins.make("video_readers", self.config.data.reader)
+        made: ClipDataset = self.plugins.make("datasets", self.config.data.dataset, clip, reader)
+        return made
+
+    def build_model(self, *, device: str | torch.device = "cpu") -> HPDM:
+        """Return a new network on ``device`` with its initial weights, keyed by (seed, parameter name)."""
+        model = self.config.model
+        seed = self.config.seed
+        shape = FusionShape(
+            token_dim=model.token_dim,
+            grid=self.pyramid.grid,
+            patch=self.pyramid.patch,
+            levels_per_block=self.levels_per_block,
+            channels=model.channels,
+        )
+        with torch.device(device):
+            with keyed_global_rng(seed, "model.backbone"):
+                backbone = self.plugins.make("backbones", model.backbone, model.token_dim, model.blocks)
+            with keyed_global_rng(seed, "model.context_fusion"):
+                fusion = self.plugins.make("context_fusions", model.context_fusion, shape)
+            diffusion = self.config.diffusion
+            network = HPDM(
+                model,
+                backbone=backbone,
+                fusion=fusion,
+                levels_per_block=self.levels_per_block,
+                pyramid=self.pyramid,
+                sigma_range=(diffusion.sigma_min, diffusion.sigma_max),
+            )
+        if torch.device(device).type != "meta":
+            initialise(network, seed=seed)
+        return network
+
+    def denoiser(self, model: HPDM) -> Denoiser:
+        """Return ``model`` as a denoiser in data units."""
+        return Denoiser(model, self.objective, self.sigma_in)
+
+    def make(self, family: str, part: Any, *positional: Any) -> Any:
+        """Build any other part, such as a metric."""
+        return self.plugins.make(family, part, *positional)

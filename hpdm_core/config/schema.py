@@ -1,0 +1,177 @@
+"""The validated, frozen form of a cell: what is asked for, with every default filled in.
+
+A cell is one model, trained once with one seed, sampled and evaluated. Fields are documented where they stand; the
+three keys (`hpdm_core.config.keys`) are hashes of parts of this form. Parts keep their options as given plus defaults,
+so that a changed default changes the key.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CellConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "Part",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "TrainingConfig",
+]
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Triple = tuple[Positive, Positive, Positive]  # frames, height, width
+
+
+class Frozen(BaseModel):
+    """Base of the configuration models: unknown keys refused, no mutation, no silent coercion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, hide_input_in_errors=True)
+
+
+class Part(BaseModel):
+    """A registered part and its options: ``NAME`` or ``{use: NAME, option: value}`` in a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    use: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"use": value, "options": {}}
+        if isinstance(value, dict) and "use" in value and set(value) != {"use", "options"}:
+            return {"use": value["use"], "options": {key: item for key, item in value.items() if key != "use"}}
+        return value
+
+    @model_serializer
+    def _to_file(self) -> dict[str, Any]:
+        return {"use": self.use, **self.options}
+
+
+class ModelConfig(Frozen):
+    """The network and the pyramid that it works on."""
+
+    video: Triple
+    """Frames, height and width of a whole video in pixels, R in the paper."""
+    patch: Triple
+    """Frames, height and width of a patch in pixels, the same on every level, r in the paper."""
+    token: Triple
+    """Frames, height and width of a token in pixels."""
+    levels: Positive = 3
+    """Levels of the pyramid, L; level 0 is the coarsest."""
+    channels: Positive = 3
+    """Colour channels."""
+    classes: Annotated[int, Field(ge=0)] = 0
+    """Number of class labels; 0 for an unconditional model."""
+    token_dim: Positive
+    """Width of a token, D."""
+    blocks: Positive
+    """Blocks of the backbone, B."""
+    sigma_on_tokens: bool = True
+    """Whether the sigma embedding is added to a level's tokens after the tokenizer (paper.md section 7, row 28)."""
+    backbone: Part = Part(use="rin")
+    context_fusion: Part = Part(use="deep")
+    computation_allocation: Part = Part(use="linear")
+
+
+class DiffusionConfig(Frozen):
+    """The noise process. sigma is the noise level of the process, sigma_eff = sigma_in * sigma in data units."""
+
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    """The sigma that the network's noise embedding maps to 0."""
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    """The sigma that the network's noise embedding maps to 1."""
+    noise_scaling: Part = Part(use="exponential")
+    noise_sampling: Part = Part(use="independent")
+    objective: Part = Part(use="snap_v")
+
+
+class DataConfig(Frozen):
+    """Where the clips come from, and how a level is made of a full-resolution clip."""
+
+    dataset: Part
+    reader: Part = Part(use="pyav")
+    downsampling: Literal["area", "trilinear", "centre_frame"] = "area"
+
+
+class TrainingConfig(Frozen):
+    """Everything that the trained weights depend on besides model, diffusion, data and seed."""
+
+    steps: Positive
+    batch: Positive
+    """Videos per optimizer step, over all processes."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0; a cosine to 0 at the last step follows."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global norm of the gradient; null for no clipping."""
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Probability of hiding a video's label, drawn once per video and shared by its levels."""
+    self_conditioning: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Probability that a video's latents of the first pass are fed into the second."""
+    ema_halflife: Annotated[float, Field(gt=0)] | None = None
+    """Half-life of the weight average in steps; null for min(6000, 0.06 * steps)."""
+    optimizer: Part = Part(use="adamw")
+    coordinate_sampling: Part = Part(use="nested_uniform")
+    keep: tuple[Positive, ...] = ()
+    """Steps whose checkpoints are kept besides the two newest."""
+
+
+class SamplingConfig(Frozen):
+    """The tiled cascade."""
+
+    solver: Part = Part(use="edm")
+    overlap: tuple[Literal["f", "h", "w"], ...] = ()
+    """Axes on which neighbouring tiles overlap by half; results are averaged at every step."""
+    context_sigma_eff: Annotated[float, Field(ge=0)] = 0.05
+    """Noise added to finished parents before they serve as context, in data units."""
+
+
+class EvaluationConfig(Frozen):
+    """What is measured. Counts of clips extend what is there: they are not part of a sample's key."""
+
+    samples: Positive = 64
+    """Generated videos per cell."""
+    reals: Positive = 256
+    """Real clips per side of a distance."""
+    metrics: tuple[Part, ...] = ()
+
+
+class RuntimeConfig(Frozen):
+    """How a cell is run; outside every key."""
+
+    device: str = "cpu"
+    threads: Positive | None = None
+    """Threads of torch on the CPU; null leaves torch's own choice."""
+    sample_batch: Positive = 16
+    """Videos that are sampled together."""
+    tile_batch: Positive = 256
+    """Tiles that go through the network together."""
+    checkpoint_every: Positive = 250
+    """Steps between checkpoints."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Training batches prepared ahead in a thread; 0 for none."""
+
+
+class CellConfig(Frozen):
+    """One cell, whole."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig
+    training: TrainingConfig
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    seed: Annotated[int, Field(ge=0)] = 0

@@ -1,0 +1,51 @@
+"""Named, keyed random streams: the only place in the project where a generator is made.
+
+A stream is named by the things that it may depend on, for example ``(seed, "noise", step, index of the sample in the
+global batch, level)``, and by nothing else: never by study, arm, batch size, process or history. So all arms of a seed
+share clips, crops, sigmas and noise, a resumed run continues exactly, and sample ``i`` is the same in any batch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["generator", "keyed_global_rng", "normal", "stream_seed"]
+
+
+def stream_seed(*key: int | str) -> int:
+    """Return the 63-bit seed of the stream called ``key`` (integers and strings; SHA-256 of their text)."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Return a fresh CPU generator at the start of the stream called ``key``."""
+    made = torch.Generator()
+    made.manual_seed(stream_seed(*key))
+    return made
+
+
+def normal(shape: Sequence[int], *key: int | str) -> Tensor:
+    """Return unit Gaussian noise of ``shape`` (float32, CPU): the first draw of the stream called ``key``."""
+    return torch.randn(tuple(shape), generator=generator(*key))
+
+
+class keyed_global_rng:  # noqa: N801 - used as a context manager, like torch.no_grad
+    """Within the block torch's global generator stands at the start of the stream called ``key``.
+
+    For code that cannot take a generator, such as the constructors of ``torch.nn`` layers inside a plugin. The global
+    state is restored on leaving.
+    """
+
+    def __init__(self, *key: int | str) -> None:
+        self.key = key
+        self._fork = torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.random.default_generator.manual_seed(stream_seed(*self.key))
+
+    def __exit__(self, *exception: object) -> None:
+        self._fork.__exit__(*exception)
