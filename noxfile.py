@@ -1,0 +1,52 @@
+"""The project's chores: ``nox -s study -- FILE [options]``, ``nox -s tests``, ``nox -s lint``, ``nox -s types``.
+
+Environments are made once and reused; every version comes from constraints.txt.
+"""
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install the project in development mode, with ``requirements`` as its extras, at the pinned versions."""
+    extras = f"[{','.join(requirements)}]" if requirements else ""
+    # The build backend's own isolated environment does not see the constraints, and needs none of them.
+    session.install("--quiet", "-c", "constraints.txt", "-e", f".{extras}")
+
+
+@nox.session
+def study(session: nox.Session) -> None:
+    """Run a study: ``nox -s study -- studies/quickstart.yaml [options]``."""
+    if not session.posargs:
+        session.error("which study? For example: nox -s study -- studies/quickstart.yaml")
+    install(session)
+    session.run("python", "-m", "hpdm_core.study", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; posargs go to pytest (``-m slow`` for those that take minutes)."""
+    install(session, "test")
+    # One thread per worker: two workers on two cores beat one worker with two threads.
+    arguments = session.posargs or ["-n", "2", "-m", "not slow and not slurm", "-q"]
+    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style (ruff) and the direction of imports (import-linter)."""
+    install(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy strict on hpdm_core."""
+    install(session, "types")
+    session.run("mypy")
