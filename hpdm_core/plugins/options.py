@@ -1,0 +1,163 @@
+"""A part's options: the keyword-only parameters of its factory, as a pydantic model.
+
+The positional parameters of a factory are what the core hands over (`hpdm_core.plugins.families`); whatever
+the user may choose is keyword-only and annotated. An option that names another part, such as a metric's
+extractor, is annotated ``Annotated[Part, "feature_extractors"]``.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
+
+from hpdm_core.config.schema import Part
+from hpdm_core.plugins.families import FAMILIES, Family
+
+__all__ = ["FactoryError", "described", "named_family", "options_model", "parts_of"]
+
+STRICT = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    allow_inf_nan=False,
+    protected_namespaces=(),
+    arbitrary_types_allowed=False,
+    validate_default=True,
+)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class FactoryError(Exception):
+    """A factory that breaks the rules of its family; the message finishes "PLUGIN registers KEY: "."""
+
+
+def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type[BaseModel]:
+    """Return the model of the options of ``factory``: frozen, unknown options refused, defaults filled in.
+
+    Raises FactoryError for a signature that does not fit the family.
+    """
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise FactoryError(f"{factory!r} is not a class or function with a signature ({error})") from error
+    parameters = list(signature.parameters.values())
+    _check_kinds(family, parameters)
+    options = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option.annotation is inspect.Parameter.empty:
+            raise FactoryError(f"option '{option.name}' has no annotation; write '{option.name}: TYPE'")
+        if option.name.startswith("_") or hasattr(BaseModel, option.name):
+            raise FactoryError(f"option '{option.name}' has a reserved name; choose another")
+    annotations = _evaluated(factory, options)
+    fields: dict[str, Any] = {}
+    for option in options:
+        annotation = annotations[option.name]
+        if _mentions_part(annotation):
+            named_family(option.name, annotation)
+        default = ... if option.default is inspect.Parameter.empty else option.default
+        fields[option.name] = (annotation, default)
+    try:
+        return create_model(f"{family.name}/{key}", __config__=STRICT, **fields)
+    except PydanticUserError as error:
+        reason = str(error).splitlines()[0]
+        raise FactoryError(f"an option has a type that a study file cannot hold: {reason}") from error
+
+
+def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
+    wanted = f"({', '.join((*family.positional, '*', '...'))})"
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            raise FactoryError(
+                f"its factory takes **{parameter.name}; name every option, to have it checked: {wanted}"
+            )
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            raise FactoryError(f"its factory takes *{parameter.name}; allowed is {wanted}")
+    positional = tuple(parameter.name for parameter in parameters if parameter.kind in POSITIONAL)
+    if positional != family.positional:
+        raise FactoryError(
+            f"its factory has the positional parameters ({', '.join(positional)}); "
+            f"{family.name} are handed ({', '.join(family.positional)}), options stand after '*': {wanted}"
+        )
+    for parameter in parameters:
+        if parameter.kind in POSITIONAL and parameter.default is not inspect.Parameter.empty:
+            raise FactoryError(
+                f"its factory gives '{parameter.name}' a default; the core always hands it over: {wanted}"
+            )
+
+
+def _evaluated(factory: Callable[..., Any], options: list[inspect.Parameter]) -> dict[str, Any]:
+    """Evaluate the annotations of the options alone: others may be for type checkers only."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    function: Any = inspect.unwrap(factory)
+    if inspect.isclass(function):
+        function = function.__init__
+    elif not hasattr(function, "__globals__") and not inspect.ismethod(function):
+        function = type(function).__call__
+    namespace = getattr(inspect.unwrap(function), "__globals__", {})
+
+    def holder() -> None: ...
+
+    holder.__annotations__ = {option.name: option.annotation for option in options}
+    try:
+        return typing.get_type_hints(holder, globalns=namespace, include_extras=True)
+    except Exception as error:
+        raise FactoryError(f"the annotation of an option cannot be evaluated: {error}") from error
+
+
+def _walk(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    if typing.get_origin(annotation) is Annotated:
+        yield from _walk(typing.get_args(annotation)[0])
+    else:
+        for argument in typing.get_args(annotation):
+            yield from _walk(argument)
+
+
+def _mentions_part(annotation: Any) -> bool:
+    return any(item is Part for item in _walk(annotation))
+
+
+def named_family(option: str, annotation: Any) -> str | None:
+    """Return the family of the parts that an option's annotation mentions; None when it mentions no part.
+
+    Raises FactoryError when it mentions a part without a family, an unknown family, or two families.
+    """
+    if not _mentions_part(annotation):
+        return None
+    named = {
+        mark
+        for item in _walk(annotation)
+        if typing.get_origin(item) is Annotated and typing.get_args(item)[0] is Part
+        for mark in typing.get_args(item)[1:]
+        if isinstance(mark, str)
+    }
+    if len(named) != 1 or not named <= set(FAMILIES):
+        raise FactoryError(
+            f"option '{option}' is a part of {sorted(named) or 'no family'}; "
+            "write Annotated[Part, FAMILY] with one of: " + ", ".join(FAMILIES)
+        )
+    return named.pop()
+
+
+def parts_of(model: type[BaseModel], options: BaseModel) -> dict[str, tuple[str, Any]]:
+    """Return option -> (family, value) for those options whose value holds parts."""
+    hints = typing.get_type_hints(model, include_extras=True)
+    found = {}
+    for name in model.model_fields:
+        family = named_family(name, hints[name])
+        if family is not None:
+            found[name] = (family, getattr(options, name))
+    return found
+
+
+def described(model: type[BaseModel]) -> list[tuple[str, str, str]]:
+    """Return (option, type, default) of each option as text; "required" where there is no default."""
+    hints: Mapping[str, Any] = typing.get_type_hints(model, include_extras=True)
+    rows = []
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else repr(field.default)
+        rows.append((name, inspect.formatannotation(hints[name]), default))
+    return rows
