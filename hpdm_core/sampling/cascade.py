@@ -1,0 +1,210 @@
+"""The tiled cascade: level by level, each level one noisy state, denoised in tiles that see their parents.
+
+Paper, sections 4.4 and 5.1. At every step a level's state is cut into tiles, the tiles are denoised, the
+results are averaged where they overlap, and the solver makes one step of the whole state (MultiDiffusion's
+rule, Bar-Tal et al. 2023). Parents are cut from the finished coarser levels with a little noise, one field
+per video and level, so that the contexts of neighbouring tiles agree.
+
+Every random number of video ``index`` comes from streams (seed, "sampling", index, level, i) and (seed,
+"context_noise", index, level), so a video is the same in any batch, up to the rounding of batched matrix
+products.
+
+Shapes: n videos, C channels, F, H, W in pixels of the level; videos in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.randomness import normal
+from hpdm_core.sampling.cache import CascadeDenoiser, Layout, TileBatch, level_contexts, tile_batches
+from hpdm_core.sampling.solver import Denoise
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+
+__all__ = ["Observe", "Progress", "label_of", "noised_parents", "sample", "tiled_denoise"]
+
+Observe = Callable[[int, Tensor], None]
+"""``observe(level, videos)``: called when a batch's level is finished, videos [n, C, F, H, W] on the CPU."""
+
+Progress = Callable[[dict[str, int]], None]
+"""Called after each denoiser pass over a level with ``videos`` finished so far ``of`` all, ``level`` of
+``levels``, ``call`` of ``calls`` on that level."""
+
+
+def label_of(index: int, classes: int) -> int:
+    """Return the label of sample ``index``: the classes in turn, or -1 if there are none."""
+    return index % classes if classes else -1
+
+
+@torch.no_grad()
+def sample(
+    assembly: Assembly,
+    denoiser: CascadeDenoiser,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    *,
+    observe: Observe | None = None,
+    given: Mapping[int, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Return the videos ``indices`` with ``labels`` (-1 for none), one tensor [n, C, F_l, H_l, W_l] per
+    level, CPU.
+
+    Videos are sampled ``runtime.sample_batch`` at a time. ``given`` holds finished levels, by level, that are
+    taken as they are instead of being sampled, such as level 0 of a real clip.
+
+    Raises:
+        InputError: indices and labels differ in number, or a given level has another size.
+        TroubleError: a level comes out with values that are not finite.
+    """
+    config = assembly.config
+    if len(indices) != len(labels):
+        raise InputError(f"{len(indices)} samples with {len(labels)} labels; allowed is one label per sample")
+    given = dict(given or {})
+    for level, videos in given.items():
+        if not 0 <= level < config.model.levels:
+            raise InputError(f"given level {level}; allowed is 0 to {config.model.levels - 1}")
+        wanted = (len(indices), config.model.channels, *assembly.pyramid.size(level))
+        if tuple(videos.shape) != wanted:
+            raise InputError(f"given level {level} has shape {tuple(videos.shape)}; allowed is {wanted}")
+
+    finished: list[list[Tensor]] = [[] for _ in range(config.model.levels)]
+    size = config.runtime.sample_batch
+    for start in range(0, len(indices), size):
+        batch = slice(start, start + size)
+
+        def report(numbers: dict[str, int], done: int = start) -> None:
+            if progress is not None:
+                progress({"videos": done, "of": len(indices), **numbers})
+
+        made = _sample_batch(
+            assembly,
+            denoiser,
+            indices[batch],
+            labels[batch],
+            observe=observe,
+            given={level: videos[batch] for level, videos in given.items()},
+            report=report,
+        )
+        for level, videos in enumerate(made):
+            finished[level].append(videos)
+    return [torch.cat(parts) if parts else _empty(assembly, level) for level, parts in enumerate(finished)]
+
+
+def _empty(assembly: Assembly, level: int) -> Tensor:
+    return torch.empty(0, assembly.config.model.channels, *assembly.pyramid.size(level))
+
+
+def _sample_batch(
+    assembly: Assembly,
+    denoiser: CascadeDenoiser,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    *,
+    observe: Observe | None,
+    given: Mapping[int, Tensor],
+    report: Progress,
+) -> list[Tensor]:
+    config = assembly.config
+    pyramid = assembly.pyramid
+    solver = assembly.solver
+    device = torch.device(config.runtime.device)
+    size = config.runtime.tile_batch
+    layout = Layout(pyramid, config.data.downsampling, torch.tensor(list(labels), device=device))
+    levels = config.model.levels
+    sigma_eff = config.sampling.context_sigma_eff
+
+    finished: list[Tensor] = []
+    parents: list[Tensor] = []  # noised states of the finished levels
+    for level in range(levels):
+        if level in given:
+            videos = given[level].to(device, torch.float32)
+        else:
+            offsets = pyramid.tiles(level, config.sampling.overlap)
+            batches = tile_batches(level, offsets, layout, size=size)
+            sigmas = [sigma_eff / denoiser.sigma_in[k] for k in range(level)]
+            contexts = level_contexts(denoiser, batches, offsets, layout, parents, sigmas, size=size)
+            shape = (config.model.channels, *pyramid.size(level))
+
+            def noise(i: int, level: int = level, shape: tuple[int, ...] = shape) -> Tensor:
+                fields = [normal(shape, config.seed, "sampling", index, level, i) for index in indices]
+                return torch.stack(fields).to(device)
+
+            denoise = tiled_denoise(denoiser, batches, contexts)
+            numbers = {"level": level, "levels": levels, "calls": solver.calls(level)}
+            videos = solver.solve(level, _counted(denoise, numbers, report), noise)
+            if not bool(torch.isfinite(videos).all()):
+                raise TroubleError(
+                    f"sampling: level {level} (of 0 to {levels - 1}) came out with values that are not "
+                    f"finite, in samples {min(indices)} to {max(indices)}: the model or the solver's options are no good"
+                )
+            videos = videos.clamp(-1, 1)
+            if observe is not None:
+                observe(level, videos.cpu())
+        finished.append(videos.cpu())
+        if level + 1 < levels:
+            parents.append(
+                noised_parents(videos, indices, seed=config.seed, level=level, sigma_eff=sigma_eff)
+                / denoiser.sigma_in[level]
+            )
+    return finished
+
+
+def _counted(denoise: Denoise, numbers: dict[str, int], report: Progress) -> Denoise:
+    calls = itertools.count(1)
+
+    def counted(z: Tensor, sigma: float) -> Tensor:
+        denoised = denoise(z, sigma)
+        report({**numbers, "call": next(calls)})
+        return denoised
+
+    return counted
+
+
+def noised_parents(
+    videos: Tensor, indices: Sequence[int], *, seed: int, level: int, sigma_eff: float
+) -> Tensor:
+    """Return finished ``videos`` [n, C, F, H, W] of ``level`` with noise of standard deviation ``sigma_eff``.
+
+    One field per video and level, whichever finer level asks: all tiles of all levels see the same parent.
+    """
+    fields = [normal(tuple(videos.shape[1:]), seed, "context_noise", index, level) for index in indices]
+    return videos + sigma_eff * torch.stack(fields).to(videos.device)
+
+
+def tiled_denoise(
+    denoiser: CascadeDenoiser, batches: Sequence[TileBatch], contexts: Sequence[Any]
+) -> Denoise:
+    """Return a function from a level's state z [n, C, F, H, W] and sigma to the average of its denoised
+    tiles.
+
+    The function keeps each tile's latents from call to call (latent self-conditioning); the first call has
+    none.
+    """
+    latents: list[Tensor | None] = [None] * len(batches)
+    counts: Tensor | None = None
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        nonlocal counts
+        total = torch.zeros_like(z)
+        for i, batch in enumerate(batches):
+            noise_level = torch.full((len(batch),), sigma, device=z.device)
+            denoised, latents[i] = denoiser(
+                batch.level, batch.crop(z), noise_level, batch.coords, batch.label, contexts[i], latents[i]
+            )
+            batch.add(total, denoised)
+        if counts is None:
+            counts = torch.zeros_like(z)
+            for batch in batches:
+                batch.add(counts, counts.new_ones(()).expand(len(batch), z.shape[1], *batch.size))
+        return total / counts
+
+    return denoise
