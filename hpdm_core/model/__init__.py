@@ -1,1 +1,1 @@
-"""The network: backbone blocks, conditioning, context fusion, and the model that puts them together."""
+"""The network: backbone, conditioning, context fusion, and entries through blocks."""

@@ -1,0 +1,92 @@
+"""A network as a denoiser in data units: what sampling and the held-out loss call.
+
+It joins the three things that must agree: the network's input scaling, the objective's decoder and sigma_in per level.
+No gradient is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from hpdm_core.diffusion import Objective, c_in, per_row
+from hpdm_core.model.hpdm import HPDM, Contexts, Encoded, Patches
+from hpdm_core.pyramid import Coords
+
+__all__ = ["Denoiser"]
+
+
+class Denoiser:
+    """``model`` under ``objective``, with ``sigma_in[level]`` the input scale of each level."""
+
+    def __init__(self, model: HPDM, objective: Objective, sigma_in: Sequence[float]) -> None:
+        self.model = model
+        self.objective = objective
+        self.sigma_in = tuple(sigma_in)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        level: int,
+        z: Tensor,
+        sigma: Tensor,
+        coords: Coords,
+        label: Tensor | None,
+        sources: Sequence[Encoded],
+        *,
+        blocks: Collection[int] | None = None,
+    ) -> Encoded:
+        """Return noisy patches z [B, C, F, H, W] of ``level`` as context for finer levels.
+
+        Two self-conditioning passes, run only as far as the blocks whose inputs are asked for (default: all that a
+        child runs). ``sources`` are its own coarser patches, coarsest first, rows matching; sigma [B]; label int64
+        [B], -1 for none.
+        """
+        return self.model.encode(self._patches(level, z, sigma, coords, label, None), sources, blocks=blocks)
+
+    @torch.no_grad()
+    def contexts(self, level: int, coords: Coords, sources: Sequence[Encoded]) -> Contexts:
+        """Return what patches at ``coords`` take from their parents, to be reused at every step."""
+        return self.model.contexts(level, coords, sources)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        level: int,
+        z: Tensor,
+        sigma: Tensor,
+        coords: Coords,
+        label: Tensor | None,
+        contexts: Contexts | None,
+        latents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the estimate of the clean patches [B, C, F, H, W] in data units, and the latents for the next step.
+
+        ``latents`` are those of the previous step, None at the first. The estimate has the precision of ``z``.
+        """
+        entry = self._patches(level, z, sigma, coords, label, latents)
+        ((prediction, latents),) = self.model([entry], [contexts])
+        decoded = self.objective.denoised(z, prediction.to(z.dtype), sigma.to(z.dtype), self.sigma_in[level])
+        return decoded, latents
+
+    def _patches(
+        self,
+        level: int,
+        z: Tensor,
+        sigma: Tensor,
+        coords: Coords,
+        label: Tensor | None,
+        latents: Tensor | None,
+    ) -> Patches:
+        scaled = per_row(c_in(sigma, self.sigma_in[level]), z) * z
+        weight = self.model.output.weight
+        return Patches(
+            level=level,
+            noisy=scaled.to(weight.dtype),
+            sigma=sigma.to(weight.dtype),
+            coords=coords,
+            label=label,
+            latents=latents,
+        )

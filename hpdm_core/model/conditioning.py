@@ -1,0 +1,87 @@
+"""What the network is told besides pixels: noise level, level of the pyramid, class, and place within the patch.
+
+Everything here becomes vectors of the token width D. The scalar embedding is RIN's (a sinusoid normalised over its
+features, then a two-layer MLP) of the logarithm of sigma.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hpdm_core.model.layers import Linear, Table
+from hpdm_core.pyramid import Triple
+
+__all__ = ["ClassEmbedding", "PositionEmbedding", "SigmaEmbedding", "sinusoid"]
+
+FEATURES = 256
+PERIOD = 10_000.0
+SMALLEST = 1e-3
+"""Noise levels below this fraction of sigma_min, zero among them, are embedded as this one."""
+
+
+def sinusoid(values: Tensor, features: int) -> Tensor:
+    """Return sines and cosines [B, features] of ``values`` [B], normalised over features to mean 0 and deviation 1."""
+    half = features // 2
+    steps = torch.arange(half, device=values.device, dtype=values.dtype)
+    angles = values[:, None] * torch.exp(steps * (-math.log(PERIOD) / half))
+    codes = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    centred = codes - codes.mean(dim=-1, keepdim=True)
+    return centred / centred.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+class SigmaEmbedding(nn.Module):
+    """The noise level and the level of the pyramid as one vector [B, D].
+
+    tau = (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min); sinusoid(1000 tau) of 256 features -> Linear ->
+    SiLU -> Linear, plus a learned vector per level (level 0 has no coordinates that would tell its scale).
+    """
+
+    def __init__(self, width: int, *, levels: int, sigma_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.sigma_min, self.sigma_max = sigma_range
+        self.up = Linear(FEATURES, width)
+        self.down = Linear(width, width)
+        self.levels = Table(levels, width)
+
+    def forward(self, sigma: Tensor, level: int) -> Tensor:
+        """Embed sigma [B] at ``level``."""
+        log_min, log_max = math.log(self.sigma_min), math.log(self.sigma_max)
+        logs = sigma.float().clamp(min=SMALLEST * self.sigma_min).log()
+        codes = sinusoid(1000 * (logs - log_min) / (log_max - log_min), FEATURES)
+        embedded: Tensor = self.down(F.silu(self.up(codes.to(self.up.weight.dtype))))
+        return embedded + self.levels()[level]
+
+
+class ClassEmbedding(nn.Module):
+    """A learned vector per class [B, D]; a row without label (-1) gets zeros."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.table = Table(classes, width)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Embed label [B], int64, -1 for none."""
+        rows: Tensor = self.table()
+        return rows[label.clamp(min=0)] * (label >= 0)[:, None].to(rows.dtype)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned place of a token within its patch, the sum of one table per axis: [N, D], row-major (f, h, w)."""
+
+    def __init__(self, grid: Triple, width: int) -> None:
+        super().__init__()
+        frames, height, width_ = grid
+        self.f = Table(frames, width)
+        self.h = Table(height, width)
+        self.w = Table(width_, width)
+
+    def forward(self) -> Tensor:
+        """Return the code of every token of a patch."""
+        f, h, w = self.f(), self.h(), self.w()
+        codes = f[:, None, None] + h[None, :, None] + w[None, None, :]
+        return rearrange(codes, "f h w d -> (f h w) d")

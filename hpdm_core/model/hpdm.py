@@ -1,0 +1,365 @@
+"""The network: entries (batches of patches of one level each) through shared blocks, coarse informing fine.
+
+Paper: section 4.2 (deep context fusion, Eq 7, Fig 11) and 4.3 (adaptive computation, Listing 1). Per block the input
+of every active entry is noted, each entry above level 0 is fused from its sources' notes, and one call of the block
+runs all active entries folded into the batch. The same path serves joint training (sources are other entries) and
+tiled inference (one entry with `Contexts` computed beforehand); both give the same numbers.
+
+The network holds no state: latents of self-conditioning come in with an entry and go out with its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from hpdm_core.config.schema import ModelConfig
+from hpdm_core.model.backbone import Backbone
+from hpdm_core.model.conditioning import ClassEmbedding, PositionEmbedding, SigmaEmbedding
+from hpdm_core.model.fusion import ContextFusion, Source
+from hpdm_core.model.layers import LayerNorm, Linear
+from hpdm_core.pyramid import Coords, Pyramid
+
+__all__ = ["HPDM", "Contexts", "Encoded", "Patches"]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One entry: a batch of patches of one level.
+
+    ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices of the
+    entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an earlier pass.
+    """
+
+    level: int
+    noisy: Tensor
+    sigma: Tensor
+    coords: Coords
+    label: Tensor | None = None
+    sources: tuple[int, ...] = ()
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A patch as context for finer ones: what a `Source` holds, with the tokens of every block that a child runs."""
+
+    level: int
+    coords: Coords
+    sigma: Tensor
+    sigma_embedding: Tensor
+    noisy: Tensor
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, rows: Tensor) -> Encoded:
+        """Return the given rows (int64)."""
+        return Encoded(
+            level=self.level,
+            coords=self.coords.take(rows),
+            sigma=self.sigma[rows],
+            sigma_embedding=self.sigma_embedding[rows],
+            noisy=self.noisy[rows],
+            tokens={block: tokens[rows] for block, tokens in self.tokens.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """Return a copy on ``device``."""
+        return Encoded(
+            level=self.level,
+            coords=self.coords.to(device),
+            sigma=self.sigma.to(device),
+            sigma_embedding=self.sigma_embedding.to(device),
+            noisy=self.noisy.to(device),
+            tokens={block: tokens.to(device) for block, tokens in self.tokens.items()},
+        )
+
+    def source(self, block: int | None) -> Source:
+        """Return this patch as a source, with its tokens before ``block`` where they were noted."""
+        return Source(
+            level=self.level,
+            coords=self.coords,
+            sigma=self.sigma,
+            sigma_embedding=self.sigma_embedding,
+            noisy=self.noisy,
+            tokens=None if block is None else self.tokens.get(block),
+        )
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What depends on a patch's parents alone: pixels for the tokenizer, and whatever the fusion made per block."""
+
+    pixel: Tensor | None = None
+    tokens: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def take(self, rows: Tensor) -> Contexts:
+        """Return the given rows (int64)."""
+        return Contexts(
+            pixel=None if self.pixel is None else self.pixel[rows],
+            tokens={block: None if made is None else made[rows] for block, made in self.tokens.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Contexts:
+        """Return a copy on ``device``."""
+        return Contexts(
+            pixel=None if self.pixel is None else self.pixel.to(device),
+            tokens={block: None if made is None else made.to(device) for block, made in self.tokens.items()},
+        )
+
+
+@dataclass
+class _State:
+    """An entry on its way through the blocks."""
+
+    entry: Patches
+    sources: tuple[int, ...]
+    contexts: Contexts | None
+    sigma_embedding: Tensor
+    condition: Tensor
+    tokens: Tensor
+    latents: Tensor | None = None
+    notes: dict[int, Tensor] = field(default_factory=dict)
+
+    def as_source(self, block: int | None) -> Source:
+        entry = self.entry
+        return Source(
+            level=entry.level,
+            coords=entry.coords,
+            sigma=entry.sigma,
+            sigma_embedding=self.sigma_embedding,
+            noisy=entry.noisy,
+            tokens=None if block is None else self.notes[block],
+        )
+
+
+class HPDM(nn.Module):
+    """The hierarchical patch diffusion network.
+
+    ``levels_per_block[b]``: how many of the coarsest levels block b runs; ``sigma_range``: the noise levels that the
+    embedding maps to 0 and 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backbone: Backbone,
+        fusion: ContextFusion,
+        levels_per_block: Sequence[int],
+        pyramid: Pyramid,
+        sigma_range: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        width = config.token_dim
+        self.pyramid = pyramid
+        self.levels_per_block = tuple(levels_per_block)
+        self.sigma_on_tokens = config.sigma_on_tokens
+        f, h, w = pyramid.token
+        volume = f * h * w
+        self.tokenizer = Linear(volume * (pyramid.channels + fusion.extra_channels), width)
+        self.tokenizer_norm = LayerNorm(width)
+        self.positions = PositionEmbedding(pyramid.grid, width)
+        self.sigma_embedding = SigmaEmbedding(width, levels=pyramid.levels, sigma_range=sigma_range)
+        self.class_embedding = ClassEmbedding(config.classes, width) if config.classes else None
+        self.backbone = backbone
+        self.fusion = fusion
+        self.output_norm = LayerNorm(width)
+        self.output = Linear(width, volume * pyramid.channels)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.levels_per_block)
+
+    def forward(
+        self, entries: Sequence[Patches], contexts: Sequence[Contexts | None] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block.
+
+        An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an entry
+        above level 0 has neither, or sources of other levels than 0..level-1.
+        """
+        states = self._begin(entries, contexts)
+        self._run(states, until=self.blocks, noted=range(self.blocks))
+        results = []
+        for state in states:
+            assert state.latents is not None, "the last block runs every level"
+            results.append((self._detokenize(state.tokens), state.latents))
+        return results
+
+    def child_blocks(self, level: int) -> tuple[int, ...]:
+        """Return the blocks that a child of a patch of ``level`` runs: those whose inputs serve as context."""
+        return tuple(block for block, count in enumerate(self.levels_per_block) if count > level + 1)
+
+    def encode(
+        self, entry: Patches, sources: Sequence[Encoded] = (), *, blocks: Collection[int] | None = None
+    ) -> Encoded:
+        """Return ``entry`` as context for finer levels, with its tokens before each of ``blocks``.
+
+        ``blocks`` defaults to `child_blocks`. Always two passes, the second self-conditioned on the first one's
+        latents, so that a parent does not depend on how often it is asked for; the second pass stops before the last
+        of ``blocks``. Where the fusion reads no tokens, the blocks are not run at all.
+        """
+        wanted = self.child_blocks(entry.level) if blocks is None else tuple(sorted(blocks))
+        outside = [b for b in wanted if not 0 <= b < self.blocks or self.levels_per_block[b] <= entry.level]
+        if outside:
+            raise ValueError(f"blocks {outside} do not run level {entry.level}")
+        if not self.fusion.reads_tokens or not wanted:
+            embedding = self.sigma_embedding(entry.sigma, entry.level)
+            return Encoded(entry.level, entry.coords, entry.sigma, embedding, entry.noisy)
+        contexts = self.contexts(entry.level, entry.coords, sources) if entry.level else None
+        (first,) = self._begin([replace(entry, sources=(), latents=None)], [contexts])
+        self._run([first], until=self.blocks, noted=())
+        (second,) = self._begin([replace(entry, sources=(), latents=first.latents)], [contexts])
+        self._run([second], until=wanted[-1] + 1, noted=wanted, run_last=False)
+        return Encoded(
+            level=entry.level,
+            coords=entry.coords,
+            sigma=entry.sigma,
+            sigma_embedding=second.sigma_embedding,
+            noisy=entry.noisy,
+            tokens=second.notes,
+        )
+
+    def contexts(self, level: int, coords: Coords, sources: Sequence[Encoded]) -> Contexts:
+        """Return what patches of ``level`` at ``coords`` take from ``sources`` (levels 0..level-1, rows matching)."""
+        self._check_sources(level, [source.level for source in sources])
+        if level == 0:
+            return Contexts()
+        pixel = self.fusion.pixel_context(level, coords, [source.source(None) for source in sources])
+        tokens = {
+            block: self.fusion.token_context(
+                block, level, coords, [source.source(block) for source in sources]
+            )
+            for block, count in enumerate(self.levels_per_block)
+            if count > level
+        }
+        return Contexts(pixel=pixel, tokens=tokens)
+
+    def _begin(self, entries: Sequence[Patches], contexts: Sequence[Contexts | None] | None) -> list[_State]:
+        """Embed every entry and turn it into tokens."""
+        given = [None] * len(entries) if contexts is None else list(contexts)
+        if len(given) != len(entries):
+            raise ValueError(f"{len(given)} contexts for {len(entries)} entries")
+        embeddings = [self.sigma_embedding(entry.sigma, entry.level) for entry in entries]
+        states = []
+        for entry, context, embedding in zip(entries, given, embeddings, strict=True):
+            pixel = None
+            if context is not None:
+                pixel = context.pixel
+            elif entry.level or entry.sources:
+                self._check_sources(entry.level, [entries[index].level for index in entry.sources])
+                feeding = [_source(entries[index], embeddings[index]) for index in entry.sources]
+                pixel = self.fusion.pixel_context(entry.level, entry.coords, feeding)
+            tokens = self._tokenize(entry.noisy, pixel)
+            if self.sigma_on_tokens:
+                tokens = tokens + embedding[:, None]
+            states.append(
+                _State(
+                    entry=entry,
+                    sources=entry.sources,
+                    contexts=context,
+                    sigma_embedding=embedding,
+                    condition=self._condition(embedding, entry.label),
+                    tokens=tokens,
+                )
+            )
+        return states
+
+    def _run(
+        self, states: Sequence[_State], *, until: int, noted: Collection[int], run_last: bool = True
+    ) -> None:
+        """Run blocks 0..until-1 in place; with ``run_last`` False the last one's inputs are noted, and it is not run.
+
+        The inputs of the blocks in ``noted`` stay in the states only where ``noted`` is an encoding's own choice or a
+        source of the same pass needs them; they are dropped with the states.
+        """
+        for block in range(until):
+            active = [state for state in states if state.entry.level < self.levels_per_block[block]]
+            if block in noted:
+                for state in active:
+                    state.notes[block] = state.tokens
+            if block == until - 1 and not run_last:
+                return
+            fused = [self._fuse(block, state, states) for state in active]
+            for state in active:
+                if state.latents is None:
+                    rows = state.entry.noisy.shape[0]
+                    state.latents = self.backbone.start(state.entry.latents, rows)
+            if not active:
+                continue
+            rows_per_entry = [tokens.shape[0] for tokens in fused]
+            tokens, latents = self.backbone.run(
+                block,
+                _fold(fused),
+                _fold([state.latents for state in active if state.latents is not None]),
+                _fold([state.condition for state in active]),
+            )
+            for state, own_tokens, own_latents in zip(
+                active, tokens.split(rows_per_entry), latents.split(rows_per_entry), strict=True
+            ):
+                state.tokens, state.latents = own_tokens, own_latents
+
+    def _fuse(self, block: int, state: _State, states: Sequence[_State]) -> Tensor:
+        """Return an entry's tokens for ``block`` with its context taken up."""
+        entry = state.entry
+        if entry.level == 0:
+            return state.tokens
+        if state.contexts is not None:
+            context = state.contexts.tokens[block]
+        else:
+            feeding = [states[index].as_source(block) for index in state.sources]
+            context = self.fusion.token_context(block, entry.level, entry.coords, feeding)
+        return self.fusion.fuse(block, entry.level, state.tokens, context, entry.coords, entry.sigma)
+
+    def _check_sources(self, level: int, levels: list[int]) -> None:
+        if levels != list(range(level)):
+            raise ValueError(f"level {level} is fed by levels {levels}; allowed is {list(range(level))}")
+
+    def _condition(self, embedding: Tensor, label: Tensor | None) -> Tensor:
+        """Return the condition tokens [B, K, D]: noise level, and class where the model has classes."""
+        if self.class_embedding is None:
+            return embedding[:, None]
+        if label is None:
+            label = torch.full(embedding.shape[:1], -1, device=embedding.device, dtype=torch.long)
+        return torch.stack([embedding, self.class_embedding(label)], dim=1)
+
+    def _tokenize(self, noisy: Tensor, pixel: Tensor | None) -> Tensor:
+        """Turn pixels [B, C, F, H, W] and the fusion's own channels into tokens [B, N, D]."""
+        extra = self.fusion.extra_channels
+        if extra:
+            if pixel is None:
+                pixel = noisy.new_zeros(noisy.shape[0], extra, *noisy.shape[2:])
+            noisy = torch.cat([noisy, pixel], dim=1)
+        f, h, w = self.pyramid.token
+        volumes = rearrange(noisy, "b c (f i) (h j) (w k) -> b (f h w) (i j k c)", i=f, j=h, k=w)
+        normalised: Tensor = self.tokenizer_norm(self.tokenizer(volumes))
+        return normalised + self.positions()
+
+    def _detokenize(self, tokens: Tensor) -> Tensor:
+        """Turn tokens [B, N, D] into a prediction [B, C, F, H, W]."""
+        (f, h, w), (i, j, k) = self.pyramid.grid, self.pyramid.token
+        volumes = self.output(self.output_norm(tokens))
+        return rearrange(
+            volumes, "b (f h w) (i j k c) -> b c (f i) (h j) (w k)", f=f, h=h, w=w, i=i, j=j, k=k
+        )
+
+
+def _source(entry: Patches, embedding: Tensor) -> Source:
+    """An entry as a source before any block: pixels and noise level only."""
+    return Source(
+        level=entry.level,
+        coords=entry.coords,
+        sigma=entry.sigma,
+        sigma_embedding=embedding,
+        noisy=entry.noisy,
+    )
+
+
+def _fold(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the batch, without a copy when there is only one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,0 +1,176 @@
+"""Context fusions: none, shallow (the parent's pixels) and deep (the parents' features).
+
+HPDM, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. All three take coordinates through a Linear before the
+same blocks, so that an arm changes one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hpdm_core.hookspecs import Register, hookimpl
+from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
+from hpdm_core.model.interpolation import sample_cells, sample_tokens
+from hpdm_core.pyramid import Coords
+
+__all__ = ["DeepFusion", "NoFusion", "ShallowConcat"]
+
+START_STD = 0.02
+
+
+class FusionLinear(nn.Linear):
+    """Linear(width + extra -> width) that starts near a no-op: identity on the own features, the rest small."""
+
+    def reset_parameters(self) -> None:
+        """Draw the start from the global generator (called by the constructor)."""
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(self.initial("weight", None))
+        nn.init.zeros_(self.bias)
+
+    def initial(self, name: str, generator: torch.Generator | None) -> Tensor:
+        """See `hpdm_core.model.layers.Initialised`."""
+        if name == "bias":
+            return torch.zeros(self.out_features, device="cpu")
+        width = self.out_features
+        weight = torch.empty(width, self.in_features, device="cpu")
+        weight.normal_(std=START_STD, generator=generator)
+        weight[:, :width] = torch.eye(width, device="cpu")
+        return weight
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Apply the part of the map that the own features see, without bias."""
+        return F.linear(tokens, self.weight[:, : self.out_features])
+
+    def rest(self, context: Tensor) -> Tensor:
+        """Apply the part that context and coordinates see, with the bias. own(a) + rest(c) = self([a, c])."""
+        return F.linear(context, self.weight[:, self.out_features :], self.bias)
+
+
+def _linears(shape: FusionShape, extra: int) -> nn.ModuleDict:
+    """One map per block that runs more than one level, named by its block."""
+    return nn.ModuleDict(
+        {str(block): FusionLinear(shape.token_dim + extra, shape.token_dim) for block in shape.fused_blocks}
+    )
+
+
+def _coordinates(coords: Coords, shape: FusionShape) -> Tensor:
+    """Absolute positions (f, h, w) of the token centres in [-1, 1]: [B, N, 3]."""
+    return rearrange(coords.centres(shape.grid), "b a n -> b n a")
+
+
+class NoFusion(ContextFusion):
+    """No context. With ``coordinates`` a Linear(D+3 -> D) per block still tells a patch where it lies."""
+
+    reads_tokens = False
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
+        super().__init__()
+        self.shape = shape
+        self.maps = _linears(shape, 3) if coordinates else None
+
+    def fuse(
+        self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
+    ) -> Tensor:
+        """See `ContextFusion`."""
+        if self.maps is None:
+            return tokens
+        fused: Tensor = self.maps[str(block)](torch.cat([tokens, _coordinates(coords, self.shape)], dim=-1))
+        return fused
+
+
+class ShallowConcat(NoFusion):
+    """The immediate parent's noisy pixels, sampled at the child's, stand beside the child's in the tokenizer.
+
+    The parent's noise embedding is added to the child's tokens, once, before the first block that runs the level.
+    """
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
+        super().__init__(shape, coordinates=coordinates)
+        self.extra_channels = shape.channels
+
+    def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
+        """See `ContextFusion`."""
+        parent = sources[-1]
+        cells = rearrange(parent.noisy, "b c f h w -> b f h w c")
+        sampled = sample_cells(cells, coords.within(parent.coords, self.shape.patch))
+        return rearrange(sampled, "b f h w c -> b c f h w")
+
+    def token_context(
+        self, block: int, level: int, coords: Coords, sources: Sequence[Source]
+    ) -> Tensor | None:
+        """See `ContextFusion`."""
+        return sources[-1].sigma_embedding if block == self.shape.first_block(level) else None
+
+    def fuse(
+        self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
+    ) -> Tensor:
+        """See `ContextFusion`."""
+        if context is not None:
+            tokens = tokens + context[:, None]
+        return super().fuse(block, level, tokens, None, coords, sigma)
+
+
+class DeepFusion(ContextFusion):
+    """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
+
+    The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over levels.
+    With ``detach`` no gradient flows into the parents. The part of the map that sees context and coordinates is
+    applied when the context is made, so that a denoising step pays for Linear(D -> D) only.
+    """
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.coordinates = coordinates
+        self.detach = detach
+        self.maps = _linears(shape, shape.token_dim + (3 if coordinates else 0))
+
+    def token_context(
+        self, block: int, level: int, coords: Coords, sources: Sequence[Source]
+    ) -> Tensor | None:
+        """See `ContextFusion`."""
+        context = self.mean(coords, sources)
+        if self.coordinates:
+            context = torch.cat([context, _coordinates(coords, self.shape).to(context.dtype)], dim=-1)
+        layer = self.maps[str(block)]
+        assert isinstance(layer, FusionLinear), "the maps are made by this module"
+        return layer.rest(context)
+
+    def fuse(
+        self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
+    ) -> Tensor:
+        """See `ContextFusion`."""
+        if context is None:
+            raise ValueError("deep fusion was given no context")
+        layer = self.maps[str(block)]
+        assert isinstance(layer, FusionLinear), "the maps are made by this module"
+        return layer.own(tokens) + context
+
+    def mean(self, coords: Coords, sources: Sequence[Source]) -> Tensor:
+        """Return the parents' features at the child's token centres, averaged over levels: [B, N, D] (Eq 7)."""
+        total: Tensor | None = None
+        for source in sources:
+            if source.tokens is None:
+                raise ValueError(f"deep fusion was given no tokens of level {source.level}")
+            tokens = source.tokens.detach() if self.detach else source.tokens
+            sampled = sample_tokens(tokens, self.shape.grid, coords.within(source.coords, self.shape.grid))
+            total = sampled if total is None else total + sampled
+        if total is None:
+            raise ValueError("deep fusion was given no sources")
+        return total / len(sources)
+
+
+@hookimpl
+def register_context_fusions(register: Register) -> None:
+    """Add the built-in context fusions."""
+    register("none", NoFusion, source="HPDM, section 4.2: no context between levels")
+    register(
+        "shallow_concat", ShallowConcat, source="HPDM, Table 3, shallow fusion: cascaded diffusion's concat"
+    )
+    register("deep", DeepFusion, source="HPDM, section 4.2, Eq 7 and 8, Fig 11")
