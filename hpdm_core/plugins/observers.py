@@ -1,0 +1,59 @@
+"""Calls of lifecycle hooks, in which an observer's mistake costs a line in the log and in the result."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpdm_core.cell import Cell
+    from hpdm_core.plugins import Plugins
+
+__all__ = ["Observers"]
+
+log = logging.getLogger(__name__)
+
+
+class Observers:
+    """The lifecycle hooks of ``plugins``, called for ``cell``; with ``cell`` None nothing is called.
+
+    An observer that raises is logged at its first mistake, counted, and called again next time; the others
+    are called all the same. `errors` goes into a stage's result.
+    """
+
+    def __init__(self, plugins: Plugins, cell: Cell | None) -> None:
+        self.plugins = plugins
+        self.cell = cell
+        self._counts: dict[tuple[str, str], int] = {}
+        self._messages: dict[tuple[str, str], str] = {}
+
+    @property
+    def errors(self) -> list[str]:
+        """One line per observer that has raised: plugin, hook, first error, how often."""
+        return [f"{self._messages[key]} ({count}x)" for key, count in self._counts.items()]
+
+    def call(self, hook: str, **arguments: Any) -> None:
+        """Call every observer of ``hook`` with ``cell`` and ``arguments``, last registered first, as pluggy
+        does."""
+        if self.cell is None:
+            return
+        caller = getattr(self.plugins.hook, hook)
+        given = {"cell": self.cell, **arguments}
+        observers = caller.get_hookimpls()
+        if any(observer.wrapper or observer.hookwrapper for observer in observers):
+            # Only pluggy can nest wrappers; then one mistake hides the observers after it.
+            self._guard("with a wrapper", hook, lambda: caller(**given))
+            return
+        for observer in reversed(observers):
+            chosen = [given[name] for name in observer.argnames]
+            self._guard(observer.plugin_name, hook, lambda o=observer, c=chosen: o.function(*c))
+
+    def _guard(self, plugin: str, hook: str, run: Any) -> None:
+        try:
+            run()
+        except Exception as error:
+            key = (plugin, hook)
+            if key not in self._counts:
+                self._messages[key] = f"plugin '{plugin}', {hook}: {type(error).__name__}: {error}"
+                log.warning("%s (an observer fails nothing; shown once)", self._messages[key])
+            self._counts[key] = self._counts.get(key, 0) + 1

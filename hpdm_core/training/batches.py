@@ -1,0 +1,184 @@
+"""Training batches, drawn from keyed streams: video i of step s is the same in any batch, process and
+attempt.
+
+Every random number hangs on (seed, stream, step, index of the video in the global batch) and, for noise, the
+slot; see `hpdm_core.randomness`. So batches can be made ahead in a thread, and a resumed run needs no random
+state.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hpdm_core.errors import InputError
+from hpdm_core.pyramid import level_patch
+from hpdm_core.randomness import generator, normal
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+
+__all__ = ["Batch", "TrainingBatches", "prefetched"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The videos of one training step, cut into the patches of S slots. The lists have one entry per slot."""
+
+    step: int
+    clean: list[Tensor]  # [B, C, f, h, w] in [-1, 1]
+    noise: list[Tensor]  # [B, C, f, h, w] unit Gaussian
+    sigma: list[Tensor]  # [B]
+    in_loss: list[Tensor]  # [B] bool
+    offsets: list[Tensor]  # [B, 3] int64, in the own pixels of the slot's level; always on the CPU
+    label: Tensor  # [B] int64, -1 where there is none or it was dropped
+    conditioned: Tensor  # [K] int64: rows whose latents of the first pass go into the second
+
+    def to(self, device: torch.device) -> Batch:
+        """Return this batch on ``device``."""
+
+        def moved(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+        return Batch(
+            step=self.step,
+            clean=moved(self.clean),
+            noise=moved(self.noise),
+            sigma=moved(self.sigma),
+            in_loss=moved(self.in_loss),
+            offsets=self.offsets,
+            label=self.label.to(device, non_blocking=True),
+            conditioned=self.conditioned.to(device, non_blocking=True),
+        )
+
+
+class TrainingBatches:
+    """Makes the batch of any step of the cell ``assembly``."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self.config = assembly.config
+        self.pyramid = assembly.pyramid
+        self.dataset = assembly.dataset
+        self.coordinate_sampler = assembly.coordinate_sampler
+        self.noise_sampler = assembly.noise_sampler
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of ``step`` (from 1), on the CPU."""
+        videos = [self._video(step, index) for index in range(self.config.training.batch)]
+        slots = range(len(self.noise_sampler.slots))
+        return Batch(
+            step=step,
+            clean=[torch.stack([video.clean[slot] for video in videos]) for slot in slots],
+            noise=[torch.stack([video.noise[slot] for video in videos]) for slot in slots],
+            sigma=[torch.stack([video.sigma[slot] for video in videos]) for slot in slots],
+            in_loss=[torch.stack([video.in_loss[slot] for video in videos]) for slot in slots],
+            offsets=[
+                torch.stack([video.offsets[slot.level] for video in videos])
+                for slot in self.noise_sampler.slots
+            ],
+            label=torch.tensor([video.label for video in videos]),
+            conditioned=torch.tensor(
+                [index for index, video in enumerate(videos) if video.conditioned], dtype=torch.long
+            ),
+        )
+
+    def _video(self, step: int, index: int) -> _Video:
+        seed = self.config.seed
+        clip = self.dataset.draw("train", generator(seed, "clip", step, index))
+        offsets = self.coordinate_sampler.sample(generator(seed, "offsets", step, index))  # [L, 3]
+        sigma, in_loss = self.noise_sampler.draw(generator(seed, "sigma", step, index))  # [S], [S]
+        patches = [
+            level_patch(
+                clip.video, self.pyramid, level, tuple(offsets[level].tolist()), self.config.data.downsampling
+            )
+            for level in range(self.pyramid.levels)
+        ]
+        slots = self.noise_sampler.slots
+        training = self.config.training
+        dropped = _chance(training.label_dropout, seed, "label", step, index)
+        return _Video(
+            clean=[patches[slot.level] for slot in slots],
+            noise=[
+                normal(patches[slot.level].shape, seed, "noise", step, index, number)
+                for number, slot in enumerate(slots)
+            ],
+            sigma=sigma,
+            in_loss=in_loss,
+            offsets=offsets,
+            label=-1 if dropped else self._label(clip.label),
+            conditioned=_chance(training.self_conditioning, seed, "self_conditioning", step, index),
+        )
+
+    def _label(self, label: int) -> int:
+        classes = self.config.model.classes
+        if classes and not -1 <= label < classes:
+            raise InputError(
+                f"model.classes: the dataset '{self.config.data.dataset.use}' gives label {label}; allowed "
+                f"by model.classes={classes} are 0 to {classes - 1}"
+            )
+        return label if classes else -1
+
+
+@dataclass(frozen=True)
+class _Video:
+    clean: list[Tensor]
+    noise: list[Tensor]
+    sigma: Tensor
+    in_loss: Tensor
+    offsets: Tensor
+    label: int
+    conditioned: bool
+
+
+def _chance(probability: float, *key: int | str) -> bool:
+    return float(torch.rand((), generator=generator(*key))) < probability
+
+
+def prefetched(batches: TrainingBatches, steps: range, *, ahead: int) -> Iterator[Batch]:
+    """Yield the batches of ``steps`` in order, made up to ``ahead`` steps early in one thread (0: made when
+    asked for).
+
+    The batches are the same either way. An error in the thread is raised here. Closing the iterator ends the
+    thread.
+    """
+    if ahead == 0:
+        yield from map(batches, steps)
+        return
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        torch.set_flush_denormal(True)  # a setting of the thread
+        try:
+            for step in steps:
+                if stop.is_set():
+                    return
+                put(batches(step))
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="hpdm-prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,259 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, renamed, and verified before use.
+
+A checkpoint is a folder ``checkpoints/<step, 8 digits>/`` with model.safetensors, ema.safetensors,
+optimizer.pt (tensors and plain types only) and state.json, which holds the step, a SHA-256 of each other file
+and small running figures. A folder without a whole state.json or with a wrong hash is no checkpoint: it is
+skipped with a line in the log.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hpdm_core.errors import InputError, TroubleError
+
+__all__ = [
+    "Checkpoint",
+    "checkpoint_folders",
+    "clear_partial",
+    "load_weights",
+    "newest_intact",
+    "prune",
+    "read_checkpoint",
+    "read_weights",
+    "save_checkpoint",
+    "save_weights",
+    "trouble_when_unwritable",
+]
+
+FORMAT = 1
+PARTIAL = ".partial"
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that training needs to go on after ``step`` updates.
+
+    ``running`` holds plain JSON values (figures that accumulate over attempts). ``path`` is where it was read
+    from.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    running: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``checkpoint`` under ``folder``/checkpoints and return its folder; nothing half-written gets that
+    name.
+
+    Raises `TroubleError` when the disk is full or not writable.
+    """
+    root = folder / "checkpoints"
+    final = root / f"{checkpoint.step:08d}"
+    partial = root / (final.name + PARTIAL)
+    with trouble_when_unwritable(final):
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            # One file's bytes in memory at a time.
+            hashes = {
+                "model.safetensors": _write(partial / "model.safetensors", _pack(checkpoint.model)),
+                "ema.safetensors": _write(partial / "ema.safetensors", _pack(checkpoint.ema)),
+                "optimizer.pt": _write(partial / "optimizer.pt", _pack_optimizer(checkpoint.optimizer)),
+            }
+            state = {
+                "format": FORMAT,
+                "step": checkpoint.step,
+                "running": checkpoint.running,
+                "sha256": hashes,
+            }
+            _write(partial / "state.json", json.dumps(state, indent=1).encode())
+            _sync_folder(partial)
+            _remove(final)
+            partial.rename(final)
+            _sync_folder(root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return final
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify the checkpoint in folder ``path``. Raises `ValueError` saying what is wrong with it."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, known is {FORMAT}")
+        contents = {name: (path / name).read_bytes() for name in FILES}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
+                raise ValueError(f"{name} does not match its SHA-256")
+        return Checkpoint(
+            step=state["step"],
+            model=safetensors.torch.load(contents["model.safetensors"]),
+            ema=safetensors.torch.load(contents["ema.safetensors"]),
+            optimizer=torch.load(io.BytesIO(contents["optimizer.pt"]), weights_only=True, map_location="cpu"),
+            running=state["running"],
+            path=path,
+        )
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"state.json is damaged ({error})") from error
+
+
+def newest_intact(folders: Sequence[Path]) -> Checkpoint | None:
+    """Return the checkpoint of the highest step under ``folders`` that is whole; of equal steps the first
+    folder's.
+
+    Each one that is not whole is skipped with a line in the log. None when there is no whole one.
+    """
+    found = [(step, -rank, path) for rank, folder in enumerate(folders) for step, path in _steps(folder)]
+    for _, _, path in sorted(found, key=lambda item: item[:2], reverse=True):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            log.warning("checkpoint %s is skipped: %s", path, error)
+    return None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders of the checkpoints under ``folder``, by step, without reading them."""
+    return [path for _, path in sorted(_steps(folder))]
+
+
+def prune(folder: Path, *, keep: Collection[int]) -> None:
+    """Delete all checkpoints under ``folder`` but the newest two and those of the steps ``keep``."""
+    for step, path in sorted(_steps(folder))[:-2]:
+        if step not in keep:
+            _remove(path)
+
+
+def clear_partial(folder: Path) -> None:
+    """Delete what a killed attempt in the same ``folder`` left half-written."""
+    for root in (folder, folder / "checkpoints"):
+        for path in root.glob(f"*{PARTIAL}"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
+    """Write ``weights`` to the safetensors file ``path`` at once or not at all.
+
+    ``metadata`` stands in the header as one JSON text under ``hpdm`` (one entry, so that equal weights give
+    equal bytes). Raises `TroubleError` when the disk is full or not writable.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with trouble_when_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(partial, _pack(weights, {"hpdm": json.dumps(dict(metadata), sort_keys=True)}))
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the safetensors file ``path``. Raises `InputError` when it is not one."""
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected trained weights (model.safetensors)") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, origin: Path | str) -> None:
+    """Copy ``weights`` into ``model``. Raises `InputError` naming the first tensor that does not fit."""
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        got = list(weights[name].shape) if name in weights else "nothing"
+        wanted = list(expected[name].shape) if name in expected else "nothing"
+        if got != wanted:
+            raise InputError(
+                f"{origin}: these weights are of another model: '{name}' is {got} in the file and {wanted} "
+                "in the model of this configuration"
+            )
+    model.load_state_dict(dict(weights))
+
+
+@contextmanager
+def trouble_when_unwritable(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing ``path`` into a `TroubleError` of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise TroubleError(
+            f"{path}: could not be written: {error.strerror or error}; what was saved before is whole; free "
+            "some space and run again"
+        ) from error
+
+
+def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    packed: bytes = safetensors.torch.save(whole, metadata)
+    return packed
+
+
+def _pack_optimizer(state: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Write and sync one file; return its SHA-256."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; a kill midway leaves no half checkpoint under its name."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".old" + PARTIAL)
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
+    root = folder / "checkpoints"
+    if root.is_dir():
+        for path in root.iterdir():
+            if path.is_dir() and path.name.isdecimal():
+                yield int(path.name), path

@@ -1,0 +1,55 @@
+"""metrics.jsonl: one line of figures per logged step, each step once over any number of attempts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hpdm_core.training.checkpoint import trouble_when_unwritable
+
+__all__ = ["MetricsLog"]
+
+
+class MetricsLog:
+    """Appends lines to ``folder``/metrics.jsonl. With ``folder`` None it keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = folder / "metrics.jsonl" if folder is not None else None
+
+    def start(self, *, step: int, source: Path | None) -> None:
+        """Begin after ``step`` updates: the file holds the lines of ``source``'s folder up to ``step``, no
+        others.
+
+        ``source`` is the folder of the attempt whose checkpoint training goes on from, None for a fresh
+        start. A line torn by a kill is dropped.
+        """
+        if self.path is None:
+            return
+        origin = source / "metrics.jsonl" if source is not None else None
+        lines: list[str] = []
+        if origin is not None and origin.exists():
+            for line in origin.read_text().splitlines():
+                if _step(line) <= step:
+                    lines.append(line + "\n")
+        partial = self.path.with_name(self.path.name + ".partial")
+        with trouble_when_unwritable(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text("".join(lines))
+                partial.rename(self.path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append ``row``, which holds ``step``."""
+        if self.path is not None:
+            with trouble_when_unwritable(self.path), self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    """Return the step of a line, infinity for a torn one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,108 @@
+"""One joint training pass: patches of all slots, self-conditioning, and the loss (paper, Eq. 4).
+
+Functions of a batch and a model; nothing here updates a weight. `hpdm_core.cost` counts the same functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from hpdm_core.diffusion import c_in, noise_clean, per_row
+from hpdm_core.model.hpdm import HPDM, Patches
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.training.batches import Batch
+
+__all__ = ["JointLoss", "joint_loss", "make_entries", "self_conditioning_latents"]
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """``total``: scalar with gradient; ``levels`` [L]: detached, NaN for a level without a row in the
+    loss."""
+
+    total: Tensor
+    levels: Tensor
+
+
+def make_entries(assembly: Assembly, batch: Batch) -> list[Patches]:
+    """Return one entry per slot: c_in * z with z = clean / sigma_in + sigma * noise, without latents."""
+    entries = []
+    for index, slot in enumerate(assembly.noise_sampler.slots):
+        sigma, sigma_in = batch.sigma[index], assembly.sigma_in[slot.level]
+        noisy = noise_clean(batch.clean[index], batch.noise[index], sigma, sigma_in)
+        entries.append(
+            Patches(
+                level=slot.level,
+                noisy=per_row(c_in(sigma, sigma_in), noisy) * noisy,
+                sigma=sigma,
+                coords=assembly.pyramid.coords(
+                    slot.level, batch.offsets[index], downsampling=assembly.config.data.downsampling
+                ).to(noisy.device),
+                label=batch.label if assembly.config.model.classes else None,
+                sources=slot.sources,
+            )
+        )
+    return entries
+
+
+@torch.no_grad()
+def self_conditioning_latents(model: HPDM, entries: list[Patches], rows: Tensor) -> list[Tensor | None]:
+    """Return the latents [B, M, E] of a first pass per entry, computed for ``rows`` and zero in all other
+    rows.
+
+    The whole hierarchy runs once from zero latents, without gradient; ``rows`` [K] may be empty (then None
+    per entry).
+    """
+    if len(rows) == 0:
+        return [None] * len(entries)
+    chosen = [
+        replace(
+            entry,
+            noisy=entry.noisy[rows],
+            sigma=entry.sigma[rows],
+            coords=entry.coords.take(rows),
+            label=None if entry.label is None else entry.label[rows],
+        )
+        for entry in entries
+    ]
+    kept: list[Tensor | None] = []
+    for entry, (_, latents) in zip(entries, model(chosen), strict=True):
+        whole = latents.new_zeros(len(entry.sigma), *latents.shape[1:])
+        kept.append(whole.index_copy(0, rows, latents))
+    return kept
+
+
+def joint_loss(assembly: Assembly, model: HPDM, batch: Batch) -> JointLoss:
+    """Return the loss of ``model`` on ``batch`` (on the model's device).
+
+    Per slot: the mean over its rows in the loss of w(sigma) * mean over the patch of (F - v)^2. The total is
+    the mean over the slots that have such rows; a slot that only serves as context counts nowhere.
+    """
+    entries = make_entries(assembly, batch)
+    latents = self_conditioning_latents(model, entries, batch.conditioned)
+    predictions = model([replace(entry, latents=kept) for entry, kept in zip(entries, latents, strict=True)])
+
+    objective, levels = assembly.objective, assembly.pyramid.levels
+    losses, present = [], []
+    for index, (entry, (prediction, _)) in enumerate(zip(entries, predictions, strict=True)):
+        sigma_in = assembly.sigma_in[entry.level]
+        target = objective.target(batch.clean[index], batch.noise[index], entry.sigma, sigma_in)
+        error = reduce((prediction - target).square(), "b c f h w -> b", "mean")
+        rows = torch.where(batch.in_loss[index], objective.weight(entry.sigma, sigma_in) * error, 0.0)
+        count = batch.in_loss[index].sum()
+        losses.append(rows.sum() / count.clamp(min=1))
+        present.append(count > 0)
+    loss, used = torch.stack(losses), torch.stack(present)  # [S], [S]
+    total = loss.sum() / used.sum().clamp(min=1)
+
+    level = torch.tensor([entry.level for entry in entries], device=loss.device)
+    sums = torch.zeros(levels, device=loss.device).index_add(0, level, loss.detach())
+    counts = torch.zeros(levels, device=loss.device).index_add(0, level, used.to(loss.dtype))
+    return JointLoss(total=total, levels=sums / counts)  # 0 / 0 is NaN: no row
