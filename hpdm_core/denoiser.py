@@ -1,7 +1,7 @@
 """A network as a denoiser in data units: what sampling and the held-out loss call.
 
-It joins the three things that must agree: the network's input scaling, the objective's decoder and sigma_in per level.
-No gradient is kept.
+It joins the three things that must agree: the network's input scaling, the objective's decoder and sigma_in
+per level. No gradient is kept.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Denoiser:
     ) -> Encoded:
         """Return noisy patches z [B, C, F, H, W] of ``level`` as context for finer levels.
 
-        Two self-conditioning passes, run only as far as the blocks whose inputs are asked for (default: all that a
-        child runs). ``sources`` are its own coarser patches, coarsest first, rows matching; sigma [B]; label int64
-        [B], -1 for none.
+        Two self-conditioning passes, run only as far as the blocks whose inputs are asked for (default: all
+        that a child runs). ``sources`` are its own coarser patches, coarsest first, rows matching; sigma [B];
+        label int64 [B], -1 for none.
         """
         return self.model.encode(self._patches(level, z, sigma, coords, label, None), sources, blocks=blocks)
 
@@ -62,9 +62,10 @@ class Denoiser:
         contexts: Contexts | None,
         latents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the estimate of the clean patches [B, C, F, H, W] in data units, and the latents for the next step.
+        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next step.
 
-        ``latents`` are those of the previous step, None at the first. The estimate has the precision of ``z``.
+        ``latents`` are those of the previous step, None at the first. The estimate has the precision of
+        ``z``.
         """
         entry = self._patches(level, z, sigma, coords, label, latents)
         ((prediction, latents),) = self.model([entry], [contexts])

@@ -1,8 +1,9 @@
 """The noise process: how a clean patch is noised and scaled, and what an objective and a noise sampler are.
 
-Notation of the paper and of Snap Video (2402.14797): z = x / sigma_in + sigma * n, with x the clean patch in [-1, 1]
-(its standard deviation taken as 1), n unit Gaussian noise, sigma_in the input scale of the level. The noise in data
-units is sigma_eff = sigma_in * sigma. The network sees c_in * z. sigma is always [B], one number per row.
+Notation of the paper and of Snap Video (2402.14797): z = x / sigma_in + sigma * n, with x the clean patch in
+[-1, 1] (its standard deviation taken as 1), n unit Gaussian noise, sigma_in the input scale of the level. The
+noise in data units is sigma_eff = sigma_in * sigma. The network sees c_in * z. sigma is always [B], one
+number per row.
 
 Pure functions and interfaces; the objectives and samplers themselves are plugins.
 """

@@ -1,9 +1,10 @@
 """Levels, scales, offsets, tiles and parents of the patch pyramid, and how a level's pixels are made.
 
-Paper: Hierarchical Patch Diffusion Models, section 4 (nested patches, Eq 6-9) and 4.4 (tiled inference). Level 0 is the
-coarsest and shows the whole video in one patch; level L-1 has the video's own resolution; every patch has the same
-number of pixels. Every level sits on its own pixel lattice: an offset is a whole number of the level's own pixels, so
-that a crop of the downsampled video is the downsampled crop. Axes are always (frames, height, width).
+Paper: Hierarchical Patch Diffusion Models, section 4 (nested patches, Eq 6-9) and 4.4 (tiled inference).
+Level 0 is the coarsest and shows the whole video in one patch; level L-1 has the video's own resolution;
+every patch has the same number of pixels. Every level sits on its own pixel lattice: an offset is a whole
+number of the level's own pixels, so that a crop of the downsampled video is the downsampled crop. Axes are
+always (frames, height, width).
 
 Pure functions and frozen values; nothing here knows about networks or noise.
 """
@@ -43,13 +44,13 @@ class CoordinateSampler(Protocol):
     """Where the patches of one training video lie."""
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Return nested offsets, int64 [L, 3], each in its level's own pixels, drawn from ``generator`` alone."""
+        """Return nested offsets, int64 [L, 3], in each level's own pixels, drawn from ``generator`` alone."""
         ...
 
 
 @dataclass(frozen=True)
 class Coords:
-    """Where a batch of patches of one level lies in its videos (whole video = 1 on every axis).
+    """Where a batch of patches of one level lies in its videos; whole video = 1 on every axis.
 
     ``offset`` [B, 3] is the lower corner, ``scale`` [3] the extent.
     """
@@ -58,7 +59,7 @@ class Coords:
     scale: Tensor
 
     def centres(self, grid: Triple) -> Tensor:
-        """Return the centres of the patch's cells, [B, 3, n] with n = f*h*w row-major; whole video = [-1, 1]."""
+        """Return the centres of the patch's cells [B, 3, n], n = f*h*w row-major; whole video = [-1, 1]."""
         f, h, w = (2 * axis - 1 for axis in self._axes(grid))  # each [B, cells of the axis]
         batch = self.offset.shape[0]
         full = (batch, *grid)
@@ -72,8 +73,8 @@ class Coords:
     def within(self, other: Coords, grid: Triple) -> tuple[Tensor, Tensor, Tensor]:
         """Return this patch's cell centres in the unit frame of ``other``: per axis [B, cells of the axis].
 
-        Eq 8: u = (offset - offset') / scale' + (scale / scale') * (i + 1/2) / n. Positions are separable, because
-        patches are axis-aligned. Rows of the two match.
+        Eq 8: u = (offset - offset') / scale' + (scale / scale') * (i + 1/2) / n. Positions are separable,
+        because patches are axis-aligned. Rows of the two match.
         """
         f, h, w = (
             (axis - other.offset[:, index, None]) / other.scale[index]
@@ -102,8 +103,8 @@ class Coords:
 class Pyramid:
     """The sizes of a pyramid, in pixels: whole ``video``, ``patch`` (the same on every level) and ``token``.
 
-    Raises `InputError` unless the patch divides the video, the token divides the patch, and video / patch is a whole
-    number to the power ``levels - 1`` on every axis (with one level: video = patch).
+    Raises `InputError` unless the patch divides the video, the token divides the patch, and video / patch is
+    a whole number to the power ``levels - 1`` on every axis (with one level: video = patch).
     """
 
     video: Triple
@@ -129,15 +130,15 @@ class Pyramid:
             elif self.levels >= 1 and _root(video // patch, self.levels - 1) is None:
                 times = "1" if self.levels == 1 else f"a whole number to the power {self.levels - 1}"
                 problems.append(
-                    f"model.video: {axis} = {video} is {video // patch} times patch {patch}; with {self.levels} "
-                    f"level(s) it must be {times}"
+                    f"model.video: {axis} = {video} is {video // patch} times patch {patch}; with "
+                    f"{self.levels} level(s) it must be {times}"
                 )
         if problems:
             raise InputError(*problems)
 
     @property
     def ratio(self) -> Triple:
-        """How much finer each level is than the one before, per axis: (video / patch) ** (1 / (levels - 1))."""
+        """How much finer each level is than the last, per axis: (video / patch) ** (1 / (levels - 1))."""
         f, h, w = (
             _root(video // patch, self.levels - 1) or 1
             for video, patch in zip(self.video, self.patch, strict=True)
@@ -185,12 +186,14 @@ class Pyramid:
                     )
                 stride = patch // 2
             starts.append(range(0, size - patch + 1, stride))
-        return list(itertools.product(*starts))
+        frames, heights, widths = starts
+        return list(itertools.product(frames, heights, widths))
 
     def containing(self, level: int, offset: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Return, per axis, the first and last offset of the patches of ``level - 1`` that contain the given patch.
+        """Return, per axis, the first and last offset of the patches one level up that contain a patch.
 
-        ``offset`` is in the pixels of ``level`` (1 or more), the result in those of ``level - 1``; never empty.
+        ``offset`` is in the pixels of ``level`` (1 or more), the result in those of ``level - 1``; never
+        empty.
         """
         if level < 1:
             raise ValueError(f"level {level} has no parent")
@@ -202,10 +205,10 @@ class Pyramid:
         return tuple(bounds)
 
     def parent(self, level: int, offset: Triple) -> Triple:
-        """Return the offset of the patch of ``level - 1`` that serves the given patch as its immediate parent.
+        """Return the offset of the patch of ``level - 1`` that serves a patch as its immediate parent.
 
-        It is centred on the child as nearly as its own lattice allows (floor), clamped to the video, and always
-        contains the child. It does not depend on the overlap of the tiles.
+        It is centred on the child as nearly as its own lattice allows (floor), clamped to the video, and
+        always contains the child. It does not depend on the overlap of the tiles.
         """
         made = []
         for start, patch, q, (first, last), limit in zip(
@@ -225,7 +228,7 @@ class Pyramid:
         return f, h, w
 
     def chain(self, level: int, offset: Triple) -> tuple[Triple, ...]:
-        """Return the offsets of all ancestors, level 0 first, ``level - 1`` last, each the parent of the next."""
+        """Return the offsets of all ancestors, level 0 first, each the parent of the next."""
         offsets: list[Triple] = []
         for child in range(level, 0, -1):
             offset = self.parent(child, offset)
@@ -235,8 +238,8 @@ class Pyramid:
     def coords(self, level: int, offsets: Tensor, *, downsampling: str = "area") -> Coords:
         """Return the coordinates of patches at integer ``offsets`` [B, 3] in the level's own pixels.
 
-        ``centre_frame`` shows the frame at index pitch // 2 of each group; for an even pitch its centre lies half a
-        full-resolution frame after the group's, and the coordinates follow.
+        ``centre_frame`` shows the frame at index pitch // 2 of each group; for an even pitch its centre lies
+        half a full-resolution frame after the group's, and the coordinates follow.
         """
         size = torch.tensor(self.size(level), dtype=torch.float64)
         fractions = offsets.to(device="cpu", dtype=torch.float64) / size
@@ -283,7 +286,7 @@ def _area(video: Tensor, pitch: Triple) -> Tensor:
 
 
 def _trilinear(video: Tensor, pitch: Triple) -> Tensor:
-    """The value at each block's centre, interpolated linearly: the mean of the two middle pixels, or the middle one.
+    """The value at each block's centre: the mean of the two middle pixels, or the middle one.
 
     Equal to trilinear resizing without antialiasing (align_corners=False).
     """
@@ -318,7 +321,7 @@ def downsample(video: Tensor, pitch: Triple, mode: str) -> Tensor:
 
 
 def crop(video: Tensor, offsets: Tensor, size: Triple) -> Tensor:
-    """Return one crop of ``size`` per row of ``video`` [B, C, F, H, W], at ``offsets`` [B, 3] in its own pixels.
+    """Return one crop of ``size`` per row of ``video`` [B, C, F, H, W], at ``offsets`` [B, 3] pixels.
 
     Raises ValueError when a crop leaves the video.
     """
@@ -329,7 +332,7 @@ def crop(video: Tensor, offsets: Tensor, size: Triple) -> Tensor:
 
 
 def level_patch(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[int], mode: str) -> Tensor:
-    """Return the patch [C, f, h, w] of ``level`` at ``offset`` (its own pixels) of a full-resolution [C, F, H, W].
+    """Return the patch [C, f, h, w] at ``offset`` (the level's pixels) of a full-resolution [C, F, H, W].
 
     Cropped first, then downsampled; on the last level the pixels are the video's own, bit by bit.
     """

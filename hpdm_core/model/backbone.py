@@ -16,7 +16,8 @@ class Backbone(nn.Module):
     def start(self, previous: Tensor | None, batch: int) -> Tensor:
         """Return the latents [B, M, E] that enter the first block.
 
-        ``previous`` [B, M, E] are the latents that an earlier pass ended with (self-conditioning); None means zeros.
+        ``previous`` [B, M, E] are the latents that an earlier pass ended with (self-conditioning); None means
+        zeros.
         """
         raise NotImplementedError
 

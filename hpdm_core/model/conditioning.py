@@ -1,7 +1,7 @@
-"""What the network is told besides pixels: noise level, level of the pyramid, class, and place within the patch.
+"""What the network is told besides pixels: noise level, pyramid level, class, and place in the patch.
 
-Everything here becomes vectors of the token width D. The scalar embedding is RIN's (a sinusoid normalised over its
-features, then a two-layer MLP) of the logarithm of sigma.
+Everything here becomes vectors of the token width D. The scalar embedding is RIN's (a sinusoid normalised
+over its features, then a two-layer MLP) of the logarithm of sigma.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALLEST = 1e-3
 
 
 def sinusoid(values: Tensor, features: int) -> Tensor:
-    """Return sines and cosines [B, features] of ``values`` [B], normalised over features to mean 0 and deviation 1."""
+    """Return sines and cosines [B, features] of ``values`` [B], each row brought to mean 0 and std 1."""
     half = features // 2
     steps = torch.arange(half, device=values.device, dtype=values.dtype)
     angles = values[:, None] * torch.exp(steps * (-math.log(PERIOD) / half))
@@ -37,8 +37,9 @@ def sinusoid(values: Tensor, features: int) -> Tensor:
 class SigmaEmbedding(nn.Module):
     """The noise level and the level of the pyramid as one vector [B, D].
 
-    tau = (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min); sinusoid(1000 tau) of 256 features -> Linear ->
-    SiLU -> Linear, plus a learned vector per level (level 0 has no coordinates that would tell its scale).
+    tau = (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min); sinusoid(1000 tau) of 256 features ->
+    Linear -> SiLU -> Linear, plus a learned vector per level (level 0 has no coordinates that would tell its
+    scale).
     """
 
     def __init__(self, width: int, *, levels: int, sigma_range: tuple[float, float]) -> None:
@@ -54,7 +55,8 @@ class SigmaEmbedding(nn.Module):
         logs = sigma.float().clamp(min=SMALLEST * self.sigma_min).log()
         codes = sinusoid(1000 * (logs - log_min) / (log_max - log_min), FEATURES)
         embedded: Tensor = self.down(F.silu(self.up(codes.to(self.up.weight.dtype))))
-        return embedded + self.levels()[level]
+        vectors: Tensor = self.levels()
+        return embedded + vectors[level]
 
 
 class ClassEmbedding(nn.Module):
@@ -71,7 +73,7 @@ class ClassEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned place of a token within its patch, the sum of one table per axis: [N, D], row-major (f, h, w)."""
+    """Learned place of a token in its patch, the sum of a table per axis: [N, D], row-major (f, h, w)."""
 
     def __init__(self, grid: Triple, width: int) -> None:
         super().__init__()
@@ -83,5 +85,5 @@ class PositionEmbedding(nn.Module):
     def forward(self) -> Tensor:
         """Return the code of every token of a patch."""
         f, h, w = self.f(), self.h(), self.w()
-        codes = f[:, None, None] + h[None, :, None] + w[None, None, :]
+        codes: Tensor = f[:, None, None] + h[None, :, None] + w[None, None, :]
         return rearrange(codes, "f h w d -> (f h w) d")

@@ -1,8 +1,8 @@
 """How coarse patches inform finer ones: the base class that every context fusion extends.
 
-A fusion answers three questions. What goes into a patch's tokenizer (`pixel_context`), what depends on the parents
-alone (`token_context`), and how tokens take it up before a block (`fuse`). Only `fuse` is called at each denoising
-step; the rest is computed once per tile and reused.
+A fusion answers three questions. What goes into a patch's tokenizer (`pixel_context`), what depends on the
+parents alone (`token_context`), and how tokens take it up before a block (`fuse`). Only `fuse` is called at
+each denoising step; the rest is computed once per tile and reused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["ContextFusion", "FusionShape", "Source"]
 class FusionShape:
     """All that a fusion knows when it is built.
 
-    ``grid`` tokens and ``patch`` pixels of a patch per axis; ``levels_per_block[b]`` levels that block b runs.
+    ``grid`` tokens and ``patch`` pixels of a patch per axis; ``levels_per_block[b]`` levels that block b
+    runs.
     """
 
     token_dim: int
@@ -58,7 +59,7 @@ class Source:
     noisy: Tensor
     """[B, C, F, H, W], c_in * z."""
     tokens: Tensor | None = None
-    """[B, N, D], the input of the block, before the source's own fusion; None where no block is asked about."""
+    """[B, N, D], the input of the block before the source's own fusion; None where no block is meant."""
 
 
 class ContextFusion(nn.Module):
@@ -68,11 +69,13 @@ class ContextFusion(nn.Module):
     """Channels added to every level's tokenizer input; the network writes zeros where there is no context."""
 
     reads_tokens: bool = True
-    """Whether `token_context` looks at ``Source.tokens``. When False they are None, and parents that only serve as
-    context are never run through the network."""
+    """Whether `token_context` looks at ``Source.tokens``.
+
+    When False they are None, and parents that only serve as context are never run through the network.
+    """
 
     def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
-        """Return [B, extra_channels, F, H, W] for the tokenizer of a patch of ``level`` >= 1, once per patch."""
+        """Return [B, extra_channels, F, H, W] for a patch's tokenizer; ``level`` >= 1; once per patch."""
         return None
 
     def token_context(
@@ -87,5 +90,5 @@ class ContextFusion(nn.Module):
     def fuse(
         self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
     ) -> Tensor:
-        """Return the child's tokens [B, N, D] for ``block``; called for every block that runs ``level`` >= 1."""
+        """Return the child's tokens [B, N, D]; called for every block that runs ``level`` >= 1."""
         return tokens

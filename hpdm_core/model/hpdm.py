@@ -1,16 +1,17 @@
 """The network: entries (batches of patches of one level each) through shared blocks, coarse informing fine.
 
-Paper: section 4.2 (deep context fusion, Eq 7, Fig 11) and 4.3 (adaptive computation, Listing 1). Per block the input
-of every active entry is noted, each entry above level 0 is fused from its sources' notes, and one call of the block
-runs all active entries folded into the batch. The same path serves joint training (sources are other entries) and
-tiled inference (one entry with `Contexts` computed beforehand); both give the same numbers.
+Paper: section 4.2 (deep context fusion, Eq 7, Fig 11) and 4.3 (adaptive computation, Listing 1). Per block
+the input of every active entry is noted, each entry above level 0 is fused from its sources' notes, and one
+call of the block runs all active entries folded into the batch. The same path serves joint training (sources
+are other entries) and tiled inference (one entry with `Contexts` computed beforehand); both give the same
+numbers.
 
 The network holds no state: latents of self-conditioning come in with an entry and go out with its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,8 +32,9 @@ __all__ = ["HPDM", "Contexts", "Encoded", "Patches"]
 class Patches:
     """One entry: a batch of patches of one level.
 
-    ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices of the
-    entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an earlier pass.
+    ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices
+    of the entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an
+    earlier pass.
     """
 
     level: int
@@ -46,7 +48,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A patch as context for finer ones: what a `Source` holds, with the tokens of every block that a child runs."""
+    """A patch as context for finer ones: what a `Source` holds, with the inputs of several blocks."""
 
     level: int
     coords: Coords
@@ -77,6 +79,19 @@ class Encoded:
             tokens={block: tokens.to(device) for block, tokens in self.tokens.items()},
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Return the rows of all ``parts`` (one level, tokens of the same blocks), one after the other."""
+        first = parts[0]
+        return cls(
+            level=first.level,
+            coords=Coords(offset=torch.cat([part.coords.offset for part in parts]), scale=first.coords.scale),
+            sigma=torch.cat([part.sigma for part in parts]),
+            sigma_embedding=torch.cat([part.sigma_embedding for part in parts]),
+            noisy=torch.cat([part.noisy for part in parts]),
+            tokens={block: torch.cat([part.tokens[block] for part in parts]) for block in first.tokens},
+        )
+
     def source(self, block: int | None) -> Source:
         """Return this patch as a source, with its tokens before ``block`` where they were noted."""
         return Source(
@@ -91,7 +106,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Contexts:
-    """What depends on a patch's parents alone: pixels for the tokenizer, and whatever the fusion made per block."""
+    """What depends on a patch's parents alone: pixels, and what the fusion made per block."""
 
     pixel: Tensor | None = None
     tokens: dict[int, Tensor | None] = field(default_factory=dict)
@@ -122,9 +137,8 @@ class _State:
     condition: Tensor
     tokens: Tensor
     latents: Tensor | None = None
-    notes: dict[int, Tensor] = field(default_factory=dict)
 
-    def as_source(self, block: int | None) -> Source:
+    def as_source(self, *, with_tokens: bool) -> Source:
         entry = self.entry
         return Source(
             level=entry.level,
@@ -132,15 +146,15 @@ class _State:
             sigma=entry.sigma,
             sigma_embedding=self.sigma_embedding,
             noisy=entry.noisy,
-            tokens=None if block is None else self.notes[block],
+            tokens=self.tokens if with_tokens else None,
         )
 
 
 class HPDM(nn.Module):
     """The hierarchical patch diffusion network.
 
-    ``levels_per_block[b]``: how many of the coarsest levels block b runs; ``sigma_range``: the noise levels that the
-    embedding maps to 0 and 1.
+    ``levels_per_block[b]``: how many of the coarsest levels block b runs; ``sigma_range``: the noise levels
+    that the embedding maps to 0 and 1.
     """
 
     def __init__(
@@ -180,11 +194,11 @@ class HPDM(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block.
 
-        An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an entry
-        above level 0 has neither, or sources of other levels than 0..level-1.
+        An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an
+        entry above level 0 has neither, or sources of other levels than 0..level-1.
         """
         states = self._begin(entries, contexts)
-        self._run(states, until=self.blocks, noted=range(self.blocks))
+        self._run(states, range(self.blocks))
         results = []
         for state in states:
             assert state.latents is not None, "the last block runs every level"
@@ -192,7 +206,7 @@ class HPDM(nn.Module):
         return results
 
     def child_blocks(self, level: int) -> tuple[int, ...]:
-        """Return the blocks that a child of a patch of ``level`` runs: those whose inputs serve as context."""
+        """Return the blocks that a child of ``level`` runs: those whose inputs serve as context."""
         return tuple(block for block, count in enumerate(self.levels_per_block) if count > level + 1)
 
     def encode(
@@ -200,9 +214,9 @@ class HPDM(nn.Module):
     ) -> Encoded:
         """Return ``entry`` as context for finer levels, with its tokens before each of ``blocks``.
 
-        ``blocks`` defaults to `child_blocks`. Always two passes, the second self-conditioned on the first one's
-        latents, so that a parent does not depend on how often it is asked for; the second pass stops before the last
-        of ``blocks``. Where the fusion reads no tokens, the blocks are not run at all.
+        ``blocks`` defaults to `child_blocks`. Always two passes, the second self-conditioned on the first
+        one's latents, so that a parent does not depend on how often it is asked for; the second pass stops
+        before the last of ``blocks``. Where the fusion reads no tokens, the blocks are not run at all.
         """
         wanted = self.child_blocks(entry.level) if blocks is None else tuple(sorted(blocks))
         outside = [b for b in wanted if not 0 <= b < self.blocks or self.levels_per_block[b] <= entry.level]
@@ -213,20 +227,21 @@ class HPDM(nn.Module):
             return Encoded(entry.level, entry.coords, entry.sigma, embedding, entry.noisy)
         contexts = self.contexts(entry.level, entry.coords, sources) if entry.level else None
         (first,) = self._begin([replace(entry, sources=(), latents=None)], [contexts])
-        self._run([first], until=self.blocks, noted=())
+        self._run([first], range(self.blocks))
         (second,) = self._begin([replace(entry, sources=(), latents=first.latents)], [contexts])
-        self._run([second], until=wanted[-1] + 1, noted=wanted, run_last=False)
+        notes = self._run([second], range(wanted[-1]), noted=wanted)
+        notes[wanted[-1]] = second.tokens
         return Encoded(
             level=entry.level,
             coords=entry.coords,
             sigma=entry.sigma,
             sigma_embedding=second.sigma_embedding,
             noisy=entry.noisy,
-            tokens=second.notes,
+            tokens=notes,
         )
 
     def contexts(self, level: int, coords: Coords, sources: Sequence[Encoded]) -> Contexts:
-        """Return what patches of ``level`` at ``coords`` take from ``sources`` (levels 0..level-1, rows matching)."""
+        """Return what patches at ``coords`` take from ``sources`` (levels 0..level-1, rows matching)."""
         self._check_sources(level, [source.level for source in sources])
         if level == 0:
             return Contexts()
@@ -271,38 +286,33 @@ class HPDM(nn.Module):
         return states
 
     def _run(
-        self, states: Sequence[_State], *, until: int, noted: Collection[int], run_last: bool = True
-    ) -> None:
-        """Run blocks 0..until-1 in place; with ``run_last`` False the last one's inputs are noted, and it is not run.
-
-        The inputs of the blocks in ``noted`` stay in the states only where ``noted`` is an encoding's own choice or a
-        source of the same pass needs them; they are dropped with the states.
-        """
-        for block in range(until):
+        self, states: Sequence[_State], blocks: Iterable[int], *, noted: Collection[int] = ()
+    ) -> dict[int, Tensor]:
+        """Run ``blocks`` in place; return the first state's inputs of the blocks in ``noted``."""
+        notes = {}
+        for block in blocks:
             active = [state for state in states if state.entry.level < self.levels_per_block[block]]
-            if block in noted:
-                for state in active:
-                    state.notes[block] = state.tokens
-            if block == until - 1 and not run_last:
-                return
-            fused = [self._fuse(block, state, states) for state in active]
-            for state in active:
-                if state.latents is None:
-                    rows = state.entry.noisy.shape[0]
-                    state.latents = self.backbone.start(state.entry.latents, rows)
             if not active:
                 continue
-            rows_per_entry = [tokens.shape[0] for tokens in fused]
-            tokens, latents = self.backbone.run(
-                block,
-                _fold(fused),
-                _fold([state.latents for state in active if state.latents is not None]),
-                _fold([state.condition for state in active]),
+            if block in noted:
+                notes[block] = states[0].tokens
+            # All are fused before any is updated: sources show the block's input before their own fusion.
+            fused = [self._fuse(block, state, states) for state in active]
+            latents = [self._latents(state) for state in active]
+            rows = [tokens.shape[0] for tokens in fused]
+            folded_tokens, folded_latents = self.backbone.run(
+                block, _fold(fused), _fold(latents), _fold([state.condition for state in active])
             )
-            for state, own_tokens, own_latents in zip(
-                active, tokens.split(rows_per_entry), latents.split(rows_per_entry), strict=True
-            ):
-                state.tokens, state.latents = own_tokens, own_latents
+            updated = zip(torch.split(folded_tokens, rows), torch.split(folded_latents, rows), strict=True)
+            for state, (tokens, own) in zip(active, updated, strict=True):
+                state.tokens, state.latents = tokens, own
+        return notes
+
+    def _latents(self, state: _State) -> Tensor:
+        """Return an entry's latents; before its first block they are made from those of an earlier pass."""
+        if state.latents is None:
+            return self.backbone.start(state.entry.latents, state.entry.noisy.shape[0])
+        return state.latents
 
     def _fuse(self, block: int, state: _State, states: Sequence[_State]) -> Tensor:
         """Return an entry's tokens for ``block`` with its context taken up."""
@@ -312,7 +322,9 @@ class HPDM(nn.Module):
         if state.contexts is not None:
             context = state.contexts.tokens[block]
         else:
-            feeding = [states[index].as_source(block) for index in state.sources]
+            feeding = [
+                states[index].as_source(with_tokens=self.fusion.reads_tokens) for index in state.sources
+            ]
             context = self.fusion.token_context(block, entry.level, entry.coords, feeding)
         return self.fusion.fuse(block, entry.level, state.tokens, context, entry.coords, entry.sigma)
 
@@ -337,13 +349,14 @@ class HPDM(nn.Module):
             noisy = torch.cat([noisy, pixel], dim=1)
         f, h, w = self.pyramid.token
         volumes = rearrange(noisy, "b c (f i) (h j) (w k) -> b (f h w) (i j k c)", i=f, j=h, k=w)
+        positions: Tensor = self.positions()
         normalised: Tensor = self.tokenizer_norm(self.tokenizer(volumes))
-        return normalised + self.positions()
+        return normalised + positions
 
     def _detokenize(self, tokens: Tensor) -> Tensor:
         """Turn tokens [B, N, D] into a prediction [B, C, F, H, W]."""
         (f, h, w), (i, j, k) = self.pyramid.grid, self.pyramid.token
-        volumes = self.output(self.output_norm(tokens))
+        volumes: Tensor = self.output(self.output_norm(tokens))
         return rearrange(
             volumes, "b (f h w) (i j k c) -> b c (f i) (h j) (w k)", f=f, h=h, w=w, i=i, j=j, k=k
         )

@@ -1,7 +1,8 @@
 """Initial weights, keyed by (seed, parameter name).
 
-So all arms of a seed start equal in every parameter of equal name and shape, whatever else they contain. A plugin's
-own layers keep what their constructors drew; the assembly builds them at the start of a stream of their own.
+So all arms of a seed start equal in every parameter of equal name and shape, whatever else they contain. A
+plugin's own layers keep what their constructors drew; the assembly builds them at the start of a stream of
+their own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ __all__ = ["initialise"]
 def initialise(model: nn.Module, *, seed: int) -> None:
     """Set, in place, every parameter of an `Initialised` module to its start in the stream of its own name.
 
-    The stream is (seed, "parameter", full name). Values are drawn on the CPU, so they are the same on every device.
+    The stream is (seed, "parameter", full name). Values are drawn on the CPU, so they are the same on every
+    device.
     """
     for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
         if not isinstance(module, Initialised):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in own.items():
             full = f"{prefix}.{name}" if prefix else name
             parameter.copy_(module.initial(name, generator(seed, "parameter", full)))

@@ -1,8 +1,8 @@
 """Trilinear sampling of a coarse patch at the cells of a nested, axis-aligned finer one.
 
-Equal to `torch.nn.functional.grid_sample` (align_corners=False, padding "border") at u -> 2u - 1, but written for
-tokens, channels last: the grid is separable, so the work is three small matrix products over the part of the parent
-that the child covers, and no gather.
+Equal to `torch.nn.functional.grid_sample` (align_corners=False, padding "border") at u -> 2u - 1, but written
+for tokens, channels last: the grid is separable, so the work is three small matrix products over the part of
+the parent that the child covers, and no gather.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["sample_cells", "sample_tokens"]
 
 
 def sample_tokens(tokens: Tensor, grid: Triple, positions: Sequence[Tensor]) -> Tensor:
-    """Return tokens [B, N, D] of a patch with cells ``grid`` interpolated at ``positions``: [B, n, D], row-major.
+    """Return tokens [B, N, D] of a patch of ``grid`` cells interpolated at ``positions``: [B, n, D].
 
-    ``positions``: per axis (f, h, w) a tensor [B, n_axis] in the patch's unit frame (0 = lower face, 1 = upper face),
-    as `Coords.within` gives them. Gradients flow to the tokens, not to the positions.
+    ``positions``: per axis (f, h, w) a tensor [B, n_axis] in the patch's unit frame (0 = lower face, 1 =
+    upper face), as `Coords.within` gives them. Gradients flow to the tokens, not to the positions.
     """
     f, h, w = grid
     cells = rearrange(tokens, "b (f h w) d -> b f h w d", f=f, h=h, w=w)
@@ -30,7 +30,7 @@ def sample_tokens(tokens: Tensor, grid: Triple, positions: Sequence[Tensor]) -> 
 
 
 def sample_cells(cells: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Return ``cells`` [B, F, H, W, D] interpolated at ``positions`` (per axis [B, n_axis]): [B, n_f, n_h, n_w, D]."""
+    """Return ``cells`` [B, F, H, W, D] at ``positions`` (per axis [B, n_axis]): [B, n_f, n_h, n_w, D]."""
     sizes = cells.shape[1:4]
     starts, counts, weights = [], [], []
     for axis, size in zip(positions, sizes, strict=True):
@@ -41,24 +41,24 @@ def sample_cells(cells: Tensor, positions: Sequence[Tensor]) -> Tensor:
     cells = _cut(cells, starts, counts)
     f, h, w = weights
     # Width first and frames last: the largest product is then one wide matrix per row of the batch.
-    batch, frames, height, _, channels = cells.shape
     cells = torch.matmul(w[:, None, None], cells)  # [B, F, H, n_w, D]
     rows = rearrange(cells, "b f h w d -> b f h (w d)")
     rows = torch.matmul(h[:, None], rows)  # [B, F, n_h, n_w D]
     planes = rearrange(rows, "b f h x -> b f (h x)")
     planes = torch.bmm(f, planes)  # [B, n_f, n_h n_w D]
-    return rearrange(planes, "b f (h w d) -> b f h w d", h=h.shape[1], w=w.shape[1], d=channels)
+    return rearrange(planes, "b f (h w d) -> b f h w d", h=h.shape[1], w=w.shape[1], d=cells.shape[-1])
 
 
 def _continuous(positions: Tensor, size: int) -> Tensor:
-    """Positions in units of cells, cell centres at whole numbers, clamped to the outermost centres ("border")."""
+    """Positions in cells, centres at whole numbers, clamped to the outermost centres ("border")."""
     return (positions * size - 0.5).clamp(0, size - 1)
 
 
 def _covered(positions: Tensor, size: int) -> tuple[list[int], int]:
     """First cell that each row of ``positions`` [B, n] needs, and how many cells from there serve every row.
 
-    Only on the CPU: elsewhere the numbers would have to be waited for, and the whole axis costs less than the wait.
+    Only on the CPU: elsewhere the numbers would have to be waited for, and the whole axis costs less than the
+    wait.
     """
     if positions.device.type != "cpu":
         return [0] * positions.shape[0], size

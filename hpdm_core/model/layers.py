@@ -1,8 +1,8 @@
 """The few layers that the network is made of, each able to say what its parameters start from.
 
-Initial values follow the official RIN code: Glorot-uniform kernels, zero biases, truncated normal tables of standard
-deviation 0.02. A layer draws them when it is built (from torch's global generator) and again, keyed by its name in
-the network, through `Initialised.initial` (see `hpdm_core.model.initialise`).
+Initial values follow the official RIN code: Glorot-uniform kernels, zero biases, truncated normal tables of
+standard deviation 0.02. A layer draws them when it is built (from torch's global generator) and again, keyed
+by its name in the network, through `Initialised.initial` (see `hpdm_core.model.initialise`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Initialised(Protocol):
     """A module whose own parameters can be drawn from a keyed generator."""
 
     def initial(self, name: str, generator: torch.Generator | None) -> Tensor:
-        """Return the start (CPU, float32) of this module's own parameter ``name``; None = global generator."""
+        """Return the start (CPU, float32) of the own parameter ``name``; None = global generator."""
         ...
 
 
@@ -69,7 +69,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Table(nn.Module):
-    """A learned table ``rows`` [*shape]; truncated normal start of standard deviation 0.02, cut at two of them."""
+    """A learned table ``rows`` [*shape]; starts truncated normal, deviation 0.02, cut at two of them."""
 
     rows: nn.Parameter
 
@@ -109,8 +109,8 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with separate, biased query, key, value and output maps.
 
-    The residual and the norms stand outside. Queries [B, N, query_dim], keys and values from [B, K, source_dim],
-    inner width ``heads * head_dim``.
+    The residual and the norms stand outside. Queries [B, N, query_dim], keys and values from [B, K,
+    source_dim], inner width ``heads * head_dim``.
     """
 
     def __init__(self, query_dim: int, source_dim: int, *, heads: int, head_dim: int) -> None:

@@ -1,8 +1,9 @@
 """Recurrent interface network: blocks that read tokens into latents, process, and write back.
 
-RIN (2212.11972) with the block order of Snap Video (2402.14797): condition read + MLP, patch read + MLP, self-attention
-layers, patch write + token MLP. Conditioning enters as tokens, not as modulation. The widths follow the composition
-that meets the parameter counts of HPDM's Table 8 (docs: the paper does not print them).
+RIN (2212.11972) with the block order of Snap Video (2402.14797): condition read + MLP, patch read + MLP,
+self-attention layers, patch write + token MLP. Conditioning enters as tokens, not as modulation. The widths
+follow the composition that meets the parameter counts of HPDM's Table 8 (docs: the paper does not print
+them).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["RIN", "RINBlock"]
 
 
 class Gather(nn.Module):
-    """x += Attention(LN(x), LN(source)); x += MLP(LN(x)). With no source width: self-attention, one norm for both."""
+    """x += Attention(LN(x), LN(source)); x += MLP(LN(x)). Without source width: self-attention, one norm."""
 
     def __init__(
         self, width: int, source_width: int | None, *, heads: int, head_dim: int, mlp_ratio: int
@@ -89,10 +90,11 @@ class RINBlock(nn.Module):
 
 
 class RIN(Backbone):
-    """``blocks`` RIN blocks over tokens of width ``token_dim``, with learned latents and latent self-conditioning.
+    """``blocks`` RIN blocks over tokens of width ``token_dim``, with latent self-conditioning.
 
-    The width of the latents' self-attention is ``latent_heads * latent_head_dim``, whatever ``latent_dim``; reads and
-    writes have inner width ``token_dim`` in ``heads`` heads. Raises `InputError` when the heads do not divide it.
+    The width of the latents' self-attention is ``latent_heads * latent_head_dim``, whatever ``latent_dim``;
+    reads and writes have inner width ``token_dim`` in ``heads`` heads. Raises `InputError` when the heads do
+    not divide it.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class RIN(Backbone):
         )
 
     def start(self, previous: Tensor | None, batch: int) -> Tensor:
-        """Return Z = Z_init + LN0(Z' + MLP(LN(Z'))), where the gain and bias of LN0 start at 0; None: Z' = 0."""
+        """Return Z = Z_init + LN0(Z' + MLP(LN(Z'))); gain and bias of LN0 start at 0; None: Z' = 0."""
         initial: Tensor = self.latents()
         recalled = torch.zeros_like(initial)[None] if previous is None else previous
         latents: Tensor = initial + self.recall_gain(recalled + self.recall(self.recall_norm(recalled)))

@@ -44,8 +44,8 @@ class NestedUniform:
 class NestedTopDown:
     """Each offset uniform over the patch before it: the paper's Eq 6, on each level's own lattice.
 
-    Starves borders: at 3 levels and 16-frame patches of 64 frames the first offset has probability 1/289, against
-    1/49 when uniform.
+    Starves borders: at 3 levels and 16-frame patches of 64 frames the first offset has probability 1/289,
+    against 1/49 when uniform.
     """
 
     def __init__(self, pyramid: Pyramid) -> None:

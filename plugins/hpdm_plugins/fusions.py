@@ -1,7 +1,7 @@
 """Context fusions: none, shallow (the parent's pixels) and deep (the parents' features).
 
-HPDM, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. All three take coordinates through a Linear before the
-same blocks, so that an arm changes one thing.
+HPDM, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. All three take coordinates through a Linear
+before the same blocks, so that an arm changes one thing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_STD = 0.02
 
 
 class FusionLinear(nn.Linear):
-    """Linear(width + extra -> width) that starts near a no-op: identity on the own features, the rest small."""
+    """Linear(width + extra -> width) that starts near a no-op: identity on the own features, rest small."""
 
     def reset_parameters(self) -> None:
         """Draw the start from the global generator (called by the constructor)."""
@@ -87,7 +87,8 @@ class NoFusion(ContextFusion):
 class ShallowConcat(NoFusion):
     """The immediate parent's noisy pixels, sampled at the child's, stand beside the child's in the tokenizer.
 
-    The parent's noise embedding is added to the child's tokens, once, before the first block that runs the level.
+    The parent's noise embedding is added to the child's tokens, once, before the first block that runs the
+    level.
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
@@ -119,9 +120,9 @@ class ShallowConcat(NoFusion):
 class DeepFusion(ContextFusion):
     """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
 
-    The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over levels.
-    With ``detach`` no gradient flows into the parents. The part of the map that sees context and coordinates is
-    applied when the context is made, so that a denoising step pays for Linear(D -> D) only.
+    The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over
+    levels. With ``detach`` no gradient flows into the parents. The part of the map that sees context and
+    coordinates is applied when the context is made, so that a denoising step pays for Linear(D -> D) only.
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
@@ -153,7 +154,7 @@ class DeepFusion(ContextFusion):
         return layer.own(tokens) + context
 
     def mean(self, coords: Coords, sources: Sequence[Source]) -> Tensor:
-        """Return the parents' features at the child's token centres, averaged over levels: [B, N, D] (Eq 7)."""
+        """Return the parents' features at the child's token centres, averaged over levels (Eq 7)."""
         total: Tensor | None = None
         for source in sources:
             if source.tokens is None:

@@ -1,7 +1,7 @@
 """Noise scalings (sigma_in per level) and noise samplers (the plan of a training step and its noise levels).
 
-HPDM, section 4 ("corrupted independently"; input scaling "exponentially smaller ... with each increase in pyramid
-level"); the distribution is EDM's (2206.00364), ln sigma ~ N(-1.2, 1.2^2).
+HPDM, section 4 ("corrupted independently"; input scaling "exponentially smaller ... with each increase in
+pyramid level"); the distribution is EDM's (2206.00364), ln sigma ~ N(-1.2, 1.2^2).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Shared(Independent):
 class CleanParents(Independent):
     """`Independent`, but in a share of the videos all levels below a random target stand as at inference.
 
-    There their noise is ``context_sigma_eff`` in data units (sigma = context_sigma_eff / sigma_in) and they are not in
-    the loss. Independent draws almost never train this condition, under which every finer level is sampled. The
-    target is uniform over levels 1..L-1; with one level nothing changes.
+    There their noise is ``context_sigma_eff`` in data units (sigma = context_sigma_eff / sigma_in) and they
+    are not in the loss. Independent draws almost never train this condition, under which every finer level is
+    sampled. The target is uniform over levels 1..L-1; with one level nothing changes.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Objectives: target, decoder and loss weight, which belong together.
 
-Both predict v under input scaling; they differ in which noise level v is taken at. Data has standard deviation 1.
+Both predict v under input scaling; they differ in which noise level v is taken at. Data has standard
+deviation 1.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class SnapV:
 
     v = (n - sigma x) / sqrt(1 + sigma^2);
     x = (sigma_in z - sigma_in sigma sqrt(1 + sigma^2) v) / (1 + sigma_in sigma^2).
-    The weight ``c`` is (1 + sigma^2)^2 / (sigma^2 + 1 / sigma_in)^2, by which the error of x counts 1 + 1 / sigma^2;
-    ``v`` is 1.
+    The weight ``c`` is (1 + sigma^2)^2 / (sigma^2 + 1 / sigma_in)^2, by which the error of x counts 1 + 1 /
+    sigma^2; ``v`` is 1.
     """
 
     def __init__(self, *, weighting: Literal["c", "v"] = "c") -> None:
