@@ -29,6 +29,9 @@ STRICT = ConfigDict(
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+RESERVED = ("use", "options")  # what a part is made of in a file
+
+
 class FactoryError(Exception):
     """A factory that breaks the rules of its family; the message finishes "PLUGIN registers KEY: "."""
 
@@ -48,7 +51,7 @@ def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type
     for option in options:
         if option.annotation is inspect.Parameter.empty:
             raise FactoryError(f"option '{option.name}' has no annotation; write '{option.name}: TYPE'")
-        if option.name.startswith("_") or hasattr(BaseModel, option.name):
+        if option.name.startswith("_") or option.name in RESERVED or hasattr(BaseModel, option.name):
             raise FactoryError(f"option '{option.name}' has a reserved name; choose another")
     annotations = _evaluated(factory, options)
     fields: dict[str, Any] = {}

@@ -1,0 +1,100 @@
+"""The three keys under which work is stored: SHA-256 of the canonical JSON of what a stage depends on.
+
+Outside all of them: study and arm names, storage, backend, folders, versions, and ``runtime``. Inside: the
+SHA-256 of every plugin file that is used, so that editing it makes its cells new.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
+from hpdm_core.plugins import FAMILIES, Plugins
+
+__all__ = ["canonical_json", "evaluation_key", "parts_in", "plugin_hashes", "sample_key", "train_key"]
+
+
+def canonical_json(value: Any) -> str:
+    """Return ``value`` as the one JSON text of it: keys sorted, no spaces, tuples as lists, models as maps.
+
+    Raises ValueError for NaN and infinities and TypeError for what JSON has no form for.
+    """
+
+    def other(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"a {type(item).__name__} has no canonical JSON")
+
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=other
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
+    """Yield (family, part) of every part in the named sections of ``config``, metrics among them."""
+    for family in FAMILIES.values():
+        section, _, field = family.path.partition(".")
+        if section not in sections:
+            continue
+        if field == "metrics.*":
+            yield from ((family.name, part) for part in config.evaluation.metrics)
+        elif "*" not in field:
+            yield family.name, getattr(getattr(config, section), field)
+
+
+def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[str, str]:
+    """Return FAMILY/KEY -> SHA-256 of the plugin's source, for parts of plugins without a version."""
+    found = {}
+    for family, part in parts:
+        for inner, each in plugins.nested(family, part):
+            digest = plugins.get(inner, each.use).sha256
+            if digest is not None:
+                found[f"{inner}/{each.use}"] = digest
+    return found
+
+
+def train_key(config: CellConfig, plugins: Plugins) -> str:
+    """Return the key of the trained weights: everything that they depend on, and the seed."""
+    sections = ("model", "diffusion", "data", "training")
+    return _digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "seed": config.seed,
+            **{section: getattr(config, section) for section in sections},
+            "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
+        }
+    )
+
+
+def sample_key(train_key: str, config: CellConfig, plugins: Plugins) -> str:
+    """Return the key of the samples drawn from the weights ``train_key``. Their number is not part of it."""
+    return _digest(
+        {
+            "train": train_key,
+            "sampling": config.sampling,
+            "plugins": plugin_hashes(plugins, parts_in(config, "sampling")),
+        }
+    )
+
+
+def evaluation_key(
+    base_key: str,
+    protocol: Mapping[str, Any],
+    *,
+    part: Part | None = None,
+    plugins: Plugins | None = None,
+) -> str:
+    """Return the key of one metric's result on what ``base_key`` stands for.
+
+    With the metric's validated ``part`` and ``plugins``, the plugin files of the metric and its extractor
+    count too.
+    """
+    hashes = plugin_hashes(plugins, [("metrics", part)]) if part is not None and plugins is not None else {}
+    return _digest({"base": base_key, "protocol": dict(protocol), "plugins": hashes})

@@ -1,0 +1,266 @@
+"""A study file, whole: its arms or factors, seeds and backend, each arm validated as a cell."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from hpdm_core.config.compose import compose, dotted_overrides
+from hpdm_core.config.keys import canonical_json
+from hpdm_core.config.overrides import Layers, Override, parse_arm, split_dotted
+from hpdm_core.config.problems import KeyPath, Problem, check, dotted
+from hpdm_core.config.schema import CellConfig, Frozen, Part
+from hpdm_core.config.validate import lines_of, validate_cell
+from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.plugins import Plugins
+
+__all__ = ["BACKENDS", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
+
+BACKENDS = ("inline", "local", "slurm")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+ARM_NAME = re.compile(r"[A-Za-z0-9][^,:\s]*", re.ASCII)
+SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
+
+Seed = Annotated[int, Field(ge=0)]
+Overrides = dict[str, Any]
+
+
+class StudyKeys(Frozen):
+    """The keys of a study file besides the sections of a cell."""
+
+    name: str | None = None
+    """The study's name and that of its results folder; null for the file's."""
+    arms: dict[str, Overrides | None] = Field(default_factory=dict)
+    """Arm -> its overrides, dotted or nested."""
+    baseline: str | None = None
+    """The arm that others are compared with; null for the first."""
+    factors: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Dotted key -> values; every combination is an arm."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    backend: Part = Part(use="local")
+    storage: str | None = None
+    """URL of the ledger's storage; null for a journal file beside the results."""
+    scales: dict[str, Overrides | None] = Field(default_factory=dict)
+    """Preset -> overrides that hold when the study extends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A validated study. ``configs`` holds each arm's cell; `hpdm_core.study.design` adds the seeds."""
+
+    name: str
+    file: Path
+    plugins: Plugins
+    arms: dict[str, dict[str, Any]]
+    """Arm -> dotted key -> value, in order."""
+    configs: dict[str, CellConfig]
+    baseline: str
+    factors: dict[str, tuple[Any, ...]]
+    seeds: tuple[int, ...]
+    backend: Part
+    storage: str | None
+    selected: tuple[str, ...]
+    """The arms that ``--only`` leaves, in order; all without it."""
+    resolved: dict[str, Any]
+    """The file after presets and ``--set``, as plain data."""
+
+
+def check_top_level(
+    layers: Layers, *, extra: Collection[str] = (), backends: Mapping[str, type[BaseModel]] | None = None
+) -> tuple[StudyKeys | None, list[str]]:
+    """Validate the keys that are no section of a cell; unknown ones get the nearest name. Returns lines."""
+    own = {key: value for key, value in layers.data.items() if key in StudyKeys.model_fields}
+    keys, problems = check(StudyKeys, own)
+    allowed = sorted({*StudyKeys.model_fields, *SECTIONS, "extends", "plugins", *extra})
+    for key in layers.data:
+        if key not in allowed:
+            nearest = did_you_mean(key, allowed) or f"; allowed: {', '.join(allowed)}"
+            problems.append(Problem((key,), f"unknown key{nearest}"))
+    if keys is not None:
+        if len(set(keys.seeds)) != len(keys.seeds):
+            problems.append(Problem(("seeds",), f"each seed once, got {list(keys.seeds)}"))
+        problems += _backend_problems(keys.backend, backends)
+        if keys.name is not None and not NAME.fullmatch(keys.name):
+            problems.append(Problem(("name",), f"letters, digits and ._- only, got '{keys.name}'"))
+    return keys, lines_of(problems, layers)
+
+
+def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None) -> list[Problem]:
+    known = tuple(backends) if backends is not None else BACKENDS
+    if part.use not in known:
+        nearest = did_you_mean(part.use, known)
+        return [
+            Problem(
+                ("backend", "use"), f"unknown backend '{part.use}'{nearest}; backends: {', '.join(known)}"
+            )
+        ]
+    found = check(backends[part.use], part.options)[1] if backends is not None else []
+    return [Problem(("backend", *each.path), f"{each.message} (option of '{part.use}')") for each in found]
+
+
+def load_study(
+    path: str | Path,
+    *,
+    sets: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    only: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    backends: Mapping[str, type[BaseModel]] | None = None,
+) -> StudyConfig:
+    """Read and check a study file and the flags that change it.
+
+    ``sets`` as in ``--set``, ``arms`` as in ``--arm``, ``only`` as in ``--only`` (names, or several with
+    commas). Raises InputError with every problem, each on a line of its own with its place; writes nothing.
+    """
+    composed = compose(path, sets=sets, plugins=plugins, allow_preset=False)
+    layers = composed.layers
+    keys, problems = check_top_level(layers, backends=backends)
+    if keys is None:
+        # The sections can be checked all the same, so that every problem of the file shows at once.
+        raise InputError(*problems, *validate_cell(layers, composed.plugins)[1])
+    sources = _arms(keys, layers, arms, problems)
+    configs: dict[str, CellConfig] = {}
+    for name, overrides in sources.items():
+        config, lines = _validated_arm(layers, name, overrides, composed.plugins)
+        if config is not None:
+            configs[name] = config
+        problems += [line for line in lines if line not in problems]
+    problems += _same(configs, layers, sources)
+    baseline = keys.baseline if keys.baseline is not None else next(iter(sources), "default")
+    if baseline not in sources:
+        nearest = did_you_mean(baseline, sources) or f"; arms: {', '.join(sources)}"
+        problems.append(f"{layers.where(('baseline',))}: baseline: no arm '{baseline}'{nearest}")
+    selected = _selected(only, sources, problems)
+    if problems:
+        raise InputError(*problems)
+    assert composed.file is not None, "a study comes from a file"
+    name = keys.name or re.sub(r"[^\w.-]", "_", composed.file.stem, flags=re.ASCII)
+    return StudyConfig(
+        name=name,
+        file=composed.file,
+        plugins=composed.plugins,
+        arms={arm: {dotted(each.path): each.value for each in given} for arm, given in sources.items()},
+        configs=configs,
+        baseline=baseline,
+        factors=keys.factors,
+        seeds=keys.seeds,
+        backend=keys.backend,
+        storage=keys.storage,
+        selected=selected,
+        resolved={**layers.data, "name": name, "plugins": list(composed.plugins.names)},
+    )
+
+
+def _arms(
+    keys: StudyKeys, layers: Layers, flags: Sequence[str], problems: list[str]
+) -> dict[str, list[Override]]:
+    """Return arm -> overrides from ``arms``, ``factors`` and ``--arm``."""
+    if keys.factors and (keys.arms or flags):
+        problems.append(
+            f"{layers.where(('factors',))}: factors: a study has arms or factors, not both"
+            + ("" if keys.arms else f" (--arm {flags[0]})")
+        )
+    sources: dict[str, list[Override]] = {}
+    for name, overrides in keys.arms.items():
+        place = layers.where(("arms", name))
+        if not ARM_NAME.fullmatch(name):
+            problems.append(f"{place}: arms: '{name}' should hold no spaces, commas or colons")
+        try:
+            sources[name] = dotted_overrides(overrides or {}, ("arms", name), layers.where)
+        except InputError as error:
+            problems.extend(error.messages)
+    if keys.factors:
+        sources.update(_grid(keys.factors, layers, problems))
+    elif not keys.arms:
+        sources["default"] = []
+    for flag in flags:
+        name, given = parse_arm(flag)
+        if name in sources:
+            problems.append(f"--arm {flag}: the study has an arm '{name}' already; choose another name")
+        elif not ARM_NAME.fullmatch(name):
+            problems.append(f"--arm {flag}: '{name}' should hold no spaces, commas or colons")
+        else:
+            sources[name] = given
+    return sources
+
+
+def _grid(
+    factors: Mapping[str, Sequence[Any]], layers: Layers, problems: list[str]
+) -> dict[str, list[Override]]:
+    """Return every combination of the factors' values, the last factor varying fastest."""
+    paths: dict[str, KeyPath] = {}
+    for key in factors:
+        try:
+            paths[key] = split_dotted(key, layers.where(("factors", key)))
+        except InputError as error:
+            problems.extend(error.messages)
+            return {}
+    last = [str(path[-1]) for path in paths.values()]
+    short = {key: key if last.count(str(path[-1])) > 1 else str(path[-1]) for key, path in paths.items()}
+    made: dict[str, list[Override]] = {}
+    for combination in itertools.product(*(enumerate(values) for values in factors.values())):
+        overrides, words = [], []
+        for key, (index, value) in zip(paths, combination, strict=True):
+            place = layers.where(("factors", key, index))
+            overrides.append(Override(paths[key], value, _always(place)))
+            text = value if isinstance(value, str) else canonical_json(value)
+            words.append(f"{short[key]}=" + re.sub(r"[,:\s]+", "_", text))
+        name = "+".join(words)
+        if name in made:
+            problems.append(f"{layers.where(('factors',))}: factors: two values give the arm '{name}'")
+        made[name] = overrides
+    return made
+
+
+def _always(place: str) -> Callable[[KeyPath], str]:
+    return lambda path: place
+
+
+def _validated_arm(
+    base: Layers, name: str, overrides: Sequence[Override], plugins: Plugins
+) -> tuple[CellConfig | None, list[str]]:
+    layers = base.copy()
+    problems = []
+    for override in overrides:
+        top = str(override.path[0])
+        if top not in SECTIONS:
+            nearest = did_you_mean(top, SECTIONS) or f"; an arm may set: {', '.join(SECTIONS)}"
+            place = override.where(override.path)
+            problems.append(f"{place}: {dotted(override.path)}: not a key of arm '{name}'{nearest}")
+        else:
+            layers.apply(override)
+    config, lines = validate_cell(layers, plugins)
+    return config, problems + lines
+
+
+def _same(
+    configs: Mapping[str, CellConfig], layers: Layers, sources: Mapping[str, Sequence[Override]]
+) -> list[str]:
+    """Return a line for each arm that is the same as an earlier one in all but ``runtime``."""
+    first: dict[str, str] = {}
+    problems = []
+    for name, config in configs.items():
+        text = canonical_json(config.model_dump(mode="json", exclude={"runtime"}))
+        if text in first:
+            given = sources[name]
+            place = given[0].where(given[0].path) if given else layers.where(("arms", name))
+            problems.append(
+                f"{place}: arms '{first[text]}' and '{name}' have the same configuration; change or drop one"
+            )
+        first.setdefault(text, name)
+    return problems
+
+
+def _selected(only: Sequence[str], arms: Collection[str], problems: list[str]) -> tuple[str, ...]:
+    wanted = [name.strip() for item in only for name in item.split(",") if name.strip()]
+    for name in wanted:
+        if name not in arms:
+            nearest = did_you_mean(name, arms) or f"; arms: {', '.join(arms)}"
+            problems.append(f"--only {name}: no such arm{nearest}")
+    return tuple(name for name in arms if not only or name in wanted)

@@ -1,0 +1,169 @@
+"""A merged configuration becomes a `CellConfig`, or a list of everything that is wrong with it.
+
+Keys and types come from the schema, parts and their options from the plugins, and what the numbers must
+have to do with one another from building the light parts: the pyramid, the allocation, the input scales,
+the samplers, the solver. No data is opened and no network is built.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hpdm_core.config.overrides import Layers
+from hpdm_core.config.problems import KeyPath, Problem, check, dotted, field_of
+from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.errors import HpdmError
+from hpdm_core.plugins import FAMILIES, Plugins
+
+__all__ = ["lines_of", "validate_cell"]
+
+METRICS: KeyPath = ("evaluation", "metrics")
+
+LIGHT_PARTS: dict[str, KeyPath] = {
+    "pyramid": ("model",),
+    "levels_per_block": ("model", "computation_allocation"),
+    "sigma_in": ("diffusion", "noise_scaling"),
+    "objective": ("diffusion", "objective"),
+    "noise_sampler": ("diffusion", "noise_sampling"),
+    "coordinate_sampler": ("training", "coordinate_sampling"),
+    "solver": ("sampling", "solver"),
+}
+"""Properties of an Assembly that cost nothing to build, and the key to blame when one cannot be."""
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "noise_sampler": ("sigma_in",),
+    "coordinate_sampler": ("pyramid",),
+    "solver": ("sigma_in",),
+}
+
+
+def lines_of(problems: list[Problem], layers: Layers) -> list[str]:
+    """Return problems as lines: where it was given, the key, what is wrong."""
+    return [f"{layers.where(problem.path)}: {problem}" for problem in problems]
+
+
+def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, list[str]]:
+    """Return the cell that ``layers`` describe, defaults filled in, or None and one line per problem.
+
+    Keys of the top level that no cell has, such as ``arms``, are left alone.
+    """
+    data = {key: copy.deepcopy(layers.data[key]) for key in CellConfig.model_fields if key in layers.data}
+    problems: list[Problem] = []
+    refused: set[KeyPath] = set()
+    for path, family in _places(data):
+        part, found = _part_at(data, path, plugins, family)
+        problems.extend(found)
+        if part is None:
+            refused.add(path)
+        else:
+            _put(data, path, {"use": part.use, "options": part.options})
+    config, found = check(CellConfig, data)
+    # A part that has been complained about is not complained about again.
+    problems.extend(problem for problem in found if problem.path not in refused)
+    if config is not None and not problems:
+        problems = _relations(config, plugins)
+    return (None if problems else config), lines_of(_ordered(problems), layers)
+
+
+def _ordered(problems: list[Problem]) -> list[Problem]:
+    sections = list(CellConfig.model_fields)
+
+    def rank(problem: Problem) -> int:
+        top = problem.path[0] if problem.path else ""
+        return sections.index(str(top)) if top in sections else -1
+
+    return sorted(problems, key=rank)
+
+
+def _places(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the path and family of every part of a cell, given or left to its default."""
+    for family in FAMILIES.values():
+        section, _, name = family.path.partition(".")
+        inside = data.get(section, {})
+        if not isinstance(inside, Mapping) or (section not in data and _required(section)):
+            continue
+        if name == "metrics.*":
+            listed = inside.get("metrics")
+            if isinstance(listed, list | tuple):
+                yield from (((*METRICS, index), family.name) for index in range(len(listed)))
+        elif "*" not in name:
+            yield (section, name), family.name
+
+
+def _required(section: str) -> bool:
+    return CellConfig.model_fields[section].is_required()
+
+
+def _default(path: KeyPath) -> Part | None:
+    model = field_of(CellConfig, path[:-1])
+    if model is None or not isinstance(path[-1], str):
+        return None
+    default = model.model_fields[path[-1]].default
+    return default if isinstance(default, Part) else None
+
+
+def _part_at(
+    data: Mapping[str, Any], path: KeyPath, plugins: Plugins, family: str
+) -> tuple[Part | None, list[Problem]]:
+    """Return the checked part at ``path``; None and no problem for one that is required and missing."""
+    default = _default(path)
+    value: Any = data
+    for step in path:
+        if isinstance(value, Mapping) and step not in value:
+            value = default
+            break
+        value = value[step]
+    if value is None and default is None and isinstance(path[-1], str):
+        return None, [
+            Problem(path, f"missing; give one of {', '.join(plugins.keys(family)) or 'no registered part'}")
+        ]
+    if isinstance(value, Mapping) and "use" not in value and default is not None:
+        value = {"use": default.use, **value}
+    if isinstance(value, Mapping) and isinstance(value.get("use"), str):
+        value = Part(use=value["use"], options={key: item for key, item in value.items() if key != "use"})
+    elif isinstance(value, str):
+        value = Part(use=value)
+    if not isinstance(value, Part):
+        return None, [Problem(path, f"should be NAME or {{use: NAME, option: value}}, got {value!r}")]
+    part, problems = plugins.check(family, value, path)
+    return part, problems
+
+
+def _put(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    inside: Any = data
+    for step in path[:-1]:
+        inside = inside.setdefault(step, {}) if isinstance(inside, dict) else inside[step]
+    inside[path[-1]] = value
+
+
+def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
+    """Return what is wrong between values that are each right on their own."""
+    from hpdm_core.assembly import Assembly
+
+    problems = []
+    if config.diffusion.sigma_min >= config.diffusion.sigma_max:
+        low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
+        problems.append(Problem(("diffusion", "sigma_min"), f"should be below sigma_max {high}, got {low}"))
+    assembly = Assembly(config, plugins)
+    failed: set[str] = set()
+    for name, path in LIGHT_PARTS.items():
+        if failed & set(NEEDS.get(name, ())):
+            continue
+        try:
+            getattr(assembly, name)
+        except HpdmError as error:
+            failed.add(name)
+            problems.extend(Problem(path, _bare(message, path)) for message in error.messages)
+        except Exception as error:
+            failed.add(name)
+            part = getattr(getattr(config, str(path[0])), str(path[-1]), None)
+            blame = f"'{part.use}' " if isinstance(part, Part) else ""
+            problems.append(Problem(path, f"{blame}cannot be built: {type(error).__name__}: {error}"))
+    return problems
+
+
+def _bare(message: str, path: KeyPath) -> str:
+    """Drop the key from the start of a message that names it itself."""
+    return message.removeprefix(f"{dotted(path)}: ")
