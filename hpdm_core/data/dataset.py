@@ -1,0 +1,85 @@
+"""What a dataset promises: short windows of video in [-1, 1], one at a time, with no randomness but the generator's.
+
+Not here: batches, levels and patches (training), and the files behind a dataset (`hpdm_core.data.file_clips`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hpdm_core.errors import InputError
+from hpdm_core.randomness import generator
+
+__all__ = ["NO_LABEL", "Clip", "ClipDataset", "ClipShape", "Split", "fixed_clips", "pick", "require_rgb"]
+
+Split = Literal["train", "held_out"]
+
+NO_LABEL = -1
+"""The label of a clip that has none; the model's null condition."""
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """The size of every clip of a dataset: frames, height and width in pixels, colour channels."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One window of video: ``video`` float32 [C, F, H, W] in [-1, 1]; ``label`` a class index, or -1 for none."""
+
+    video: Tensor
+    label: int = NO_LABEL
+
+
+@runtime_checkable
+class ClipDataset(Protocol):
+    """A source of clips of one shape, in two splits that share no frame. Safe to call from several threads."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label; empty when clips have no label."""
+
+    def draw(self, split: Split, generator: torch.Generator) -> Clip:
+        """Return one random clip of ``split``.
+
+        The result depends on the state of ``generator`` and on nothing else: not on earlier draws, so that a run
+        which is started again goes on as if it had not stopped. Raises TroubleError when the clips have vanished.
+        """
+
+    def distinct(self, split: Split) -> list[Clip] | None:
+        """Return every clip of ``split``, when they are a small fixed set; None when crops and windows vary."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the clips come from, as JSON.
+
+        ``name``; ``splits``: per split the numbers of clips and windows; ``files``: names with a fingerprint of their
+        content; ``skipped``: files that cannot be used, each with the reason.
+        """
+
+
+def pick(count: int, generator: torch.Generator) -> int:
+    """Return a uniform random integer in [0, ``count``)."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+def fixed_clips(dataset: ClipDataset, split: Split, number: int, stream: str) -> list[Clip]:
+    """Return ``number`` clips of ``split`` that are the same in every run, arm and seed.
+
+    Clip ``i`` is drawn from the stream ("evaluation", ``stream``, ``split``, i): a larger number extends the list.
+    """
+    return [dataset.draw(split, generator("evaluation", stream, split, index)) for index in range(number)]
+
+
+def require_rgb(name: str, clip: ClipShape) -> None:
+    """Raise InputError unless ``clip`` asks the dataset ``name`` for the three channels that its files have."""
+    if clip.channels != 3:
+        raise InputError(
+            f"model.channels: {clip.channels} was given; the dataset '{name}' has 3 (red, green, blue)"
+        )

@@ -1,0 +1,165 @@
+"""The reader `pyav`: exact frames by PyAV, which brings its own FFmpeg. The default.
+
+A frame's number is its place in the order of presentation times. Reading seeks to the key frame before the first frame
+that is wanted; where a file has no usable times, or seeking does not give the frames promised, it counts from the start.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import av.error
+import torch
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from hpdm_core.data.frames import resize
+from hpdm_core.data.readers import ReadError, VideoInfo, check_frames
+from hpdm_core.hookspecs import Register, hookimpl
+
+__all__ = ["PyAVReader", "register_video_readers"]
+
+MOST_INDEXES = 4096
+"""Files whose presentation times are remembered."""
+
+
+class PyAVReader:
+    """Reads RGB frames with PyAV. Safe to call from several threads: every call opens the file anew."""
+
+    def __init__(self) -> None:
+        self._indexes: OrderedDict[tuple[Path, int, int], tuple[int | None, ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def probe(self, path: Path) -> VideoInfo:
+        """Return the file's size: frames as its header claims, or counted by packets where it makes no claim."""
+        with _opened(path) as (_, stream):
+            rate = stream.average_rate or stream.guessed_rate
+            height, width, frames = stream.height, stream.width, stream.frames
+        return VideoInfo(
+            frames=frames or len(self._index(path)),
+            height=height,
+            width=width,
+            fps=float(rate) if rate else 0.0,
+        )
+
+    def read(self, path: Path, frames: Sequence[int], *, short_side: int | None = None) -> Tensor:
+        """Return the frames with the given numbers, uint8 [F, H, W, 3]; see `VideoReader.read`."""
+        index = self._index(path)
+        check_frames(path, frames, len(index))
+        wanted = sorted(set(frames))
+        found = self._by_time(path, wanted, index, short_side)
+        if len(found) < len(wanted):
+            found = self._by_counting(path, wanted, short_side)
+        if len(found) < len(wanted):
+            lost = next(number for number in wanted if number not in found)
+            raise ReadError(path, f"frame {lost} of {len(index)} cannot be decoded")
+        if len({frame.shape for frame in found.values()}) > 1:
+            raise ReadError(path, "its frames change size")
+        return torch.stack([found[number] for number in frames])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the versions of PyAV and of the libraries that it brings."""
+        libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+        return {"name": "pyav", "av": av.__version__, **libraries}
+
+    def _index(self, path: Path) -> tuple[int | None, ...]:
+        """Return the presentation times of the frames, sorted; all None where the file does not have them."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ReadError(path, _reason(error)) from error
+        key = (path, status.st_size, status.st_mtime_ns)
+        with self._lock:
+            if key in self._indexes:
+                self._indexes.move_to_end(key)
+                return self._indexes[key]
+        with _opened(path) as (container, stream):
+            times = [
+                packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard
+            ]
+        known = [time for time in times if time is not None]
+        index: tuple[int | None, ...]
+        if len(set(known)) == len(times):
+            index = tuple(sorted(known))
+        else:
+            index = (None,) * len(times)
+        with self._lock:
+            self._indexes[key] = index
+            while len(self._indexes) > MOST_INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _by_time(
+        self, path: Path, wanted: Sequence[int], index: Sequence[int | None], short_side: int | None
+    ) -> dict[int, Tensor]:
+        """Return the frames found by seeking; fewer than wanted when the file's times cannot be relied on."""
+        numbers = {index[number]: number for number in wanted}
+        if not wanted or None in numbers:
+            return {}
+        first, last = index[wanted[0]], index[wanted[-1]]
+        assert first is not None and last is not None, "excluded above"
+        found: dict[int, Tensor] = {}
+        with _opened(path) as (container, stream):
+            if wanted[0] > 0:
+                container.seek(first, stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.pts is None or (not found and frame.pts > first):
+                    return {}
+                if frame.pts in numbers:
+                    found[numbers[frame.pts]] = _pixels(path, frame, short_side)
+                if frame.pts >= last:
+                    break
+        return found
+
+    def _by_counting(self, path: Path, wanted: Sequence[int], short_side: int | None) -> dict[int, Tensor]:
+        """Return the frames found by decoding from the start."""
+        found: dict[int, Tensor] = {}
+        if not wanted:
+            return found
+        with _opened(path) as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    found[number] = _pixels(path, frame, short_side)
+                if number >= wanted[-1]:
+                    break
+        return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its first video stream; whatever FFmpeg says within the block becomes a ReadError."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ReadError(path, "has no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ReadError(path, "is coded in a format for which there is no decoder")
+            # Threads by frame add latency to every seek; slices do not, and decode faster on few cores.
+            stream.thread_type = "SLICE"
+            yield container, stream
+    except (av.error.FFmpegError, OSError) as error:
+        raise ReadError(path, _reason(error)) from error
+
+
+def _pixels(path: Path, frame: av.VideoFrame, short_side: int | None) -> Tensor:
+    if frame.is_corrupt:
+        raise ReadError(path, f"is damaged at {frame.time:.2f} s" if frame.time is not None else "is damaged")
+    return resize(torch.from_numpy(frame.to_ndarray(format="rgb24")), short_side)
+
+
+def _reason(error: Exception) -> str:
+    """Return what the system or FFmpeg says, as one line without the file's name."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())
+
+
+@hookimpl
+def register_video_readers(register: Register) -> None:
+    """Add pyav."""
+    register("pyav", PyAVReader, source="PyAV, https://pyav.basswood-io.com")

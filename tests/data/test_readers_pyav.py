@@ -1,0 +1,128 @@
+"""The default reader: the right frames, bit for bit, however they are asked for; and plain words for bad files."""
+
+import av
+import pytest
+import torch
+
+from hpdm_core.data.frames import resize
+from hpdm_core.data.readers import ReadError, VideoReader
+from hpdm_plugins import readers_pyav
+
+
+def sequential(path):
+    with av.open(str(path)) as container:
+        return torch.stack(
+            [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        )
+
+
+def test_is_a_video_reader(pyav):
+    assert isinstance(pyav, VideoReader)
+    assert pyav.describe()["av"] == av.__version__
+
+
+def test_lossless_frames_come_back_exactly(tmp_path, frames, write, pyav):
+    made = frames(7, 12, 20)
+    path = write(tmp_path / "clip.mkv", made)
+    assert torch.equal(pyav.read(path, range(7)), made)
+    assert torch.equal(pyav.read(path, [5, 2, 2, 6]), made[[5, 2, 2, 6]])
+
+
+def test_probe_gives_size_and_rate(tmp_path, frames, write, pyav):
+    path = write(tmp_path / "clip.mkv", frames(7, 12, 20))
+    info = pyav.probe(path)
+    assert (info.frames, info.height, info.width, info.fps) == (7, 12, 20, 25.0)
+
+
+H264 = {
+    "codec": "libx264",
+    "pix_fmt": "yuv420p",
+    "options": {"g": "8", "bf": "3", "x264-params": "open-gop=1"},
+}
+MPEG4 = {"codec": "mpeg4", "pix_fmt": "yuv420p", "options": {"g": "5", "bf": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "coding"),
+    [("a.mp4", H264), ("a.mkv", H264), ("a.avi", MPEG4), ("a.mp4", MPEG4)],
+    ids=["h264-mp4", "h264-mkv", "mpeg4-avi", "mpeg4-mp4"],
+)
+def test_any_frame_equals_decoding_in_order(tmp_path, frames, write, pyav, name, coding):
+    path = write(tmp_path / name, frames(30, 32, 48), **coding)
+    expected = sequential(path)
+    assert pyav.probe(path).frames == len(expected) == 30
+    for start in range(0, 28):
+        assert torch.equal(pyav.read(path, range(start, start + 3)), expected[start : start + 3]), start
+
+
+def test_uneven_times_do_not_move_frames(tmp_path, frames, write, pyav):
+    made = frames(6)
+    path = write(tmp_path / "clip.mkv", made, times=[0, 1, 7, 8, 30, 31])
+    assert torch.equal(pyav.read(path, [2, 4, 5]), made[[2, 4, 5]])
+
+
+def test_seeks_instead_of_decoding_from_the_start(tmp_path, frames, write, pyav, monkeypatch):
+    path = write(
+        tmp_path / "clip.mkv", frames(40, 32, 48), codec="libx264", pix_fmt="yuv420p", options={"g": "5"}
+    )
+    converted = []
+    pixels = readers_pyav._pixels
+    monkeypatch.setattr(
+        readers_pyav,
+        "_pixels",
+        lambda path, frame, side: converted.append(frame.pts) or pixels(path, frame, side),
+    )
+    monkeypatch.setattr(pyav, "_by_counting", lambda *_: pytest.fail("decoded from the start"))
+    pyav.read(path, [33, 34])
+    assert len(converted) == 2
+
+
+def test_counts_where_times_are_missing(tmp_path, frames, write, pyav, monkeypatch):
+    made = frames(6)
+    path = write(tmp_path / "clip.mkv", made)
+    monkeypatch.setattr(pyav, "_index", lambda path: (None,) * 6)
+    assert torch.equal(pyav.read(path, [4, 1]), made[[4, 1]])
+
+
+def test_resizes_each_frame(tmp_path, frames, write, pyav):
+    made = frames(3, 12, 20)
+    path = write(tmp_path / "clip.mkv", made)
+    read = pyav.read(path, [1], short_side=6)
+    assert read.shape == (1, 6, 10, 3)
+    assert torch.equal(read[0], resize(made[1], 6))
+
+
+def test_a_frame_beyond_the_end_is_named(tmp_path, frames, write, pyav):
+    path = write(tmp_path / "clip.mkv", frames(4))
+    with pytest.raises(ReadError, match=r"clip\.mkv: has 4 frames; frame number 4 was asked for"):
+        pyav.read(path, range(1, 5))
+
+
+def test_bad_files_give_one_line(tmp_path, pyav):
+    (tmp_path / "text.mp4").write_text("not a video")
+    for name, reason in [("text.mp4", "Invalid data"), ("none.mp4", "No such file")]:
+        with pytest.raises(ReadError, match=reason) as caught:
+            pyav.probe(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert name not in caught.value.reason
+        with pytest.raises(ReadError, match=reason):
+            pyav.read(tmp_path / name, [0])
+
+
+def test_a_sound_file_has_no_video_stream(tmp_path, pyav):
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame(format="s16", layout="mono", samples=80)
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+    with pytest.raises(ReadError, match="has no video stream"):
+        pyav.probe(tmp_path / "sound.mkv")
+
+
+def test_a_cut_off_file_fails_at_its_missing_end_only(tmp_path, frames, write, pyav):
+    made = frames(12, 32, 48)
+    path = write(tmp_path / "clip.mkv", made)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    assert torch.equal(pyav.read(path, [0, 1, 2]), made[:3])
+    with pytest.raises(ReadError):
+        pyav.read(path, [10])
