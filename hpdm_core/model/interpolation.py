@@ -8,6 +8,7 @@ the parent that the child covers, and no gather.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -81,9 +82,26 @@ def _cut(cells: Tensor, starts: Sequence[Sequence[int]], counts: Sequence[int]) 
     """Cut each row's box out of ``cells`` [B, F, H, W, D]."""
     if tuple(counts) == tuple(cells.shape[1:4]):
         return cells
-    f, h, w = counts
-    # Unbound first, so that the gradient of a row's box is a row and not the whole batch.
     boxes = [
-        row[i : i + f, j : j + h, k : k + w] for row, i, j, k in zip(cells.unbind(), *starts, strict=True)
+        tuple(slice(start, start + count) for start, count in zip(corner, counts, strict=True))
+        for corner in zip(*starts, strict=True)
     ]
-    return torch.stack(boxes)
+    cut: Tensor = _Boxes.apply(cells, boxes)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return cut
+
+
+class _Boxes(torch.autograd.Function):
+    """Stack one box per row. Slices would do, but their gradient fills a patch with zeros once per axis."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, boxes: Sequence[tuple[slice, ...]]) -> Tensor:
+        ctx.shape, ctx.boxes = cells.shape, boxes
+        return torch.stack([row[box] for row, box in zip(cells, boxes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        whole = gradient.new_zeros(ctx.shape)
+        for row, box, part in zip(whole, ctx.boxes, gradient, strict=True):
+            row[box] = part
+        return whole, None
