@@ -199,9 +199,10 @@ class Pyramid:
             raise ValueError(f"level {level} has no parent")
         self._check(level)
         bounds = []
-        for start, patch, q in zip(offset, self.patch, self.ratio, strict=True):
+        limits = self.size(level - 1)
+        for start, patch, q, limit in zip(offset, self.patch, self.ratio, limits, strict=True):
             first = max(-(-(start + patch) // q) - patch, 0)
-            bounds.append((first, start // q))
+            bounds.append((first, min(start // q, limit - patch)))
         return tuple(bounds)
 
     def parent(self, level: int, offset: Triple) -> Triple:
