@@ -7,9 +7,10 @@ extractor, is annotated ``Annotated[Part, "feature_extractors"]``.
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 
@@ -161,6 +162,28 @@ def described(model: type[BaseModel]) -> list[tuple[str, str, str]]:
     hints: Mapping[str, Any] = typing.get_type_hints(model, include_extras=True)
     rows = []
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else repr(field.default)
-        rows.append((name, inspect.formatannotation(hints[name]), default))
+        default = "required" if field.is_required() else _default_text(field.default)
+        rows.append((name, _type_text(hints[name]), default))
     return rows
+
+
+def _default_text(value: Any) -> str:
+    return value.use if isinstance(value, Part) and not value.options else repr(value)
+
+
+def _type_text(annotation: Any) -> str:
+    """Return an annotation as its author would write it, limits of a number included."""
+    if typing.get_origin(annotation) is Annotated:
+        inside, *marks = typing.get_args(annotation)
+        limits = [repr(limit) for mark in marks for limit in getattr(mark, "metadata", ())]
+        limits += [mark for mark in marks if isinstance(mark, str)]
+        return _type_text(inside) + (f" ({', '.join(limits)})" if limits else "")
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_type_text(each) for each in typing.get_args(annotation))
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(repr(each) for each in typing.get_args(annotation))
+    inner = typing.get_args(annotation)
+    if inner:
+        texts = ["..." if each is ... else _type_text(each) for each in inner]
+        return f"{typing.get_origin(annotation).__name__}[{', '.join(texts)}]"
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
