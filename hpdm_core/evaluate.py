@@ -1,0 +1,369 @@
+"""The evaluate stage: one metric on one cell. ``python -m hpdm_core.evaluate CELL_DIR`` runs it without a
+study.
+
+A metric sees the cell through an `EvaluationContext`, which opens what is asked for and nothing else.
+Features of real clips depend on the data alone and are kept in a folder of the store, for all cells. A clip
+is turned into a level by the operator that training uses, then rounded to uint8, as generated videos are
+when they are stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor
+
+from hpdm_core.assembly import Assembly
+from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.errors import InputError, TroubleError, report_errors
+from hpdm_core.metrics.corruptions import CORRUPTIONS
+from hpdm_core.metrics.protocol import data_facts, resolution
+from hpdm_core.plugins import build_plugins
+from hpdm_core.pyramid import downsample
+from hpdm_core.randomness import generator
+
+if TYPE_CHECKING:
+    from hpdm_core.data.dataset import Clip, Split
+    from hpdm_core.denoiser import Denoiser
+    from hpdm_core.metrics.frechet import Features
+    from hpdm_core.metrics.protocol import FeatureExtractor, Metric
+
+__all__ = ["EvaluationContext", "evaluate_metric", "main"]
+
+_BATCH = 16  # videos whose features are computed together; fixed, so that results are the same bits
+
+
+class EvaluationContext:
+    """What a metric may read of a cell.
+
+    ``model_path``: the averaged weights; ``samples_folder``: the stored videos; ``train_result``: the train
+    stage's result; ``cache``: a folder for the features of real clips, None to keep them in memory only.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        *,
+        model_path: Path | None = None,
+        samples_folder: Path | None = None,
+        train_result: Mapping[str, Any] | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.assembly = assembly
+        self.model_path = model_path
+        self.samples_folder = samples_folder
+        self.train_result: Mapping[str, Any] = train_result or {}
+        self.facts: dict[str, Any] = {}
+        """What was found while measuring, for the record: labels, the data's fingerprint."""
+        self._cache = cache
+        self._extractors: dict[str, FeatureExtractor] = {}
+        self._features: dict[str, list[Features]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.assembly.config.runtime.device)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The trained model with averaged weights, loaded on first use."""
+        from hpdm_core.training.trainer import load_ema_model
+
+        if self.model_path is None or not self.model_path.is_file():
+            raise TroubleError(f"weights: no file {self.model_path}; train the cell first")
+        return self.assembly.denoiser(load_ema_model(self.assembly, self.model_path))
+
+    # Videos
+
+    def clip(self, stream: str, split: Split, number: int) -> Clip:
+        """Return clip ``number`` of a fixed list, as `hpdm_core.data.dataset.fixed_clips`, one at a time."""
+        return self.assembly.dataset.draw(split, generator("evaluation", stream, split, number))
+
+    @cached_property
+    def has_held_out(self) -> bool:
+        """Whether the data have a held-out split."""
+        try:
+            self.clip("reals", "held_out", 0)
+        except InputError:
+            return False
+        return True
+
+    def samples(self, level: int, indices: Sequence[int]) -> Tensor:
+        """Return generated videos ``indices``, uint8 [n, F, H, W, C]."""
+        from hpdm_core.sampling.files import read_level
+
+        if self.samples_folder is None:
+            raise TroubleError("samples: no folder was given; sample the cell first")
+        return read_level(self.samples_folder, indices, level)
+
+    def reals(self, split: Split, numbers: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+        """Return real clips on every level, uint8 [n, F, H, W, C] each, and their labels."""
+        pyramid, mode = self.assembly.pyramid, self.assembly.config.data.downsampling
+        clips = [self.clip("reals", split, number) for number in numbers]
+        videos = torch.stack([clip.video for clip in clips])
+        levels = [
+            _to_uint8(downsample(videos, pyramid.pitch(level), mode)) for level in range(pyramid.levels)
+        ]
+        return levels, [clip.label for clip in clips]
+
+    # Features
+
+    def extractor(self, part: Part) -> FeatureExtractor:
+        """Return the feature extractor ``part``, built once."""
+        name = part.model_dump_json()
+        if name not in self._extractors:
+            self._extractors[name] = self.assembly.make("feature_extractors", part)
+        return self._extractors[name]
+
+    def fake_features(self, part: Part) -> list[Features]:
+        """Return the features [n, d] of all ``evaluation.samples`` generated videos, per level."""
+        from hpdm_core.sampling.files import read_label
+
+        if self.samples_folder is None:
+            raise TroubleError("samples: no folder was given; sample the cell first")
+        folder = self.samples_folder
+        count = self.assembly.config.evaluation.samples
+        extract = self.extractor(part).features
+        levels = [
+            _stacked(extract(self.samples(level, batch)) for batch in _batches(count))
+            for level in range(self.assembly.config.model.levels)
+        ]
+        self.facts["labels_of_fakes"] = _counted([read_label(folder, index) for index in range(count)])
+        return levels
+
+    def real_features(
+        self, part: Part, *, split: Split, count: int, corruption: str | None = None
+    ) -> list[Features]:
+        """Return the features [count, d] of real clips per level, corrupted after they were made small if
+        asked for.
+        """
+        asked = {
+            **data_facts(self.assembly.config),
+            "fingerprint": self.data_fingerprint,
+            "extractor": self.extractor(part).describe(),
+            "split": split,
+            "count": count,
+            "corruption": corruption,
+            "torch": torch.__version__,
+        }
+        key = _sha256(asked)
+        if key not in self._features:
+            found = self._cached(key) if corruption is None else None
+            if found is None:
+                found = self._extract_reals(part, split=split, count=count, corruption=corruption)
+                if corruption is None:
+                    self._keep(key, found)
+            self._features[key] = found[:-1]
+            self.facts[f"labels_of_reals_{split}"] = _counted(found[-1].astype(int).tolist())
+        return self._features[key]
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """SHA-256 of what the dataset says of its files."""
+        described = self.assembly.dataset.describe()
+        self.facts["dataset"] = described.get("name", self.assembly.config.data.dataset.use)
+        self.facts["data_fingerprint"] = _sha256(described)
+        return str(self.facts["data_fingerprint"])
+
+    def _extract_reals(
+        self, part: Part, *, split: Split, count: int, corruption: str | None
+    ) -> list[Features]:
+        """Return the features per level, then the labels [count]."""
+        extract = self.extractor(part).features
+        labels: list[int] = []
+        parts: list[list[Tensor]] = [[] for _ in range(self.assembly.config.model.levels)]
+        for batch in _batches(count):
+            levels, drawn = self.reals(split, batch)
+            labels += drawn
+            for level, videos in enumerate(levels):
+                if corruption is not None:
+                    spoil = CORRUPTIONS[corruption]
+                    streams = [generator("evaluation", corruption, level, number) for number in batch]
+                    videos = torch.stack(
+                        [spoil(clip, stream) for clip, stream in zip(videos, streams, strict=True)]
+                    )
+                parts[level].append(extract(videos))
+        return [*(_stacked(made) for made in parts), np.asarray(labels, dtype=np.float64)]
+
+    def _cached(self, key: str) -> list[Features] | None:
+        if self._cache is None:
+            return None
+        try:
+            with np.load(self._cache / f"{key}.npz", allow_pickle=False) as file:
+                return [file[f"array{index}"] for index in range(self.assembly.config.model.levels + 1)]
+        except (OSError, ValueError, KeyError, EOFError):  # absent, or damaged: made again
+            return None
+
+    def _keep(self, key: str, arrays: list[Features]) -> None:
+        if self._cache is None:
+            return
+        self._cache.mkdir(parents=True, exist_ok=True)
+        temporary = self._cache / f".{key}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with temporary.open("wb") as handle:
+                np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(self._cache / f"{key}.npz")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def evaluate_metric(
+    assembly: Assembly,
+    part: Part,
+    *,
+    model_path: Path | None = None,
+    samples_folder: Path | None = None,
+    train_result: Mapping[str, Any] | None = None,
+    store_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Measure the metric ``part`` and return its result, as JSON.
+
+    ``store_folder``: the evaluation's own folder in the store, evaluations/<key>/; features of real clips
+    are kept beside, in features/ of the store. The result: ``metric``, ``needs``, ``rows`` (each with
+    ``metric``, ``level``, ``resolution``, ``value`` and its own columns) and ``protocol``: everything that
+    the values depend on, and what was found while measuring.
+    """
+    started = time.monotonic()
+    metric: Metric = assembly.make("metrics", part)
+    context = EvaluationContext(
+        assembly,
+        model_path=model_path,
+        samples_folder=samples_folder,
+        train_result=train_result,
+        cache=None if store_folder is None else store_folder.parent.parent / "features",
+    )
+    sizes = [resolution(assembly.pyramid.size(level)) for level in range(assembly.pyramid.levels)]
+    rows = []
+    for row in metric.evaluate(context):
+        level, value = row.get("level"), row["value"]
+        finite = value is not None and math.isfinite(value)
+        rows.append(
+            {**row, "value": value if finite else None, "resolution": None if level is None else sizes[level]}
+        )
+    return {
+        "metric": metric.name,
+        "needs": metric.needs,
+        "part": part.model_dump(mode="json"),
+        "rows": rows,
+        "protocol": {**metric.protocol(assembly), "levels": sizes, **context.facts},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _to_uint8(videos: Tensor) -> Tensor:
+    from hpdm_core.sampling.files import to_uint8
+
+    return to_uint8(videos)
+
+
+def _batches(count: int) -> Iterator[range]:
+    return (range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH))
+
+
+def _stacked(parts: Iterator[Tensor] | list[Tensor]) -> Features:
+    made: Features = torch.cat(list(parts)).double().cpu().numpy()
+    return made
+
+
+def _counted(labels: Sequence[int]) -> dict[str, int]:
+    return {str(label): count for label, count in sorted(Counter(labels).items())}
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpdm_core.evaluate",
+        description="Measure metrics on a trained cell and print their rows.",
+    )
+    parser.add_argument(
+        "cell", type=Path, metavar="CELL_DIR", help="a train stage: STORE/train/KEY, with spec.json"
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="NAME or '{use: NAME, option: value}', may be repeated; default: those of the cell",
+    )
+    parser.add_argument(
+        "--samples", type=Path, metavar="DIR", help="generated videos; default: those of the cell"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the results with their protocols as JSON"
+    )
+    given = parser.parse_args(arguments)
+    spec = _read_json(given.cell / "spec.json", "it is not a train stage of a store")
+    plugins = build_plugins(spec.get("plugins", ()))
+    try:
+        assembly = Assembly(CellConfig.model_validate(spec["config"]), plugins)
+    except (KeyError, ValidationError) as error:
+        raise InputError(
+            f"{given.cell / 'spec.json'}: not a cell of this version ({type(error).__name__})"
+        ) from error
+    parts = [plugins.validate("metrics", _part(text)) for text in given.metric]
+    store = given.cell.resolve().parent.parent
+    samples = given.samples or store / "samples" / str(spec.get("keys", {}).get("samples"))
+    result_file = given.cell / "result.json"
+    results = []
+    for part in parts or assembly.config.evaluation.metrics:
+        result = evaluate_metric(
+            assembly,
+            part,
+            model_path=given.cell / "model.safetensors",
+            samples_folder=samples,
+            train_result=_read_json(result_file, "train the cell first") if result_file.exists() else None,
+            store_folder=store / "evaluations" / "none",
+        )
+        results.append(result)
+        for row in result["rows"]:
+            print("\t".join(f"{name}={value}" for name, value in row.items() if value is not None))
+        print(f"protocol of {result['metric']}: {json.dumps(result['protocol'], sort_keys=True)}", flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); {hint}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds no JSON object; {hint}")
+    return data
+
+
+def _part(text: str) -> Part:
+    try:
+        return Part.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise InputError(
+            f"--metric: '{text}' is not a part; allowed is NAME or '{{use: NAME, option: value}}'"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,45 @@
+"""What training cost: speed, time, memory, size and arithmetic, from the train stage's result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpdm_core.errors import TroubleError
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.metrics.protocol import Need, Row
+
+__all__ = ["Throughput"]
+
+FIGURES = {
+    "videos_per_second": "training videos per second of optimizer steps",
+    "seconds": "seconds of training, all attempts",
+    "peak_memory_bytes": "largest memory of the process (CPU) or allocated (GPU)",
+    "parameters": "trainable parameters",
+    "flops_per_step": "floating-point operations of one optimizer step, counted on the meta device",
+}
+
+
+class Throughput:
+    """The metric ``throughput``: a row ``throughput.FIGURE`` for each of `FIGURES`, without a level."""
+
+    name = "throughput"
+    needs: Need = "training"
+
+    def protocol(self, assembly: Assembly) -> dict[str, Any]:
+        """Return what each figure is, and on what device it was taken."""
+        return {"metric": self.name, "figures": FIGURES, "device": assembly.config.runtime.device}
+
+    def evaluate(self, context: EvaluationContext) -> list[Row]:
+        """Return the rows; raises TroubleError when the train stage has no such figure."""
+        result = context.train_result
+        missing = [name for name in FIGURES if not isinstance(result.get(name), int | float)]
+        if missing:
+            raise TroubleError(
+                f"throughput: the training result has no {', '.join(missing)}; train the cell first"
+            )
+        return [
+            {"metric": f"{self.name}.{name}", "level": None, "value": float(result[name])} for name in FIGURES
+        ]

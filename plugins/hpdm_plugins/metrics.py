@@ -1,0 +1,78 @@
+"""Metrics: distances on features, what those distances see, the held-out loss, and the cost of training."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hpdm_core.config.schema import Part
+from hpdm_core.hookspecs import Register, hookimpl
+from hpdm_core.metrics.distance import CorruptionCheck, FeatureDistance
+from hpdm_core.metrics.frechet import Features, frechet_distance
+from hpdm_core.metrics.held_out_loss import SIGMAS, HeldOutLoss
+from hpdm_core.metrics.kernel import kernel_distance
+from hpdm_core.metrics.throughput import Throughput
+
+__all__ = ["register_metrics"]
+
+Extractor = Annotated[Part, "feature_extractors"]
+Limit = Annotated[int, Field(gt=0)] | None
+RANDOM3D = Part(use="random3d")
+FEW_DIMENSIONS = 24
+
+
+def frechet(
+    *, extractor: Extractor = RANDOM3D, dimensions: Limit = FEW_DIMENSIONS, ddof: Literal[0, 1] = 0
+) -> FeatureDistance:
+    """Frechet distance on ``extractor``; at most ``dimensions`` principal directions when clips are few."""
+
+    def measure(first: Features, second: Features) -> float:
+        return frechet_distance(first, second, ddof=ddof)
+
+    return FeatureDistance(
+        "frechet", measure, extractor=extractor, dimensions=dimensions, settings={"ddof": ddof}
+    )
+
+
+def kvd(*, extractor: Extractor = RANDOM3D, dimensions: Limit = None) -> FeatureDistance:
+    """Unbiased kernel distance on ``extractor``, in all dimensions unless limited: it has no bias of few
+    clips.
+    """
+    return FeatureDistance(
+        "kvd",
+        kernel_distance,
+        extractor=extractor,
+        dimensions=dimensions,
+        settings={"kernel": "(x.y/d + 1)^3"},
+    )
+
+
+def sensitivity(
+    *, distance: Literal["frechet", "kvd"] = "frechet", extractor: Extractor = RANDOM3D
+) -> CorruptionCheck:
+    """How many floors away corrupted real clips are, by ``distance`` on ``extractor``. Once per study."""
+    return CorruptionCheck(
+        frechet(extractor=extractor) if distance == "frechet" else kvd(extractor=extractor)
+    )
+
+
+def held_out_loss(
+    *,
+    patches: Annotated[int, Field(gt=0)] = 64,
+    split: Literal["held_out", "train"] = "held_out",
+    sigmas: tuple[Annotated[float, Field(gt=0)], ...] = SIGMAS,
+    self_conditioning: bool = True,
+) -> HeldOutLoss:
+    """Squared error of the denoised estimate on fixed real patches, in data units."""
+    return HeldOutLoss(patches=patches, split=split, sigmas=sigmas, self_conditioning=self_conditioning)
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    """Register the built-in metrics."""
+    register(
+        "held_out_loss", held_out_loss, source="HPDM: denoising error at fixed sigma_eff on fixed patches"
+    )
+    register("frechet", frechet, source="Heusel et al. 2017 (1706.08500), on features named in brackets")
+    register("kvd", kvd, source="Unterthiner et al. 2018 (1812.01717); Binkowski et al. 2018 (1801.01401)")
+    register("sensitivity", sensitivity, source="HPDM: corruptions of real clips, in units of the floor")
+    register("throughput", Throughput, source="HPDM: speed, memory, parameters and FLOPs of training")
