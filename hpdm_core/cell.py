@@ -1,0 +1,443 @@
+"""One cell: a configuration, trained once, sampled, evaluated. Its stages live in the store and are shared by
+key.
+
+`Cell.run` does what is missing and nothing else. It may be killed at any moment and run again. A worker's
+whole job is `run_cell`, a path to a spec file, so that a queue of jobs survives upgrades of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpdm_core.config.keys import canonical_json, evaluation_key, sample_key, train_key
+from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
+from hpdm_core.errors import TroubleError
+from hpdm_core.plugins import Plugins, build_plugins
+from hpdm_core.plugins.observers import Observers
+from hpdm_core.study.files import read_json, write_json
+from hpdm_core.study.lease import Held, Process
+from hpdm_core.study.store import Attempt, Stage, Store, describe
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+
+__all__ = ["Cell", "Keys", "Step", "run_cell"]
+
+Progress = Callable[[dict[str, Any]], None]
+WAIT_SECONDS = 0.5
+SHEET_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The keys of a cell's stages; ``evaluations`` stand in the order of the configuration's metrics."""
+
+    train: str
+    samples: str
+    evaluations: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of one cell: its name for people, where it lies, and what runs it under a claim."""
+
+    name: str
+    stage: Stage
+    run: Callable[[Attempt, Progress], Mapping[str, Any]]
+
+
+class Cell:
+    """One model with one seed: three stages, train -> sample -> evaluate each metric.
+
+    ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
+    store.
+    """
+
+    def __init__(
+        self, config: CellConfig, plugins: Plugins, *, store: Path, arm: str = "run", study: str = ""
+    ) -> None:
+        self.config = config
+        self.plugins = plugins
+        self.arm = arm
+        self.seed = config.seed
+        self.study = study
+        self.store = Store(store)
+        self.observers = Observers(plugins, self)
+
+    @property
+    def name(self) -> str:
+        """What people call the cell."""
+        return f"{self.arm}, seed {self.seed}"
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        """The parts of the cell, built on first use."""
+        from hpdm_core.assembly import Assembly
+
+        return Assembly(self.config, self.plugins)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of the stages."""
+        train = train_key(self.config, self.plugins)
+        samples = sample_key(train, self.config, self.plugins)
+        made = tuple(self._evaluation_key(part, train, samples) for part in self.config.evaluation.metrics)
+        return Keys(train=train, samples=samples, evaluations=made)
+
+    def _evaluation_key(self, part: Part, train: str, samples: str) -> str:
+        from hpdm_core.metrics.protocol import data_facts
+
+        metric = self.plugins.make("metrics", part)
+        base = {"training": train, "model": train, "samples": samples}.get(metric.needs)
+        if base is None:
+            base = hashlib.sha256(canonical_json(data_facts(self.config)).encode()).hexdigest()
+        protocol = {**metric.protocol(self.assembly), "metric": metric.name}
+        return evaluation_key(base, protocol, part=part, plugins=self.plugins)
+
+    @cached_property
+    def identity(self) -> str:
+        """The cell's own hash: it changes when anything that is to be computed changes."""
+        facts = {
+            "train": self.keys.train,
+            "samples": self.keys.samples,
+            "evaluations": sorted(self.keys.evaluations),
+            "count": self.config.evaluation.samples,
+        }
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
+
+    # Stages
+
+    @property
+    def train_stage(self) -> Stage:
+        """Where the model is."""
+        return self.store.stage("train", self.keys.train)
+
+    @property
+    def sample_stage(self) -> Stage:
+        """Where the generated videos are."""
+        return self.store.stage("samples", self.keys.samples)
+
+    def evaluation_stages(self) -> list[tuple[Part, Stage]]:
+        """Where each metric's result is."""
+        keys = self.keys.evaluations
+        parts = self.config.evaluation.metrics
+        return [(part, self.store.stage("evaluations", key)) for part, key in zip(parts, keys, strict=True)]
+
+    @cached_property
+    def _needs(self) -> list[str]:
+        return [self.plugins.make("metrics", part).needs for part in self.config.evaluation.metrics]
+
+    def missing(self) -> list[Step]:
+        """Return what is still to be done, in order. Reads result files only.
+
+        Samples and weights whose evaluations are done are caches: they are made again only when something
+        needs them.
+        """
+        evaluations = list(zip(self._needs, self.evaluation_stages(), strict=True))
+        open_needs = {need for need, (_, stage) in evaluations if not stage.done}
+        steps = [
+            Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part))
+            for _, (part, stage) in evaluations
+            if not stage.done
+        ]
+        sampled = [stage for need, (_, stage) in evaluations if need == "samples"]
+        evaluated = bool(sampled) and all(stage.done for stage in sampled)
+        recorded = (self.sample_stage.result() or {}).get("samples", 0) >= self.config.evaluation.samples
+        to_sample = not recorded and not evaluated
+        if "samples" in open_needs and not self._samples_present():
+            to_sample = True
+        if to_sample:
+            steps.insert(0, Step(name="sample", stage=self.sample_stage, run=self._sample))
+        weights = (self.train_stage.folder / "model.safetensors").exists()
+        if not self.train_stage.done or ((to_sample or "model" in open_needs) and not weights):
+            steps.insert(0, Step(name="train", stage=self.train_stage, run=self._train))
+        return steps
+
+    def results(self) -> dict[str, Any]:
+        """Return stage name -> result of the stages that are done."""
+        found = {"train": self.train_stage.result(), "sample": self.sample_stage.result()}
+        for part, stage in self.evaluation_stages():
+            name = f"evaluate {part.use}"
+            number = 2
+            while name in found:  # one metric may be asked for twice, with different options
+                name = f"evaluate {part.use} {number}"
+                number += 1
+            found[name] = stage.result()
+        return {name: result for name, result in found.items() if result is not None}
+
+    # Running
+
+    def run(self, progress: Progress | None = None, *, own_output: bool = False) -> dict[str, Any]:
+        """Do what is missing and return `results`.
+
+        ``progress`` is called with a dict about every second and at each stage's start; ``own_output`` sends
+        what this process prints to the attempts' log files. Raises what a stage raises, after noting it in
+        the attempt.
+        """
+        steps = self.missing()
+        if not steps:
+            return self.results()
+        self.observers.call("before_cell_started")
+        try:
+            for step in steps:
+                self._run_step(step, progress, own_output=own_output)
+        except Exception as error:
+            self.observers.call("on_cell_error", error=error)
+            raise
+        results = self.results()
+        self.observers.call("after_cell_finished", result=results)
+        return results
+
+    def _run_step(self, step: Step, progress: Progress | None, *, own_output: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    attempt = stack.enter_context(step.stage.claim())
+                    break
+                except Held as held:  # another study's worker, or one that outlived its controller
+                    if progress is not None:
+                        progress({"stage": step.name, "waiting": str(held)})
+                    time.sleep(WAIT_SECONDS)
+            if step.stage.key not in {todo.stage.key for todo in self.missing()}:
+                return  # the other has done it
+            if own_output:
+                attempt.take_output()
+            attempt.log(f"{step.name} of {self.name}, study '{self.study}', {Process.here()}")
+            report = _Reporter(step.name, attempt, progress)
+            report({})
+            started = time.monotonic()
+            made = dict(step.run(attempt, report))
+            files = made.pop("files", {})
+            attempt.finish(
+                {
+                    **made,
+                    **self._provenance(),
+                    "wall_seconds": time.monotonic() - started,
+                    "attempts": attempt.number,
+                    "observer_errors": [*made.get("observer_errors", []), *self.observers.errors],
+                },
+                files=files,
+            )
+            attempt.log(f"{step.name} done")
+            if (
+                step.name == "train"
+            ):  # what resuming needed is of no more use, but what was asked to be kept is
+                attempt.drop("checkpoints", keep=[f"{at:08d}" for at in self.config.training.keep])
+
+    def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
+        from hpdm_core.training.trainer import Trainer
+
+        write_json(attempt.stage.folder / "spec.json", self.spec())
+        trainer = Trainer(self.assembly, folder=attempt.folder, previous=attempt.previous, cell=self)
+        result = trainer.run(report)
+        return {**result, "files": {"model.safetensors": "model.safetensors"}}
+
+    def _sample(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
+        from hpdm_core.sampling import files
+        from hpdm_core.sampling.cascade import label_of, sample
+        from hpdm_core.training.trainer import load_ema_model
+
+        folder = attempt.stage.folder
+        for left in folder.glob(".*.tmp*"):  # half a file of a killed attempt
+            left.unlink(missing_ok=True)
+        count = self.config.evaluation.samples
+        classes = self.config.model.classes
+        started = time.monotonic()
+        missing = files.missing_samples(folder, count)
+        batches = files.batches_to_sample(missing, count, self.config.runtime.sample_batch)
+        have = count - len(missing)
+
+        def sampled(numbers: Mapping[str, Any]) -> None:
+            report({**numbers, "step": have, "steps": count})
+
+        denoiser = None
+        for batch in batches:
+            if denoiser is None:
+                denoiser = self.assembly.denoiser(
+                    load_ema_model(self.assembly, self.train_stage.folder / "model.safetensors")
+                )
+            labels = [label_of(index, classes) for index in batch]
+            sampled({})
+            levels = sample(
+                self.assembly,
+                denoiser,
+                batch,
+                labels,
+                observe=lambda level, videos: self.observers.call(
+                    "after_level_sampled", level=level, videos=videos
+                ),
+                progress=sampled,
+            )
+            for row, (index, label) in enumerate(zip(batch, labels, strict=True)):
+                if index in missing:
+                    files.write_sample(folder, index, [level[row] for level in levels], label=label)
+                    have += 1
+        shown = [files.read_sample(folder, index) for index in range(min(count, SHEET_ROWS))]
+        files.contact_sheet(attempt.folder / "contact_sheet.png", shown)
+        return {
+            "samples": count,
+            "seconds": time.monotonic() - started,
+            "files": {"contact_sheet.png": "contact_sheet.png"},
+        }
+
+    def _samples_present(self) -> bool:
+        folder = self.sample_stage.folder
+        return all(
+            (folder / f"{index:06d}.safetensors").exists() for index in range(self.config.evaluation.samples)
+        )
+
+    def _evaluator(self, part: Part) -> Callable[[Attempt, Progress], Mapping[str, Any]]:
+        def evaluate(attempt: Attempt, report: Progress) -> Mapping[str, Any]:
+            from hpdm_core.evaluate import evaluate_metric
+
+            return evaluate_metric(
+                self.assembly,
+                part,
+                model_path=self.train_stage.folder / "model.safetensors",
+                samples_folder=self.sample_stage.folder,
+                train_result=self.train_stage.result() or {},
+                store_folder=attempt.stage.folder,
+            )
+
+        return evaluate
+
+    def _provenance(self) -> dict[str, Any]:
+        from hpdm_core.study.provenance import git_commit, machine, versions
+
+        return {
+            "versions": {**versions(), "plugins": self.plugins.versions()},
+            "git": git_commit(),
+            "machine": machine(),
+            "schema": SCHEMA_VERSION,
+        }
+
+    # Spec files
+
+    def spec(self) -> dict[str, Any]:
+        """Return everything that another process needs to run, sample or evaluate the cell, as JSON."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "config": self.config.model_dump(mode="json"),
+            "plugins": list(self.plugins.names),
+            "keys": {
+                "train": self.keys.train,
+                "samples": self.keys.samples,
+                "evaluations": list(self.keys.evaluations),
+            },
+            "arm": self.arm,
+            "study": self.study,
+            "store": str(self.store.root.resolve()),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Cell:
+        """Rebuild a cell from `spec`. Raises `TroubleError` when its keys are not those that it was planned
+        with.
+        """
+        if spec.get("schema") != SCHEMA_VERSION:
+            raise TroubleError(
+                f"the cell was planned by another version (schema {spec.get('schema')}, this is "
+                f"{SCHEMA_VERSION}); run the study again"
+            )
+        cell = cls(
+            CellConfig.model_validate(spec["config"]),
+            build_plugins(spec["plugins"]),
+            store=Path(spec["store"]),
+            arm=spec["arm"],
+            study=spec["study"],
+        )
+        if cell.spec()["keys"] != spec["keys"]:
+            raise TroubleError(
+                f"{cell.name}: a plugin's source or a metric's protocol has changed since the cell was "
+                "planned; run the study again"
+            )
+        return cell
+
+
+class _Reporter:
+    """Writes an attempt's heartbeat, about once a second, and passes progress on."""
+
+    def __init__(self, name: str, attempt: Attempt, forward: Progress | None) -> None:
+        self._name = name
+        self._attempt = attempt
+        self._forward = forward
+        self._started = time.time()
+        self._first: int | None = None
+        self._first_time: float | None = None
+        self._last = float("-inf")
+
+    def __call__(self, progress: dict[str, Any]) -> None:
+        now = time.monotonic()
+        finished = progress.get("step") is not None and progress.get("step") == progress.get("steps")
+        if now - self._last < 1.0 and not finished:
+            return
+        self._last = now
+        if self._first is None and progress.get("step") is not None:
+            self._first, self._first_time = progress["step"], time.time()
+        whole = {
+            "stage": self._name,
+            "started": self._started,
+            "first": self._first,
+            "first_time": self._first_time,
+            **progress,
+            "time": time.time(),
+        }
+        with contextlib.suppress(OSError):  # a full disk shows where something matters
+            self._attempt.heartbeat(whole)
+        if self._forward is not None:
+            self._forward(whole)
+
+
+def run_cell(path: str, progress: Progress | None = None) -> None:
+    """Run the cell in the spec file ``path``: all that a worker process does.
+
+    Beside the spec, ``worker.json`` says which process runs it, and ``error.json`` why it failed. SIGTERM
+    ends it as Ctrl-C would, leaving its stage free at once. With ``progress`` it runs in the caller's
+    process, and prints there.
+    """
+    spec_file = Path(path)
+    folder = spec_file.parent
+    with _ended_by_sigterm():
+        write_json(folder / "worker.json", Process.here().to_json(), durable=False)
+        try:
+            spec = read_json(spec_file)
+            if spec is None:
+                raise TroubleError(f"{spec_file}: no readable spec of a cell")
+            for name, value in spec.get("environment", {}).items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            Cell.from_spec(spec).run(progress, own_output=progress is None)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                write_json(folder / "error.json", describe(error))
+            raise
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit; submitit's own handler would ignore it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

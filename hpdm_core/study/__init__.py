@@ -1,0 +1,7 @@
+"""The study engine: cells, their stages by key, the ledger, the controller and its backends.
+
+Modules are imported one by one (``hpdm_core.study.store`` and so on); nothing is loaded here, so that a
+worker that needs the store alone does not pay for the controller.
+"""
+
+__all__: list[str] = []

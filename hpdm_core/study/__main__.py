@@ -1,0 +1,201 @@
+"""``python -m hpdm_core.study FILE``: run a study, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from hpdm_core.config.study_file import StudyConfig, load_study
+from hpdm_core.errors import InputError, report_errors
+from hpdm_core.study.backends import BACKENDS, make_backend
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser: its flags are a promise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpdm_core.study",
+        description="Run every cell (arm x seed) of a study: train, sample, evaluate, report. The same "
+        "command again goes on where it was; what is done is not done again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", help="the study file (YAML)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="sets",
+        help="change a key of the file, such as training.steps=100",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,...",
+        dest="arms",
+        help="add an arm",
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm alone")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        dest="plugins",
+        help="use a plugin: a Python file or a module",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where results go (default: results)",
+    )
+    parser.add_argument("--backend", metavar="NAME", help=f"where cells run: {', '.join(BACKENDS)}")
+    parser.add_argument(
+        "--max-parallel", type=_positive, metavar="N", help="how many cells may be under way at a time"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run and what it takes; write nothing"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 all cells done, 1 trouble, 130 after Ctrl-C."""
+    given = build_parser().parse_args(arguments)
+    study = load_study(
+        given.file,
+        sets=given.sets,
+        arms=given.arms,
+        only=given.only,
+        plugins=given.plugins,
+        backends=BACKENDS,
+    )
+    if given.dry_run:
+        from hpdm_core.study.dry_run import describe_study
+
+        print(describe_study(study, given.results))
+        return 0
+    again = shlex.join(
+        ["python", "-m", "hpdm_core.study", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    return run_study(
+        study,
+        given.results,
+        backend=given.backend,
+        max_parallel=given.max_parallel,
+        retry_failed=given.retry_failed,
+        again=again,
+    )
+
+
+def run_study(
+    study: StudyConfig,
+    results: Path,
+    *,
+    backend: str | None = None,
+    max_parallel: int | None = None,
+    retry_failed: bool = False,
+    again: str = "",
+) -> int:
+    """Run ``study`` with its results under ``results`` and return the exit code."""
+    from hpdm_core.cell import run_cell
+    from hpdm_core.study.cells import cells_of
+    from hpdm_core.study.controller import Controller
+    from hpdm_core.study.progress import make_display
+
+    use, options = study.backend.use, study.backend.options
+    if backend is not None and backend != use:
+        use, options = backend, {}
+    controllers: list[Controller] = []
+    chosen = make_backend(use, options, job=run_cell, tick=lambda: controllers[0].tick(), slots=max_parallel)
+    chosen.check()
+    check_writable(results)
+    results = results.resolve()
+    cells, others = cells_of(study, results / "store")
+    console = Console()
+    controllers.append(
+        Controller(
+            cells,
+            others=others,
+            folder=results / study.name,
+            study=study.name,
+            backend=chosen,
+            display=make_display(console),
+            source=study_text(study, again),
+            storage=study.storage,
+            retry_failed=retry_failed,
+            report=_report,
+            again=again,
+        )
+    )
+    before = (
+        signal.signal(signal.SIGTERM, _terminated),
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        return controllers[0].run()
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def study_text(study: StudyConfig, command: str) -> str:
+    """Return what the study's folder keeps as study.yaml: the file with presets and flags worked in."""
+    data = dict(study.resolved)
+    if not study.factors:
+        data["arms"] = study.arms
+    data["baseline"] = study.baseline
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"# {command}\n{text}" if command else text
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError` when nothing can be written under ``folder``; leaves nothing behind."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        # Asking for permissions is not enough: a file system may be read-only, and root is told yes.
+        Path(tempfile.mkdtemp(prefix=".hpdm-", dir=there)).rmdir()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"--results {folder}: not writable ({there}: {reason}); allowed: a folder that you may write"
+        ) from error
+
+
+def _report(folder: Path) -> str:
+    from hpdm_core.report import write_report
+
+    return str(write_report(folder))
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+    return number
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,26 @@
+"""From the design of a study to its cells in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from hpdm_core.cell import Cell
+from hpdm_core.config.study_file import StudyConfig
+from hpdm_core.study.design import plan
+
+__all__ = ["cells_of"]
+
+
+def cells_of(study: StudyConfig, store: Path) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells that ``--only`` leaves, in the order of their plan, and the others.
+
+    Nothing is read or written. Raises `InputError` when a part's options turn out wrong only now.
+    """
+    whole = dataclasses.replace(study, selected=tuple(study.arms))
+    cells = [
+        Cell(planned.config, study.plugins, store=store, arm=planned.arm, study=study.name)
+        for planned in plan(whole).cells
+    ]
+    chosen = set(study.selected)
+    return [cell for cell in cells if cell.arm in chosen], [cell for cell in cells if cell.arm not in chosen]

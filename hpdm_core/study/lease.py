@@ -1,0 +1,225 @@
+"""Who is working on what: process identities, and leases that outlive no process.
+
+A lease is a file that names its holder (host, pid, start of the process) and that the holder touches every
+few seconds. It is free when the process is dead (same host) or has not touched it for a while (another host).
+The same class locks a stage of the store against a second worker and a study against a second controller.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hpdm_core.errors import TroubleError
+from hpdm_core.study.files import read_json, write_json
+
+__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "Held", "Lease", "Process"]
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 90.0  # above the 60 s for which a network file system may show old attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process for all time: a pid alone is given to another process sooner or later."""
+
+    host: str
+    pid: int
+    start: str
+    """When the process started, as its system tells it: a boot's id and clock ticks, or a date."""
+
+    @classmethod
+    def here(cls) -> "Process":
+        """Return this process."""
+        return cls(host=_host(), pid=os.getpid(), start=_start_of(os.getpid()) or "unknown")
+
+    @classmethod
+    def of(cls, pid: int) -> "Process | None":
+        """Return the living process ``pid`` of this host, or None."""
+        start = _start_of(pid)
+        return None if start is None else cls(host=_host(), pid=pid, start=start)
+
+    @classmethod
+    def read(cls, data: Any) -> "Process | None":
+        """Return the process that a lease or job file describes, or None if it describes none."""
+        try:
+            return cls(host=str(data["host"]), pid=int(data["pid"]), start=str(data["start"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain form that `read` understands."""
+        return asdict(self)
+
+    def alive(self) -> bool | None:
+        """Whether the process still runs; None when it belongs to another host and cannot be asked."""
+        if self.host != _host():
+            return None
+        return _start_of(self.pid) == self.start
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host.partition(':')[0]}"
+
+
+class Held(Exception):
+    """The lease belongs to another living process."""
+
+    def __init__(self, holder: Process | None) -> None:
+        super().__init__(f"held by {holder or 'another process'}")
+        self.holder = holder
+
+
+class Lease:
+    """The right to work behind ``path``, while the block lasts.
+
+    Entering raises `Held` when a living process has it. A thread touches the file; `check` raises a
+    `TroubleError` once the lease was taken over, which happens to a machine that slept longer than
+    `STALE_SECONDS`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def holder(path: Path) -> Process | None:
+        """Return the living holder of the lease at ``path``, or None when it is free."""
+        data = read_json(path)
+        if data is None:
+            return None
+        process = Process.read(data)
+        alive = None if process is None else process.alive()
+        if alive is None:
+            alive = _age(path) < STALE_SECONDS
+        return process if alive else None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(self.path.with_name(f".{self.path.name}.guard")):
+            if self.path.exists():
+                holder = self.holder(self.path)
+                if holder is not None:
+                    raise Held(holder)
+                if read_json(self.path) is None and _age(self.path) < HEARTBEAT_SECONDS:
+                    raise Held(None)  # created by another host a moment ago, not yet filled
+                self.path.unlink(missing_ok=True)
+            try:
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            except FileExistsError:
+                raise Held(self.holder(self.path)) from None
+            try:
+                write_json(self.path, {**Process.here().to_json(), "token": self._token}, durable=False)
+            except BaseException:  # a full disk: an empty lease must not stay
+                self.path.unlink(missing_ok=True)
+                raise
+        self.check()
+        self._thread = threading.Thread(target=self._beat, name=f"lease {self.path.name}", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.mine():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def mine(self) -> bool:
+        """Whether the file still names this lease."""
+        data = read_json(self.path)
+        return data is not None and data.get("token") == self._token
+
+    def check(self) -> None:
+        """Raise a `TroubleError` when another process has taken the lease over."""
+        if not self.mine():
+            raise TroubleError(
+                f"{self.path}: another process has taken this work over (this one was silent for more than "
+                f"{STALE_SECONDS:.0f} s); what it did is left to the other"
+            )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if not self.mine():
+                return
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Let one process of this host in at a time. The kernel frees it when a process dies, however it dies.
+
+    Between hosts the creation of the lease file itself (``O_EXCL``) decides; this guard closes the gap
+    between judging a lease dead and replacing it. A file system without locks goes without.
+    """
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - Windows
+        yield
+        return
+    with path.open("a") as handle:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _age(path: Path) -> float:
+    """Seconds since ``path`` was touched; infinite when it is gone."""
+    try:
+        with path.open("rb") as handle:  # opening makes a network file system ask its server
+            return max(0.0, time.time() - os.fstat(handle.fileno()).st_mtime)
+    except OSError:
+        return float("inf")
+
+
+@cache
+def _host() -> str:
+    """This host, and the pid namespace when there are such: pids of another container mean nothing here."""
+    try:
+        namespace = Path("/proc/self/ns/pid").readlink().name.partition("[")[2].rstrip("]")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()}:{namespace}" if namespace else socket.gethostname()
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When process ``pid`` of this host started, or None when it is gone or only waits to be buried (a
+    zombie).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        return _start_from_ps(pid)
+    return None if fields[0] in "ZX" else f"{_boot()}:{fields[19]}"
+
+
+def _start_from_ps(pid: int) -> str | None:  # pragma: no cover - systems without /proc
+    shown = subprocess.run(
+        ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    state, _, start = shown.stdout.strip().partition(" ")
+    return start.strip() if start and not state.startswith("Z") else None

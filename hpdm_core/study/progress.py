@@ -1,0 +1,172 @@
+"""What a person sees while a study runs: a live table in a terminal, plain lines without one."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Display", "LiveDisplay", "PlainDisplay", "Row", "make_display", "seconds_left", "span"]
+
+PLAIN_SECONDS = 30.0
+STYLES = {"running": "bold", "done": "green", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell as shown: ``progress`` is the heartbeat of its running stage."""
+
+    name: str
+    state: str
+    progress: Mapping[str, Any] | None = None
+    reason: str = ""
+
+
+class Display(Protocol):
+    """Shows rows and lines."""
+
+    def update(self, rows: Sequence[Row], summary: str) -> None:
+        """Show where every cell is."""
+        ...
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it is."""
+        ...
+
+
+def make_display(console: Console) -> Display:
+    """Return a live table for a terminal, plain lines for anything else."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+
+
+def seconds_left(progress: Mapping[str, Any] | None) -> float | None:
+    """Return the time left in a stage, from the pace of this attempt; None while there is no pace yet."""
+    if not progress:
+        return None
+    step, steps = progress.get("step"), progress.get("steps")
+    first, since, now = progress.get("first"), progress.get("first_time"), progress.get("time")
+    if not (step and steps and since and now) or first is None or step <= first:
+        return None
+    return max(0.0, float(now - since) * (steps - step) / (step - first))
+
+
+def span(seconds: float | None) -> str:
+    """Return ``seconds`` as people say it: ``45 s``, ``12 min``, ``3 h 20 min``; an empty string for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def loss_text(progress: Mapping[str, Any]) -> str:
+    """Return the loss of a heartbeat: one number, or one per level."""
+    loss = progress.get("loss")
+    if loss is None:
+        return ""
+    values = loss if isinstance(loss, (list, tuple)) else [loss]
+    return " ".join("-" if value is None else f"{value:.3g}" for value in values)
+
+
+def step_text(progress: Mapping[str, Any]) -> str:
+    """Return ``120/2000``, or what is waited for."""
+    if progress.get("waiting"):
+        return str(progress["waiting"])
+    step, steps = progress.get("step"), progress.get("steps")
+    return f"{step}/{steps}" if step is not None and steps else ""
+
+
+class LiveDisplay:
+    """A table that is drawn again in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, refresh_per_second=4, transient=False)
+        self._live.start()
+
+    def update(self, rows: Sequence[Row], summary: str) -> None:
+        """Draw the table: running and failed cells first when not all fit."""
+        room = max(5, self._live.console.height - 6)
+        shown = list(rows)
+        if len(shown) > room:
+            order = {"running": 0, "failed": 1, "interrupted": 1, "waiting": 2, "done": 3}
+            chosen = sorted(range(len(rows)), key=lambda index: (order[rows[index].state], index))[:room]
+            shown = [rows[index] for index in sorted(chosen)]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("cell", "state", "stage", "step", "loss", "time left"):
+            table.add_column(title, no_wrap=title != "step", justify="left")
+        for row in shown:
+            progress = row.progress or {}
+            table.add_row(
+                row.name,
+                Text(row.state, style=STYLES[row.state]),
+                str(progress.get("stage", "")) if row.state == "running" else "",
+                step_text(progress) if row.state == "running" else Text(row.reason, style="red"),
+                loss_text(progress),
+                span(seconds_left(progress)),
+            )
+        left = len(rows) - len(shown)
+        more = [Text(f"... and {left} more cells", style="dim")] if left else []
+        self._live.update(Group(table, *more, Text(summary, style="bold")))
+
+    def line(self, text: str) -> None:
+        """Print above the table."""
+        self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop drawing; the last table stays."""
+        self._live.stop()
+
+
+class PlainDisplay:
+    """Lines: one at each change of a cell's state or stage, and one every half minute."""
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._seen: dict[str, tuple[str, str]] = {}
+        self._last = clock()
+
+    def update(self, rows: Sequence[Row], summary: str) -> None:
+        """Print what has changed."""
+        first = not self._seen
+        for row in rows:
+            stage = str((row.progress or {}).get("stage", "")) if row.state == "running" else ""
+            now = (row.state, stage)
+            before = self._seen.get(row.name)
+            self._seen[row.name] = now
+            if now == before or (before is None and row.state in ("waiting", "done")):
+                continue
+            if row.state == "running" and not stage:
+                continue  # started, and not heard of yet
+            self.line(f"{row.name}: {stage or row.state}{': ' + row.reason if row.reason else ''}")
+        if first:
+            self.line(summary)
+        elif self._clock() - self._last >= PLAIN_SECONDS:
+            for row in rows:
+                if row.state == "running" and row.progress:
+                    parts = [str(row.progress.get("stage", "")), step_text(row.progress)]
+                    if loss := loss_text(row.progress):
+                        parts.append(f"loss {loss}")
+                    if left := span(seconds_left(row.progress)):
+                        parts.append(f"{left} left")
+                    self.line(f"{row.name}: {', '.join(part for part in parts if part)}")
+            self.line(summary)
+        else:
+            return
+        self._last = self._clock()
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,178 @@
+"""Stages by key: what has been computed, what is being computed, and by whom. Shared by all studies.
+
+    store/train/<key>/        spec.json  attempts/<n>/{log.txt,heartbeat,error.json,checkpoints/,...}
+                              model.safetensors  result.json
+    store/samples/<key>/      000000.safetensors ...  contact_sheet.png  attempts/<n>/  result.json
+    store/evaluations/<key>/  features.npy ...  attempts/<n>/  result.json
+
+A stage is worked on under a lease, in a folder of its own per attempt; what is done is renamed into place,
+and ``result.json`` is written last. Result files are the truth about what is done; everything else may be
+lost.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hpdm_core.errors import HpdmError
+from hpdm_core.study.files import publish, read_json, write_json
+from hpdm_core.study.lease import Lease, Process
+
+__all__ = ["Attempt", "Kind", "Stage", "Store", "describe"]
+
+Kind = Literal["train", "samples", "evaluations"]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The stages under folder ``root``."""
+
+    root: Path
+
+    def stage(self, kind: Kind, key: str) -> "Stage":
+        """Return the stage of ``kind`` with ``key`` (hexadecimal), whether or not anything is there yet."""
+        assert kind in get_args(Kind) and key, f"not a stage: {kind}/{key}"
+        return Stage(kind=kind, key=key, folder=self.root / kind / key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage's folder. Nothing is written before `claim`."""
+
+    kind: Kind
+    key: str
+    folder: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result, or None while the stage is not done."""
+        return read_json(self.folder / "result.json")
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result."""
+        return self.result() is not None
+
+    def attempts(self) -> list[Path]:
+        """Return the folders of all attempts, oldest first."""
+        folder = self.folder / "attempts"
+        if not folder.is_dir():
+            return []
+        return sorted(
+            (path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)
+        )
+
+    def newest(self) -> int:
+        """Return the number of the newest attempt, 0 when there is none."""
+        attempts = self.attempts()
+        return int(attempts[-1].name) if attempts else 0
+
+    def failure(self) -> dict[str, Any] | None:
+        """Return ``{"class", "message", "traceback", ...}`` when the newest attempt failed, else None.
+
+        An attempt that was killed, interrupted or still runs has not failed.
+        """
+        attempts = self.attempts()
+        return read_json(attempts[-1] / "error.json") if attempts else None
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the newest attempt's heartbeat: ``{"stage", "step", "steps", "loss", "time", ...}``."""
+        attempts = self.attempts()
+        return read_json(attempts[-1] / "heartbeat") if attempts else None
+
+    def holder(self) -> Process | None:
+        """Return the living process that works on the stage, or None."""
+        return Lease.holder(self.folder / "lease.json")
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator["Attempt"]:
+        """Open a new attempt under the lease of the stage; raises `hpdm_core.study.lease.Held` if it is
+        taken.
+
+        An exception that leaves the block, except Ctrl-C and other ends of the process, is written to the
+        attempt's ``error.json``.
+        """
+        with Lease(self.folder / "lease.json") as lease:
+            previous = self.attempts()
+            number = self.newest() + 1
+            folder = self.folder / "attempts" / str(number)
+            folder.mkdir(parents=True)
+            attempt = Attempt(
+                stage=self, folder=folder, number=number, previous=tuple(reversed(previous)), lease=lease
+            )
+            try:
+                yield attempt
+            except Exception as error:
+                attempt.fail(error)
+                raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One attempt at a stage. ``previous`` are the ended attempts' folders, newest first."""
+
+    stage: Stage
+    folder: Path
+    number: int
+    previous: tuple[Path, ...]
+    lease: Lease
+
+    def log(self, line: str) -> None:
+        """Append a line with the time to ``log.txt``."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def heartbeat(self, progress: Mapping[str, Any]) -> None:
+        """Say where the attempt is."""
+        write_json(self.folder / "heartbeat", progress, durable=False)
+
+    def finish(self, result: Mapping[str, Any], *, files: Mapping[str, str] | None = None) -> None:
+        """Rename ``files`` (name in the attempt -> name in the stage) into place, then write the result,
+        last.
+        """
+        self.lease.check()
+        for source, target in (files or {}).items():
+            publish(self.folder / source, self.stage.folder / target)
+        write_json(self.stage.folder / "result.json", result)
+
+    def fail(self, error: BaseException) -> None:
+        """Write ``error.json`` and the traceback into the log; on a full disk neither may be possible."""
+        text = "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):
+            write_json(self.folder / "error.json", describe(error))
+        with contextlib.suppress(OSError):
+            self.log(text)
+
+    def take_output(self) -> None:
+        """Send what this process prints from now on, also from native code, to ``log.txt``."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with (self.folder / "log.txt").open("ab") as handle:
+            for stream in (1, 2):
+                os.dup2(handle.fileno(), stream)
+
+    def drop(self, name: str, *, keep: Iterable[str] = ()) -> None:
+        """Delete what the folders ``name`` of all attempts hold, except the entries called ``keep``."""
+        kept = set(keep)
+        for folder in (self.folder, *self.previous):
+            for entry in (folder / name).glob("*"):
+                if entry.name not in kept:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return the JSON form of an error: class, a message of one line per problem, traceback."""
+    message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {error}"
+    return {
+        "class": type(error).__name__,
+        "message": message,
+        "exit_code": error.exit_code if isinstance(error, HpdmError) else 1,
+        "traceback": "".join(traceback.format_exception(error)),
+        "time": time.time(),
+    }
