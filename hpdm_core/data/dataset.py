@@ -1,6 +1,8 @@
-"""What a dataset promises: short windows of video in [-1, 1], one at a time, with no randomness but the generator's.
+"""What a dataset promises: short windows of video in [-1, 1], one at a time, with no randomness but the
+generator's.
 
-Not here: batches, levels and patches (training), and the files behind a dataset (`hpdm_core.data.file_clips`).
+Not here: batches, levels and patches (training), and the files behind a dataset
+(`hpdm_core.data.file_clips`).
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Clip:
-    """One window of video: ``video`` float32 [C, F, H, W] in [-1, 1]; ``label`` a class index, or -1 for none."""
+    """One window of video: ``video`` float32 [C, F, H, W] in [-1, 1]; ``label`` a class index, or -1 for
+    none.
+    """
 
     video: Tensor
     label: int = NO_LABEL
@@ -40,7 +44,7 @@ class Clip:
 
 @runtime_checkable
 class ClipDataset(Protocol):
-    """A source of clips of one shape, in two splits that share no frame. Safe to call from several threads."""
+    """A source of clips of one shape, in two splits that share no frame. Several threads may call it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -49,18 +53,19 @@ class ClipDataset(Protocol):
     def draw(self, split: Split, generator: torch.Generator) -> Clip:
         """Return one random clip of ``split``.
 
-        The result depends on the state of ``generator`` and on nothing else: not on earlier draws, so that a run
-        which is started again goes on as if it had not stopped. Raises TroubleError when the clips have vanished.
+        The result depends on the state of ``generator`` and on nothing else: not on earlier draws, so that a
+        run which is started again goes on as if it had not stopped. Raises TroubleError when the clips have
+        vanished.
         """
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return every clip of ``split``, when they are a small fixed set; None when crops and windows vary."""
+        """Return every clip of ``split``, if they are a small fixed set; None if crops and windows vary."""
 
     def describe(self) -> dict[str, Any]:
         """Return where the clips come from, as JSON.
 
-        ``name``; ``splits``: per split the numbers of clips and windows; ``files``: names with a fingerprint of their
-        content; ``skipped``: files that cannot be used, each with the reason.
+        ``name``; ``splits``: per split the numbers of clips and windows; ``files``: names with a fingerprint
+        of their content; ``skipped``: files that cannot be used, each with the reason.
         """
 
 
@@ -72,13 +77,14 @@ def pick(count: int, generator: torch.Generator) -> int:
 def fixed_clips(dataset: ClipDataset, split: Split, number: int, stream: str) -> list[Clip]:
     """Return ``number`` clips of ``split`` that are the same in every run, arm and seed.
 
-    Clip ``i`` is drawn from the stream ("evaluation", ``stream``, ``split``, i): a larger number extends the list.
+    Clip ``i`` is drawn from the stream ("evaluation", ``stream``, ``split``, i): a larger number extends the
+    list.
     """
     return [dataset.draw(split, generator("evaluation", stream, split, index)) for index in range(number)]
 
 
 def require_rgb(name: str, clip: ClipShape) -> None:
-    """Raise InputError unless ``clip`` asks the dataset ``name`` for the three channels that its files have."""
+    """Raise InputError unless ``clip`` asks for the three channels that the dataset ``name`` has."""
     if clip.channels != 3:
         raise InputError(
             f"model.channels: {clip.channels} was given; the dataset '{name}' has 3 (red, green, blue)"

@@ -33,7 +33,9 @@ MOST_FAILURES = 100
 
 
 class FrameCache:
-    """The frames used last, by file, size and number; at most ``limit`` bytes. Safe to call from several threads."""
+    """The frames used last, by file, size and number; at most ``limit`` bytes. Safe to call from several
+    threads.
+    """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
@@ -70,9 +72,9 @@ class FrameCache:
 class FileClips:
     """A dataset over ``files`` per split: each file is a clip source of its own.
 
-    A draw takes a file uniformly, then a window of it, then a crop, then (in training, with ``flip``) a mirror image.
-    Frames are resized so that they just cover a clip. A file that turns out not to decode is named once, and the draw
-    goes on with the next random numbers of the same generator.
+    A draw takes a file uniformly, then a window of it, then a crop, then (in training, with ``flip``) a
+    mirror image. Frames are resized so that they just cover a clip. A file that turns out not to decode is
+    named once, and the draw goes on with the next random numbers of the same generator.
     """
 
     def __init__(
@@ -123,8 +125,8 @@ class FileClips:
                 self._skipped.add(file.name, error.reason)
                 failure = error
         raise TroubleError(
-            f"data.dataset '{self._name}': {MOST_FAILURES} draws in a row from '{self._root}' hit files that cannot "
-            f"be decoded; the last one is {failure}"
+            f"data.dataset '{self._name}': {MOST_FAILURES} draws in a row from '{self._root}' hit files that "
+            f"cannot be decoded; the last one is {failure}"
         )
 
     def _read(

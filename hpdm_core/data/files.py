@@ -1,4 +1,6 @@
-"""Video files as they lie on a disk: listing, probing, skipping the unusable by name, and fingerprints of content."""
+"""Video files as they lie on a disk: listing, probing, skipping the unusable by name, and fingerprints of
+content.
+"""
 
 import hashlib
 import logging
@@ -81,7 +83,9 @@ def existing_folder(dataset: str, root: Path) -> Path:
 
 
 def video_files(folder: Path) -> list[Path]:
-    """Return the video files right in ``folder``, by their ending (`SUFFIXES`), sorted by name; no hidden files."""
+    """Return the video files right in ``folder``, by their ending (`SUFFIXES`), sorted by name; no hidden
+    files.
+    """
     found = (
         path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
@@ -91,7 +95,9 @@ def video_files(folder: Path) -> list[Path]:
 def probe_all(
     files: Iterable[SourceFile], reader: VideoReader, *, span: int, skipped: Skipped
 ) -> list[tuple[SourceFile, VideoInfo]]:
-    """Return the files that open and have at least ``span`` frames, with their sizes; the others go to ``skipped``."""
+    """Return the files that open and have at least ``span`` frames, with their sizes; the others go to
+    ``skipped``.
+    """
     usable = []
     for file in files:
         try:
@@ -117,7 +123,8 @@ def sha256(path: Path) -> str:
 def fingerprint(files: Sequence[SourceFile]) -> dict[str, str]:
     """Return a fingerprint of each file's content by its name: SHA-256 of its size, first and last 64 KiB.
 
-    Reading whole data sets would take as long as training on them; an unreadable file is fingerprinted as "unreadable".
+    Reading whole data sets would take as long as training on them; an unreadable file is fingerprinted as
+    "unreadable".
     """
     made = {}
     for file in files:

@@ -61,7 +61,9 @@ def crop_offsets(
 
 
 def to_video(frames: Tensor, *, flip: bool = False) -> Tensor:
-    """Return frames, uint8 [F, H, W, C], as a clip, float32 [C, F, H, W] in [-1, 1]; ``flip`` mirrors it left-right."""
+    """Return frames, uint8 [F, H, W, C], as a clip, float32 [C, F, H, W] in [-1, 1]; ``flip`` mirrors it
+    left-right.
+    """
     video = rearrange(frames, "f h w c -> c f h w")
     if flip:
         video = video.flip(-1)

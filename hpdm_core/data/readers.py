@@ -29,7 +29,7 @@ class ReadError(TroubleError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A file's video stream: ``frames``, ``height`` and ``width`` in pixels, ``fps`` the average frame rate."""
+    """A video stream: its ``frames``, ``height`` and ``width`` in pixels, ``fps`` the average frame rate."""
 
     frames: int
     height: int
@@ -48,10 +48,11 @@ class VideoReader(Protocol):
         """
 
     def read(self, path: Path, frames: Sequence[int], *, short_side: int | None = None) -> Tensor:
-        """Return the frames with the given numbers (0 = first shown), in the given order: uint8 [F, H, W, 3], RGB.
+        """Return the frames with the given numbers (0 = first shown), in the given order: uint8 [F, H, W, 3],
+        RGB.
 
-        ``short_side``: the pixels that the shorter side is resized to (`hpdm_core.data.frames.resize`); None keeps
-        the size. Raises ReadError: unreadable, damaged, or fewer frames than asked for.
+        ``short_side``: the pixels that the shorter side is resized to (`hpdm_core.data.frames.resize`); None
+        keeps the size. Raises ReadError: unreadable, damaged, or fewer frames than asked for.
         """
 
     def describe(self) -> dict[str, Any]:

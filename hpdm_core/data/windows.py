@@ -1,9 +1,11 @@
-"""Which windows of a clip may be drawn: shots, the held-out end of a clip, and the starts that remain (pure functions).
+"""Which windows of a clip may be drawn: shots, the held-out end of a clip, and the starts that remain (pure
+functions).
 
-A window is F frames, ``stride`` apart; its span is the number of consecutive frames from its first to its last. Ranges
-are Python ranges of frame numbers.
+A window is F frames, ``stride`` apart; its span is the number of consecutive frames from its first to its
+last. Ranges are Python ranges of frame numbers.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,17 +20,20 @@ def span(frames: int, stride: int = 1) -> int:
 
 
 def shots(frames: range, cuts: Sequence[int]) -> list[range]:
-    """Cut ``frames`` after each frame number in ``cuts`` (the last frame of a shot); empty shots are left out."""
+    """Cut ``frames`` after each frame number in ``cuts`` (the last frame of a shot); empty shots are left
+    out.
+    """
     edges = [
         frames.start,
         *(cut + 1 for cut in sorted(cuts) if frames.start <= cut < frames.stop),
         frames.stop,
     ]
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
 
 
 def split_end(frames: int, *, held_out: float, gap: int) -> dict[Split, range]:
-    """Hold out the last share ``held_out`` of a clip's ``frames`` (rounded up); the ``gap`` frames before go unused.
+    """Hold out the last share ``held_out`` of a clip's ``frames`` (rounded up); the ``gap`` frames before go
+    unused.
 
     The gap keeps what training sees a window's length away from what is held out.
     """
@@ -38,14 +43,16 @@ def split_end(frames: int, *, held_out: float, gap: int) -> dict[Split, range]:
 
 
 def spread(number: int, available: int) -> list[int]:
-    """Return ``number`` different integers in [0, ``available``), evenly spread: the middles of equal parts."""
+    """Return ``number`` different integers in [0, ``available``), evenly spread: middles of equal parts."""
     if number > available:
         raise ValueError(f"cannot spread {number} over {available}")
     return [(2 * index + 1) * available // (2 * number) for index in range(number)]
 
 
 class Windows:
-    """The windows of span ``span`` that lie wholly within one of the ranges ``shots``: a sequence of first frames."""
+    """The windows of span ``span`` that lie wholly within one of the ranges ``shots``: a sequence of first
+    frames.
+    """
 
     def __init__(self, shots: Sequence[range], span: int) -> None:
         self._starts = [range(shot.start, shot.stop - span + 1) for shot in shots if len(shot) >= span]

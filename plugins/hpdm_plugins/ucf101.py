@@ -3,7 +3,8 @@
     ROOT/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi ...
     ROOT/ucfTrainTestlist/{classInd,trainlist01,testlist01,...}.txt
 
-Clips of one group (g01) are near-duplicates, so that a random split would leak; the official lists keep groups whole.
+Clips of one group (g01) are near-duplicates, so that a random split would leak; the official lists keep
+groups whole.
 """
 
 from collections.abc import Iterator
@@ -41,17 +42,17 @@ def ucf101(
 ) -> FileClips:
     """Return the clips of UCF-101: training on train list ``fold``, held out is test list ``fold``.
 
-    A draw takes files uniformly (see `FileClips`), so that a class is as frequent as its files. Labels are those of
-    classInd.txt less one. Options as in `video_folder`. A listed file that is missing, does not open or is too short
-    is skipped and named. Raises InputError for another layout, and when nothing is left.
+    A draw takes files uniformly (see `FileClips`), so that a class is as frequent as its files. Labels are
+    those of classInd.txt less one. Options as in `video_folder`. A listed file that is missing, does not open
+    or is too short is skipped and named. Raises InputError for another layout, and when nothing is left.
     """
     require_rgb(NAME, clip)
     folder = existing_folder(NAME, root)
     for part in (VIDEOS, LISTS):
         if not (folder / part).is_dir():
             raise InputError(
-                f"data.dataset '{NAME}', option root: '{root}' has no folder '{part}'; the official layout is "
-                f"{VIDEOS}/CLASS/v_CLASS_g01_c01.avi beside {LISTS}/classInd.txt and trainlist01.txt"
+                f"data.dataset '{NAME}', option root: '{root}' has no folder '{part}'; the official layout "
+                f"is {VIDEOS}/CLASS/v_CLASS_g01_c01.avi beside {LISTS}/classInd.txt and trainlist01.txt"
             )
     classes = _classes(folder / LISTS / "classInd.txt")
     skipped = Skipped(NAME)
@@ -80,7 +81,9 @@ def ucf101(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, words) of the lines that are not empty. Raises InputError when the file cannot be read."""
+    """Yield (line number, words) of the lines that are not empty. Raises InputError when the file cannot be
+    read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,13 +112,14 @@ def _listed(folder: Path, listing: Path, classes: tuple[str, ...], *, labels: bo
         name, _, file = words[0].partition("/")
         if not file or len(words) > 2 or name not in classes:
             raise InputError(
-                f"{listing}:{number}: '{' '.join(words)}' was read; expected is 'CLASS/FILE.avi', with a class of "
-                f"classInd.txt"
+                f"{listing}:{number}: '{' '.join(words)}' was read; expected is 'CLASS/FILE.avi', with a "
+                f"class of classInd.txt"
             )
         label = classes.index(name)
         if len(words) == 2 and words[1] != str(label + 1):
             raise InputError(
-                f"{listing}:{number}: '{' '.join(words)}' was read; classInd.txt gives {name} the number {label + 1}"
+                f"{listing}:{number}: '{' '.join(words)}' was read; classInd.txt gives "
+                f"{name} the number {label + 1}"
             )
         path = folder / VIDEOS / name / file
         files.append(SourceFile(path, words[0], label) if labels else SourceFile(path, words[0]))

@@ -37,21 +37,22 @@ def video_folder(
 ) -> FileClips:
     """Return the clips of the video files in ``root``; a draw takes files uniformly (see `FileClips`).
 
-    Either ``root`` holds the files, and clips have no label, or it holds one folder per class, named after it; classes
-    are numbered in the order of their names. The share ``held_out`` of each class's files, by the hash of their names
-    and at least one, is held out whole. ``stride``: a clip takes every so-many-th frame. ``crop``: where a clip lies
-    in the frame. ``flip``: mirror left-right with probability 1/2, in training only. ``labels`` False hides classes.
+    Either ``root`` holds the files, and clips have no label, or it holds one folder per class, named after
+    it; classes are numbered in the order of their names. The share ``held_out`` of each class's files, by the
+    hash of their names and at least one, is held out whole. ``stride``: a clip takes every so-many-th frame.
+    ``crop``: where a clip lies in the frame. ``flip``: mirror left-right with probability 1/2, in training
+    only. ``labels`` False hides classes.
 
-    A file that does not open, or has fewer frames than a clip reaches over, is skipped and named. Raises InputError
-    when nothing is left.
+    A file that does not open, or has fewer frames than a clip reaches over, is skipped and named. Raises
+    InputError when nothing is left.
     """
     require_rgb(NAME, clip)
     folder = existing_folder(NAME, root)
     classes, listed = _listed(folder, root)
     if not listed:
         raise InputError(
-            f"data.dataset '{NAME}', option root: '{root}' holds no video file, nor does a folder right in it; "
-            f"files are known by the endings {' '.join(SUFFIXES)}"
+            f"data.dataset '{NAME}', option root: '{root}' holds no video file, nor does a folder right in "
+            f"it; files are known by the endings {' '.join(SUFFIXES)}"
         )
     skipped = Skipped(NAME)
     usable = probe_all(listed, reader, span=span(clip.frames, stride), skipped=skipped)
@@ -70,8 +71,8 @@ def video_folder(
         )
     if held_out and not files["held_out"]:
         raise InputError(
-            f"data.dataset '{NAME}': '{root}' has one usable file per class, so none can be held out; add files, or "
-            f"set held_out: 0 to train without a held-out split"
+            f"data.dataset '{NAME}': '{root}' has one usable file per class, so none can be held out; add "
+            f"files, or set held_out: 0 to train without a held-out split"
         )
     if not labels:
         files = {
@@ -99,8 +100,8 @@ def _listed(folder: Path, root: Path) -> tuple[tuple[str, ...], list[SourceFile]
     by_class = {path.name: files for path in folders if (files := video_files(path))}
     if flat and by_class:
         raise InputError(
-            f"data.dataset '{NAME}', option root: '{root}' holds video files ('{flat[0].name}') beside folders of "
-            f"video files ('{next(iter(by_class))}'); allowed is one or the other"
+            f"data.dataset '{NAME}', option root: '{root}' holds video files ('{flat[0].name}') beside "
+            f"folders of video files ('{next(iter(by_class))}'); allowed is one or the other"
         )
     if flat:
         return (), [SourceFile(path, path.name, NO_LABEL) for path in flat]

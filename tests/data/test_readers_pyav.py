@@ -1,4 +1,6 @@
-"""The default reader: the right frames, bit for bit, however they are asked for; and plain words for bad files."""
+"""The default reader: the right frames, bit for bit, however they are asked for; and plain words for bad
+files.
+"""
 
 import av
 import pytest

