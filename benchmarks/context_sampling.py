@@ -3,9 +3,9 @@
     python benchmarks/context_sampling.py [--threads 2] [--repeats 10] [--json]
 
 Forward and backward for channels-last tokens [2, 16^3, 1024], a child of half the parent's extent and one of
-a quarter (the two sources of level 2 in the paper's setup). The two take turns, so that other work on the machine
-slows both. Prints a table, or one JSON line with machine and versions. Values are compared first; a disagreement
-beyond 1e-5 (values) or 1e-4 (gradients) is an error.
+a quarter (the two sources of level 2 in the paper's setup). The two take turns, so that other work on the
+machine slows both. Prints a table, or one JSON line with machine and versions. Values are compared first; a
+disagreement beyond 1e-5 (values) or 1e-4 (gradients) is an error.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run(sample: Sampling, tokens: Tensor, positions: Sequence[Tensor], upstream:
 
 
 def compare(extent: float, repeats: int) -> dict[str, float]:
-    """Time both ways in turns for a child of ``extent`` times the parent's; median milliseconds and speed-up."""
+    """Time both ways for a child of ``extent`` times the parent; median milliseconds and speed-up."""
     start = torch.Generator().manual_seed(0)
     tokens = torch.randn(BATCH, SIDE**3, WIDTH, generator=start)
     upstream = torch.randn(BATCH, SIDE**3, WIDTH, generator=start)
