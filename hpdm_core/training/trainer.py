@@ -68,7 +68,7 @@ class Trainer:
         self.config = assembly.config.training
         self.folder = folder
         self.previous = tuple(previous)
-        self.observers = Observers(assembly.plugins, cell)
+        self.observers = Observers(assembly.plugins, None) if cell is None else cell.observers
         self.device = prepare_torch(assembly.config.runtime)
         self.memory = _MemoryMeter(self.device)
         self.model: HPDM = assembly.build_model(device=self.device)
@@ -156,7 +156,7 @@ class Trainer:
         loss.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = self._clip()
         levels: list[float] = loss.levels.tolist()
-        self._check(batch, total=float(loss.total), levels=levels, norm=norm)
+        self._check(batch, total=float(loss.total.detach()), levels=levels, norm=norm)
         self.optimizer.step()
         self.average.update(self.model)
         self.loss.add(levels)

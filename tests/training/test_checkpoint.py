@@ -18,7 +18,11 @@ def make(step: int) -> Checkpoint:
     tensor = torch.full((2, 3), float(step))
     optimizer = {"state": {0: {"step": step, "m": tensor}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     return Checkpoint(
-        step=step, model={"w": tensor}, ema={"w": tensor + 0.5}, optimizer=optimizer, running={"x": [0.1, None]}
+        step=step,
+        model={"w": tensor},
+        ema={"w": tensor + 0.5},
+        optimizer=optimizer,
+        running={"x": [0.1, None]},
     )
 
 
@@ -116,7 +120,9 @@ def test_a_full_disk_leaves_nothing_half_written(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(TroubleError, match="00000008: could not be written: No space left on device") as caught:
+    with pytest.raises(
+        TroubleError, match="00000008: could not be written: No space left on device"
+    ) as caught:
         checkpoints.save_checkpoint(tmp_path, make(8))
     assert len(caught.value.messages) == 1
     assert "\n" not in caught.value.messages[0]
