@@ -1,0 +1,145 @@
+"""Contract of backbones: blocks that process tokens with latents."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hpdm_core.model.initialise import initialise
+from hpdm_core.randomness import generator
+from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
+
+if TYPE_CHECKING:
+    from hpdm_core.model.backbone import Backbone
+
+__all__ = ["BackboneCases"]
+
+
+class BackboneCases(Case):
+    """``factory(token_dim, blocks, *, ...) -> Backbone`` with ``start`` and ``run``."""
+
+    family: ClassVar[str] = "backbones"
+    token_dim = 16
+    blocks = 2
+    batch = 2
+    tokens = 12
+    conditions = 2
+
+    def _inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        stream = generator(seed, "conformance", "backbone")
+        tokens = torch.randn(self.batch, self.tokens, self.token_dim, generator=stream)  # [B, N, D]
+        condition = torch.randn(self.batch, self.conditions, self.token_dim, generator=stream)  # [B, K, D]
+        return tokens, condition
+
+    def _run(
+        self, backbone: Backbone, tokens: Tensor, condition: Tensor, previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        latents = backbone.start(previous, len(tokens))
+        for block in range(self.blocks):
+            tokens, latents = backbone.run(block, tokens, latents, condition)
+        return tokens, latents
+
+    def _make(self, seed: int = 0) -> Backbone:
+        made: Backbone = self.make(self.token_dim, self.blocks, seed=seed)
+        expect(isinstance(made, nn.Module), f"{type(made).__name__} is no torch.nn.Module")
+        if not any(parameter.is_meta for parameter in made.parameters()):
+            initialise(made, seed=seed)  # as a cell does
+        return made
+
+    @torch.no_grad()
+    def test_shapes(self) -> None:
+        """Tokens keep [B, N, D] and latents [B, M, E] through every block; everything is finite."""
+        backbone = self._make()
+        tokens, condition = self._inputs()
+        latents = backbone.start(None, self.batch)
+        shape = latents.shape
+        expect(
+            len(shape) == 3 and shape[0] == self.batch, f"start: {list(shape)}, wanted [{self.batch}, M, E]"
+        )
+        for block in range(self.blocks):
+            tokens, latents = backbone.run(block, tokens, latents, condition)
+            wanted = [self.batch, self.tokens, self.token_dim]
+            expect(
+                list(tokens.shape) == wanted, f"block {block}: tokens {list(tokens.shape)}, wanted {wanted}"
+            )
+            expect(
+                latents.shape == shape, f"block {block}: latents {list(latents.shape)}, wanted {list(shape)}"
+            )
+            finite = bool(torch.isfinite(tokens).all() and torch.isfinite(latents).all())
+            expect(finite, f"block {block}: not finite")
+
+    @torch.no_grad()
+    def test_no_previous_latents_equal_zeros(self) -> None:
+        """start(None) and start(zeros) are the same: the first pass of self-conditioning has nothing to go
+        on.
+        """
+        backbone = self._make()
+        nothing = backbone.start(None, self.batch)
+        zeros = backbone.start(torch.zeros_like(nothing), self.batch)
+        expect_close(zeros, nothing, "start(zeros) against start(None)", tolerance=1e-6)
+
+    @torch.no_grad()
+    def test_rows_are_independent(self) -> None:
+        """Row i of every result depends on row i only, also in the latents that come in."""
+        backbone = self._make()
+        tokens, condition = self._inputs()
+        previous = torch.randn(backbone.start(None, self.batch).shape, generator=generator(3, "latents"))
+        together = self._run(backbone, tokens, condition, previous)
+        for row in range(self.batch):
+            one = slice(row, row + 1)
+            alone = self._run(backbone, tokens[one], condition[one], previous[one])
+            for name, given, wanted in zip(("tokens", "latents"), alone, together, strict=True):
+                expect_close(given, wanted[one], f"{name} of row {row} alone", tolerance=1e-5)
+
+    @torch.no_grad()
+    def test_deterministic(self) -> None:
+        """Built twice under one seed and called twice it is bitwise the same, with no random numbers."""
+        first, second = self._make(), self._make()
+        tokens, condition = self._inputs()
+        wanted = self._run(first, tokens, condition)
+        with leaves_global_rng_alone("run"):
+            again, rebuilt = self._run(first, tokens, condition), self._run(second, tokens, condition)
+        for what, given in (("called twice", again), ("built twice", rebuilt)):
+            same = all(torch.equal(one, other) for one, other in zip(given, wanted, strict=True))
+            expect(same, f"{what}, the result differs")
+
+    @torch.no_grad()
+    def test_state_dict_round_trip(self) -> None:
+        """Its state dict, saved and loaded into one of another seed, gives the same results."""
+        first, second = self._make(seed=0), self._make(seed=1)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        tokens, condition = self._inputs()
+        wanted, given = self._run(first, tokens, condition), self._run(second, tokens, condition)
+        same = all(torch.equal(one, other) for one, other in zip(given, wanted, strict=True))
+        expect(same, "loaded into a fresh backbone, the state dict gives another result")
+
+    def test_gradients(self) -> None:
+        """Gradients reach tokens, condition and every parameter, and are finite."""
+        backbone = self._make()
+        tokens, condition = (each.requires_grad_() for each in self._inputs())
+        previous = torch.randn(backbone.start(None, self.batch).shape, generator=generator(3, "latents"))
+        made, latents = self._run(backbone, tokens, condition, previous)
+        (made.square().mean() + latents.square().mean()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        inputs = (("tokens", tokens), ("condition", condition))
+        for name, each in (*inputs, *backbone.named_parameters()):
+            expect(each.grad is not None, f"no gradient reaches {name}")
+            expect(
+                each.grad is None or bool(torch.isfinite(each.grad).all()),
+                f"the gradient of {name} is not finite",
+            )
+        for name, each in inputs:
+            expect(each.grad is not None and bool((each.grad != 0).any()), f"the gradient of {name} is 0")
+
+    def test_meta_device(self) -> None:
+        """It is built and run on the meta device, where parameters and FLOPs are counted."""
+        with torch.device("meta"):
+            backbone = self._make()
+        tokens, condition = (each.to("meta") for each in self._inputs())
+        made, _ = self._run(backbone, tokens, condition)
+        expect(made.is_meta, f"on the meta device the result is on {made.device}")

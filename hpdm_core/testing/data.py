@@ -1,0 +1,263 @@
+"""Contracts of the parts that bring video in: datasets and video readers."""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpdm_core.config.schema import DataConfig, Part
+from hpdm_core.data.dataset import NO_LABEL, ClipShape, Split
+from hpdm_core.data.readers import ReadError
+from hpdm_core.randomness import generator
+from hpdm_core.testing.case import Case, expect, expect_json, leaves_global_rng_alone
+
+if TYPE_CHECKING:
+    from hpdm_core.data.dataset import Clip, ClipDataset
+    from hpdm_core.data.readers import VideoReader
+
+__all__ = ["DatasetCases", "VideoReaderCases", "write_clip"]
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+def write_clip(path: Path, *, frames: int, height: int, width: int, fps: int = 25) -> Tensor:
+    """Write a small H.264 clip (yuv420p, high quality) and return its frames, uint8 [F, H, W, 3].
+
+    Smooth, so that chroma subsampling does little; every frame has its own brightness and every side its own
+    colour, so that a wrong frame, flipped axes or swapped channels show.
+    """
+    rows = np.linspace(0, 90, height)[None, :, None]
+    columns = np.linspace(0, 70, width)[None, None, :]
+    times = np.linspace(0, 80, frames)[:, None, None]
+    planes = [rows + times + 0 * columns, columns + times + 0 * rows + 40, 150 - times + 0 * (rows + columns)]
+    video = np.stack(planes, axis=-1).round().astype(np.uint8)  # [F, H, W, 3]
+    with av.open(str(path), "w") as container:
+        options = {"crf": "1", "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return torch.from_numpy(video)
+
+
+class VideoReaderCases(Case):
+    """``factory(*, ...) -> VideoReader``: the frames of a file by their number."""
+
+    family: ClassVar[str] = "video_readers"
+    frames = 24
+    height = 48
+    width = 80
+    tolerance = 8
+    """Allowed difference of a pixel's value, out of 255: the clip is compressed."""
+
+    @contextmanager
+    def _clip(self) -> Iterator[tuple[Path, Tensor]]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a clip.mp4"
+            video = write_clip(path, frames=self.frames, height=self.height, width=self.width)
+            yield path, video
+
+    def test_probe(self) -> None:
+        """Frames, height, width and frame rate are the file's."""
+        reader: VideoReader = self.make()
+        with self._clip() as (path, _):
+            info = reader.probe(path)
+        given = (info.frames, info.height, info.width)
+        wanted = (self.frames, self.height, self.width)
+        expect(given == wanted, f"probe: frames, height, width {given}, wanted {wanted}")
+        expect(math.isclose(info.fps, 25, rel_tol=1e-3), f"probe: {info.fps} frames per second, wanted 25")
+
+    def test_reads_the_frames_asked_for(self) -> None:
+        """uint8 [F, H, W, 3] RGB of exactly the numbers asked for, in their order, backwards or twice."""
+        reader: VideoReader = self.make()
+        with self._clip() as (path, video):
+            for numbers in ([0, 1, 2], [self.frames - 1], [17, 3, 3, 9]):
+                made = reader.read(path, numbers)
+                expect(made.dtype == torch.uint8, f"read: {made.dtype}, wanted uint8")
+                shape = [len(numbers), self.height, self.width, 3]
+                expect(list(made.shape) == shape, f"read: shape {list(made.shape)}, wanted {shape}")
+                worst = (made.double() - video[numbers].double()).abs().mean((1, 2, 3)).max().item()
+                what = f"read frames {numbers}: a frame is {worst:.1f} of 255 away from what was written"
+                expect(worst <= self.tolerance, f"{what} (wrong frame, order, axis or colour?)")
+
+    def test_short_side(self) -> None:
+        """short_side resizes the shorter side and keeps the aspect."""
+        reader: VideoReader = self.make()
+        with self._clip() as (path, video):
+            made = reader.read(path, [5], short_side=24)
+        expect(
+            list(made.shape) == [1, 24, 40, 3],
+            f"short_side 24 of 48x80: {list(made.shape)}, wanted [1, 24, 40, 3]",
+        )
+        worst = (made[0, ::23, ::39].double() - video[5, ::47, ::79].double()).abs().max().item()
+        expect(
+            worst <= 2 * self.tolerance, f"short_side: corners are {worst:.1f} of 255 away from the picture's"
+        )
+
+    def test_unreadable_files(self) -> None:
+        """What cannot be read raises ReadError with a reason in one line: garbage, nothing there, a frame too
+        many.
+        """
+        reader: VideoReader = self.make()
+        with self._clip() as (path, _):
+            garbage = path.with_name("garbage.mp4")
+            garbage.write_bytes(bytes(range(256)) * 8)
+            cases = {
+                "garbage": (garbage, [0]),
+                "a missing file": (path.with_name("missing.mp4"), [0]),
+                "a frame past the end": (path, [self.frames]),
+            }
+            for what, (file, numbers) in cases.items():
+                try:
+                    reader.read(file, numbers)
+                except ReadError as error:
+                    reason = str(error)
+                    expect(
+                        bool(error.reason.strip()) and "\n" not in reason, f"{what}: the reason is {reason!r}"
+                    )
+                else:
+                    raise AssertionError(f"{what}: read() returns frames, wanted ReadError")
+
+    def test_describe(self) -> None:
+        """describe() is JSON."""
+        reader: VideoReader = self.make()
+        expect_json(reader.describe(), "describe")
+
+
+class DatasetCases(Case):
+    """``factory(clip, reader, *, ...) -> ClipDataset``: short windows of video."""
+
+    family: ClassVar[str] = "datasets"
+    clip = ClipShape(frames=4, height=16, width=24)
+    reader: VideoReader | None = None
+    """The reader that is handed over; None for the default of data.reader, from ``plugins``."""
+    draws = 6
+
+    def _dataset(self, *, seed: int = 0) -> ClipDataset:
+        """Return a dataset; opened once per seed, as opening may decode every file."""
+        opened: dict[int, ClipDataset] = self.__dict__.setdefault("_opened", {})
+        if seed not in opened:
+            opened[seed] = self._open(seed)
+        return opened[seed]
+
+    def _open(self, seed: int) -> ClipDataset:
+        reader = self.reader
+        if reader is None and self.plugins is not None:
+            default: Part = DataConfig.model_fields["reader"].default
+            reader = self.plugins.make("video_readers", default)
+        made: ClipDataset = self.make(self.clip, reader, seed=seed)
+        return made
+
+    @staticmethod
+    def _same(one: Clip, other: Clip) -> bool:
+        return one.label == other.label and torch.equal(one.video, other.video)
+
+    def test_clips(self) -> None:
+        """float32 [C, F, H, W] in [-1, 1] of the asked size, in both splits, with a label of the classes or
+        -1.
+        """
+        dataset = self._dataset()
+        expect(
+            isinstance(dataset.classes, tuple), f"classes: {type(dataset.classes).__name__}, wanted a tuple"
+        )
+        classes = len(dataset.classes)
+        shape = [self.clip.channels, self.clip.frames, self.clip.height, self.clip.width]
+        for split in SPLITS:
+            for index in range(self.draws):
+                clip = dataset.draw(split, generator(0, "clip", index))
+                video = clip.video
+                expect(list(video.shape) == shape, f"{split}: shape {list(video.shape)}, wanted {shape}")
+                expect(video.dtype == torch.float32, f"{split}: {video.dtype}, wanted float32")
+                low, high = video.min().item(), video.max().item()
+                expect(
+                    -1 <= low <= high <= 1, f"{split}: values from {low:.4g} to {high:.4g}, wanted -1 to 1"
+                )
+                wanted = range(classes) if classes else (NO_LABEL,)
+                expect(
+                    clip.label in wanted,
+                    f"{split}: label {clip.label} with {classes} classes, wanted {wanted}",
+                )
+
+    def test_keyed(self) -> None:
+        """The generator alone decides a clip: the same one repeats, in any order and in another object."""
+        dataset, other = self._dataset(seed=0), self._dataset(seed=1)
+        for split in SPLITS:
+            with leaves_global_rng_alone("draw"):
+                first = [dataset.draw(split, generator(0, "clip", index)) for index in range(self.draws)]
+                again = [
+                    other.draw(split, generator(0, "clip", index)) for index in reversed(range(self.draws))
+                ]
+            same = all(self._same(one, two) for one, two in zip(first, reversed(again), strict=True))
+            expect(same, f"{split}: the same generator gives another clip")
+            fixed = dataset.distinct(split)
+            if fixed is None or len(fixed) > 1:
+                varied = any(not self._same(first[0], clip) for clip in first[1:])
+                expect(varied, f"{split}: {self.draws} generators give one and the same clip")
+
+    def test_distinct(self) -> None:
+        """distinct() is None, or the list of every clip that can be drawn."""
+        dataset = self._dataset()
+        for split in SPLITS:
+            fixed = dataset.distinct(split)
+            if fixed is None:
+                continue
+            expect(len(fixed) > 0, f"{split}: distinct() is empty, wanted None or clips")
+            for index in range(self.draws):
+                clip = dataset.draw(split, generator(0, "clip", index))
+                known = any(self._same(clip, each) for each in fixed)
+                expect(known, f"{split}: a clip was drawn that distinct() does not list")
+
+    def test_splits_differ(self) -> None:
+        """No clip of one split appears in the other (the same windows in both are held out from nothing)."""
+        dataset = self._dataset()
+        drawn = [[dataset.draw(split, generator(split, i)) for i in range(self.draws)] for split in SPLITS]
+        if all(dataset.distinct(split) is not None for split in SPLITS):
+            return  # a fixed set made to be memorised may be the same in both
+        shared = any(torch.equal(one.video, two.video) for one in drawn[0] for two in drawn[1])
+        expect(not shared, f"a clip appears in {SPLITS[0]} and in {SPLITS[1]}")
+
+    def test_threads(self) -> None:
+        """Drawn from several threads at once, every clip is the same as drawn alone."""
+        dataset = self._dataset()
+        alone = [dataset.draw("train", generator(1, "clip", index)) for index in range(self.draws)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(
+                pool.map(lambda index: dataset.draw("train", generator(1, "clip", index)), range(self.draws))
+            )
+        same = all(self._same(one, two) for one, two in zip(alone, together, strict=True))
+        expect(same, "drawn from four threads, a clip differs from the same one drawn alone")
+
+    def test_describe(self) -> None:
+        """describe() is JSON, equal for equal datasets and before and after drawing."""
+        dataset = self._dataset()
+        before = expect_json(dataset.describe(), "describe")
+        for split in SPLITS:
+            dataset.draw(split, generator(0, "clip", 0))
+        expect(expect_json(dataset.describe(), "describe") == before, "describe changes by drawing")
+        expect(
+            expect_json(self._dataset(seed=1).describe(), "describe") == before,
+            "describe differs for an equal dataset",
+        )
+
+    def test_clips_are_the_callers(self) -> None:
+        """A clip may be changed in place without changing what is drawn next, and may be pickled."""
+        dataset = self._dataset()
+        first = dataset.draw("train", generator(0, "clip", 0))
+        kept = first.video.clone()
+        first.video.zero_()
+        again = dataset.draw("train", generator(0, "clip", 0))
+        expect(torch.equal(again.video, kept), "changing a drawn clip in place changes the dataset")
+        torch.save(first.video, io.BytesIO())
