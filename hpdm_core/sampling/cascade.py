@@ -144,7 +144,8 @@ def _sample_batch(
             if not bool(torch.isfinite(videos).all()):
                 raise TroubleError(
                     f"sampling: level {level} (of 0 to {levels - 1}) came out with values that are not "
-                    f"finite, in samples {min(indices)} to {max(indices)}: the model or the solver's options are no good"
+                    f"finite, in samples {min(indices)} to {max(indices)}: the model or the "
+                    "solver's options are no good"
                 )
             videos = videos.clamp(-1, 1)
             if observe is not None:

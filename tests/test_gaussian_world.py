@@ -1,0 +1,257 @@
+"""The world of known answers: its law, its best denoiser, and the sampler held against both."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hpdm_core.config.schema import RuntimeConfig, SamplingConfig
+from hpdm_core.data.dataset import ClipShape
+from hpdm_core.pyramid import Pyramid, downsample, level_patch
+from hpdm_core.randomness import generator
+from hpdm_core.sampling import sample
+from hpdm_plugins.gaussian_world import GaussianDenoiser, GaussianField, GaussianWorld
+from hpdm_plugins.solvers import EDM
+
+SIGMA_IN = (1.0, 2.0, 4.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many small products: threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(channels=1):
+    """A world small enough for dense matrices: video 4x8x16, patch 2x4x8, 2 levels."""
+    pyramid = Pyramid(video=(4, 8, 16), patch=(2, 4, 8), token=(1, 1, 1), levels=2, channels=channels)
+    field = GaussianField(pyramid.video, exponent=4.0, std=0.25)
+    return field, pyramid, GaussianDenoiser(field, pyramid, SIGMA_IN[:2])
+
+
+def dense_covariance(field):
+    """Covariance [P, P] of all pixels of the window, from the lags one by one."""
+    lags = field.covariance((1, 1, 1), (1, 1, 1))
+    pixels = torch.tensor(list(itertools.product(*(range(size) for size in field.size))))
+    difference = (pixels[:, None] - pixels) % torch.tensor(field.torus)
+    return lags[difference[..., 0], difference[..., 1], difference[..., 2]]
+
+
+def as_matrix(field, pyramid, level, offset):
+    """The linear map [N, P] from the window's pixels to a patch, by the pyramid's own downsampling."""
+    count = math.prod(field.size)
+    basis = torch.eye(count, dtype=torch.float64).view(count, 1, *field.size)
+    return torch.stack([level_patch(unit, pyramid, level, offset, "area").flatten() for unit in basis], dim=1)
+
+
+def test_draws_have_the_law():
+    field, _, _ = small()
+    draws = field.draw(generator(0, "law"), 1500).flatten(1)
+    wanted = dense_covariance(field)
+    assert wanted.diagonal().allclose(torch.tensor(0.25**2, dtype=torch.float64))
+    empirical = draws.T @ draws / len(draws)
+    spread = (wanted**2 + 0.25**4).sqrt() / math.sqrt(len(draws))  # of a covariance's estimate
+    assert ((empirical - wanted) / spread).abs().max() < 5.5
+    assert ((empirical - wanted) / spread).pow(2).mean() == pytest.approx(1, abs=0.3)
+    assert wanted.min() < 0.5 * wanted.max()
+
+
+def test_the_spectrum_falls_and_obeys_its_exponent():
+    rough, smooth = (GaussianField((4, 8, 16), exponent=exponent, std=0.2) for exponent in (0.0, 6.0))
+    assert rough.covariance((1, 1, 1), (1, 1, 1))[0, 0, 1].abs() < 1e-12  # white
+    assert smooth.covariance((1, 1, 1), (1, 1, 1))[0, 0, 1] > 0.9 * 0.04
+    assert smooth.power[0, 0, 2] / smooth.power[0, 0, 6] == pytest.approx(
+        (10 / 2) ** 3
+    )  # f = 1 and 3 per clip
+
+
+def test_covariance_of_patches_is_that_of_the_downsampling():
+    field, pyramid, denoiser = small()
+    dense = dense_covariance(field)
+    patches = [(0, (0, 0, 0)), (1, (1, 3, 5)), (1, (2, 0, 8))]
+    for (level, offset), (other, other_offset) in itertools.product(patches, patches):
+        wanted = (
+            as_matrix(field, pyramid, level, offset)
+            @ dense
+            @ as_matrix(field, pyramid, other, other_offset).T
+        )
+        corners = [
+            (k, tuple(o * p for o, p in zip(own, pyramid.pitch(k), strict=True)))
+            for k, own in ((level, offset), (other, other_offset))
+        ]
+        assert torch.allclose(denoiser.covariance(*corners), wanted, atol=1e-12)
+
+
+def noisy(field, pyramid, level, offsets, sigma_eff, *, stream, channels):
+    """Draw a clip per row and return it with its patch's pixels, z and coords."""
+    clips = torch.stack([field.draw(generator(stream, row), channels) for row in range(len(offsets))])
+    return clips, *seen(clips, pyramid, level, offsets, sigma_eff, stream=stream)
+
+
+def seen(clips, pyramid, level, offsets, sigma_eff, *, stream):
+    clean = torch.stack(
+        [
+            level_patch(clip, pyramid, level, offset, "area")
+            for clip, offset in zip(clips, offsets, strict=True)
+        ]
+    )
+    noise = torch.randn(clean.shape, generator=generator(stream, "noise", level), dtype=torch.float64)
+    sigma = torch.full((len(clean),), sigma_eff / SIGMA_IN[level], dtype=torch.float64)
+    z = clean / SIGMA_IN[level] + sigma.view(-1, 1, 1, 1, 1) * noise
+    return clean, z, sigma, pyramid.coords(level, torch.tensor(offsets))
+
+
+def test_the_answer_is_the_regression_on_everything_seen():
+    """Against one dense regression of the patch on all that is seen of it, without any of the tricks."""
+    field, pyramid, denoiser = small(channels=2)
+    offsets, parents = [(1, 3, 5), (0, 0, 0), (1, 3, 5)], [(0, 0, 0)] * 3
+    clips, _, z0, sigma0, coords0 = noisy(field, pyramid, 0, parents, 0.1, stream="a", channels=2)
+    _, z1, sigma1, coords1 = seen(clips, pyramid, 1, offsets, 0.3, stream="a")
+    sources = [denoiser.encode(0, z0, sigma0, coords0, None, [])]
+    made, _ = denoiser(1, z1, sigma1, coords1, None, denoiser.contexts(1, coords1, sources), None)
+
+    dense = dense_covariance(field)
+    top = as_matrix(field, pyramid, 0, (0, 0, 0))
+    for row, offset in enumerate(offsets):
+        own = as_matrix(field, pyramid, 1, offset)
+        both = torch.cat([own, top])
+        noise = torch.cat([torch.full((len(own),), 0.3**2), torch.full((len(top),), 0.1**2)]).double()
+        gain = own @ dense @ both.T @ torch.linalg.inv(both @ dense @ both.T + torch.diag(noise))
+        data = torch.cat([z1[row].flatten(1) * SIGMA_IN[1], z0[row].flatten(1) * SIGMA_IN[0]], dim=1)
+        assert torch.allclose(made[row].flatten(1).double(), data @ gain.T, atol=1e-5)
+
+
+def test_loss_meets_the_bound_and_others_do_not():
+    field, pyramid, denoiser = small(channels=16)
+    rows = 24
+    clips, _, z0, sigma0, coords0 = noisy(
+        field, pyramid, 0, [(0, 0, 0)] * rows, 0.05, stream="b", channels=16
+    )
+    offset = (2, 2, 4)
+    clean, z1, sigma1, coords1 = seen(clips, pyramid, 1, [offset] * rows, 0.3, stream="b")
+    contexts = denoiser.contexts(1, coords1, [denoiser.encode(0, z0, sigma0, coords0, None, [])])
+    made, _ = denoiser(1, z1, sigma1, coords1, None, contexts, None)
+    blind, _ = denoiser(1, z1, sigma1, coords1, None, None, None)
+    bound = denoiser.bayes_loss(1, offset, sigma_eff=0.3, context_sigma_eff=0.05)
+
+    def loss(answer):
+        return (answer - clean).pow(2).mean().item()
+
+    y = z1 * SIGMA_IN[1]
+    assert loss(made) == pytest.approx(bound, rel=0.05)
+    alone = denoiser.bayes_loss(1, offset, sigma_eff=0.3, context_sigma_eff=None)
+    assert loss(blind) == pytest.approx(alone, rel=0.05)
+    assert bound < 0.8 * alone  # parents tell a lot
+    shrunk = y * 0.25**2 / (0.25**2 + 0.3**2)  # the best that treats each pixel alone
+    for worse in (blind, shrunk, torch.zeros_like(clean), y, 0.7 * made, made.flip(-1)):
+        assert loss(worse) > 1.1 * bound
+
+
+def test_noise_free_parents_are_no_trouble():
+    _, _, denoiser = small()
+    clear = denoiser.bayes_loss(1, (1, 2, 4), sigma_eff=1.0, context_sigma_eff=0.0)
+    hazy = denoiser.bayes_loss(1, (1, 2, 4), sigma_eff=1.0, context_sigma_eff=0.02)
+    assert 0 < clear < hazy
+    assert denoiser.bayes_loss(0, (0, 0, 0), sigma_eff=1e-9, context_sigma_eff=None) < 1e-17
+
+
+def sampled_world(*, channels, videos, levels, patch=(2, 4, 6), overlap=()):
+    """Sample with the exact denoiser; every channel is a draw of its own."""
+    video = tuple(size * 2 ** (levels - 1) for size in patch)
+    pyramid = Pyramid(video=video, patch=patch, token=(1, 1, 1), levels=levels, channels=channels)
+    field = GaussianField(video, exponent=4.0, std=0.2)  # [-1, 1] is 5 deviations: clipping does nothing
+    denoiser = GaussianDenoiser(field, pyramid, SIGMA_IN[:levels])
+    config = SimpleNamespace(
+        model=SimpleNamespace(levels=levels, channels=channels),
+        data=SimpleNamespace(downsampling="area"),
+        sampling=SamplingConfig(overlap=overlap, context_sigma_eff=0.02),
+        runtime=RuntimeConfig(sample_batch=videos, tile_batch=128),
+        seed=3,
+    )
+    options = {
+        "steps": (32,),
+        "order": (2,),
+        "sigma_eff_max": (20.0,),
+        "sigma_eff_min": (0.002,),
+        "churn": (0.0,),
+    }
+    assembly = SimpleNamespace(config=config, pyramid=pyramid, solver=EDM(SIGMA_IN[:levels], **options))
+    return denoiser, sample(assembly, denoiser, range(videos), [-1] * videos)
+
+
+def normalised(draws, covariance):
+    """Variance of ``draws`` [n, N] along the principal directions of ``covariance``, over the true one."""
+    variances, basis = torch.linalg.eigh(covariance)
+    kept = variances > 0.01**2  # what is smaller lies near the solver's last noise level
+    return ((draws @ basis).pow(2).mean(dim=0) / variances)[kept]
+
+
+def check_corner_tiles(patch, *, channels, videos):
+    """Compare the law of the sampled corner tiles, levels 0, 1 and 2 jointly, with the field's.
+
+    There parents are tiles themselves, so the chain is exact. The ratio of sampled to true variance along a
+    direction is 1 with deviation sqrt(2 / n), n at least the number of channels of all videos; the corners,
+    mirrored onto the first, add to it.
+    """
+    denoiser, levels = sampled_world(channels=channels, videos=videos, levels=3, patch=patch)
+    frames, height, width = patch
+    draws = []
+    for mirrored in itertools.product((False, True), repeat=3):
+        axes = [axis for axis, flip in zip((-3, -2, -1), mirrored, strict=True) if flip]
+        parts = [video.double().flip(axes)[..., :frames, :height, :width] for video in levels]
+        draws.append(torch.cat([part.flatten(2) for part in parts], dim=-1).flatten(0, 1))
+    draws = torch.cat(draws)
+    places = [(level, (0, 0, 0)) for level in range(3)]
+    joint = torch.cat([torch.cat([denoiser.covariance(a, b) for b in places], dim=1) for a in places])
+    pixels = math.prod(patch)
+    blocks = [slice(pixels * level, pixels * (level + 1)) for level in range(3)]
+    for block in blocks:
+        ratios = normalised(draws[:, block], joint[block, block])
+        assert len(ratios) > pixels / 4
+        assert ratios.mean().item() == pytest.approx(1, abs=0.05)
+        assert (ratios - 1).abs().max() < 6 * math.sqrt(2 / (channels * videos))
+    empirical = draws.T @ draws / len(draws)
+    for a, b in itertools.combinations(blocks, 2):
+        assert ((empirical[a, b] - joint[a, b]).norm() / joint[a, b].norm()).item() < 0.2
+
+
+def test_exact_denoiser_through_the_sampler_returns_the_covariance():
+    check_corner_tiles((2, 4, 6), channels=48, videos=4)
+
+
+@pytest.mark.slow
+def test_exact_denoiser_through_the_sampler_returns_the_covariance_of_large_patches():
+    check_corner_tiles((4, 8, 8), channels=24, videos=12)
+
+
+def test_overlap_makes_tiles_agree():
+    """Across a border of tiles neighbours differ as they should with overlap, too much without it."""
+    errors = {}
+    for overlap in ((), ("w",)):
+        denoiser, levels = sampled_world(channels=32, videos=2, levels=2, overlap=overlap)
+        step = (levels[1][..., 6] - levels[1][..., 5]).pow(2).mean().item()
+        lags = denoiser.field.covariance((1, 1, 1), (1, 1, 1))
+        errors[overlap] = step / (2 * (lags[0, 0, 0] - lags[0, 0, 1])).item()
+    assert errors[()] > 1.3
+    assert abs(errors[("w",)] - 1) < 0.5 * abs(errors[()] - 1)
+
+
+def test_dataset_draws_clips_of_the_law():
+    world = GaussianWorld(ClipShape(4, 8, 16, 3), None)
+    clip = world.draw("train", generator(0, "clip"))
+    assert clip.video.shape == (3, 4, 8, 16) and clip.video.dtype == torch.float32 and clip.label == -1
+    assert torch.equal(clip.video, world.draw("held_out", generator(0, "clip")).video)
+    assert not torch.equal(clip.video, world.draw("train", generator(1, "clip")).video)
+    many = torch.stack([world.draw("train", generator(2, i)).video for i in range(100)])
+    assert many.abs().max() <= 1
+    assert many.std().item() == pytest.approx(0.25, rel=0.03)
+    per_channel = many[:, 0] * many[:, 1]
+    assert abs(per_channel.mean().item()) < 0.1 * 0.25**2  # channels are independent
+    assert downsample(many, (2, 2, 2), "area").std() < many.std()
+    assert world.distinct("train") is None and world.classes == ()
+    assert world.describe()["exponent"] == 4.0
