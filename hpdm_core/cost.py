@@ -43,18 +43,18 @@ def training_flops(assembly: Assembly) -> int:
     pass on the expected share of videos that self-conditioning keeps. Element-wise work and the optimizer are
     not counted.
     """
-    training = assembly.config.training
+    share = assembly.config.training.self_conditioning
     model = assembly.build_model(device="meta")
     batch = _meta_batch(assembly)
-    nobody = torch.empty(0, dtype=torch.long, device="meta")
+    if share == 0:
+        batch = replace(batch, conditioned=batch.conditioned[:0])
     # The math form of attention is made of matrix products, which the counter sees on every device.
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as second:
-            joint_loss(assembly, model, replace(batch, conditioned=nobody)).total.backward()  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as both:
+            joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
         with FlopCounterMode(display=False) as first:
             self_conditioning_latents(model, make_entries(assembly, batch), batch.conditioned)
-    joint, extra = int(second.get_total_flops()), int(first.get_total_flops())
-    return joint + round(training.self_conditioning * extra)
+    return int(both.get_total_flops()) - round((1 - share) * int(first.get_total_flops()))
 
 
 def disk_bytes(assembly: Assembly) -> int:

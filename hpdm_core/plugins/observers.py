@@ -33,17 +33,11 @@ class Observers:
         return [f"{self._messages[key]} ({count}x)" for key, count in self._counts.items()]
 
     def call(self, hook: str, **arguments: Any) -> None:
-        """Call every observer of ``hook`` with ``cell`` and ``arguments``, last registered first, as pluggy
-        does."""
+        """Call every observer of ``hook`` with ``cell`` and ``arguments``; the last registered first."""
         if self.cell is None:
             return
-        caller = getattr(self.plugins.hook, hook)
         given = {"cell": self.cell, **arguments}
-        observers = caller.get_hookimpls()
-        if any(observer.wrapper or observer.hookwrapper for observer in observers):
-            # Only pluggy can nest wrappers; then one mistake hides the observers after it.
-            self._guard("with a wrapper", hook, lambda: caller(**given))
-            return
+        observers = getattr(self.plugins.hook, hook).get_hookimpls()  # wrappers are refused when loaded
         for observer in reversed(observers):
             chosen = [given[name] for name in observer.argnames]
             self._guard(observer.plugin_name, hook, lambda o=observer, c=chosen: o.function(*c))

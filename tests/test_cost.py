@@ -1,0 +1,113 @@
+"""Costs counted without running anything."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpdm_core import cost
+from hpdm_core.assembly import Assembly
+from hpdm_core.config.schema import CellConfig
+from hpdm_core.plugins import build_plugins
+from hpdm_core.training.batches import TrainingBatches
+from hpdm_core.training.step import joint_loss
+
+D, E, M, N, HEADS, WIDE, K = 12, 8, 5, 8, 2, 6, 2
+"""Token and latent width, latents, tokens, heads, inner width of latent attention, condition tokens."""
+
+
+@pytest.fixture(scope="module")
+def assemble() -> Callable[..., Assembly]:
+    plugins = build_plugins()
+
+    def make(*, levels: int = 3, blocks: int = 3, training: dict[str, Any] | None = None) -> Assembly:
+        q = 2 ** (levels - 1)
+        config = {
+            "model": {
+                "video": (2 * q, 4 * q, 6 * q),
+                "patch": (2, 4, 6),
+                "token": (1, 2, 3),
+                "levels": levels,
+                "classes": 4,
+                "token_dim": D,
+                "blocks": blocks,
+                "backbone": {
+                    "use": "rin",
+                    "latent_dim": E,
+                    "latents": M,
+                    "latent_layers": 1,
+                    "latent_heads": 2,
+                    "latent_head_dim": WIDE // 2,
+                    "heads": HEADS,
+                },
+            },
+            "data": {"dataset": "synthetic"},
+            "training": {"steps": 10, "batch": 3, "learning_rate": 0.001, **(training or {})},
+            "evaluation": {"samples": 7},
+        }
+        return Assembly(CellConfig.model_validate(config), plugins)
+
+    return make
+
+
+def attention(queries: int, keys: int, *, width: int, source: int, inner: int) -> int:
+    """Multiply-adds of one attention with its four projections."""
+    projections = queries * width * inner + 2 * keys * source * inner + queries * inner * width
+    return projections + 2 * queries * keys * inner
+
+
+def forward_by_hand() -> int:
+    """Multiply-adds of one video through one level and one block, without noise embedding and recall."""
+    block = attention(M, K, width=E, source=D, inner=D) + 2 * M * E * 4 * E
+    block += attention(M, N, width=E, source=D, inner=D) + 2 * M * E * 4 * E
+    block += attention(M, M, width=E, source=E, inner=WIDE) + 2 * M * E * 4 * E
+    block += attention(N, M, width=D, source=E, inner=D) + 2 * N * D * 2 * D
+    return block + 2 * N * 18 * D
+
+
+def test_forward_operations_by_hand_attention_included(assemble: Callable[..., Assembly]) -> None:
+    recall, embedding = 2 * M * E * 4 * E, 256 * D + D * D
+    flops = {
+        share: cost.training_flops(
+            assemble(levels=1, blocks=1, training={"self_conditioning": share, "batch": 3})
+        )
+        for share in (0.5, 1.0)
+    }
+    # The zeros that the first pass recalls are one row for all videos.
+    first_pass = 2 * (3 * (forward_by_hand() + embedding) + recall)
+    assert flops[1.0] - flops[0.5] == first_pass // 2
+    # Backward makes two products for each of the forward's, but none for the gradients of inputs and latents.
+    second_pass = 2 * 3 * (forward_by_hand() + embedding + recall)
+    assert (flops[1.0] - first_pass) / second_pass == pytest.approx(3, rel=0.05)
+
+
+def test_the_real_step_on_the_cpu_counts_the_same(assemble: Callable[..., Assembly]) -> None:
+    assembly = assemble(training={"self_conditioning": 1.0})
+    model, batch = assembly.build_model(), TrainingBatches(assembly)(1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        joint_loss(assembly, model, batch).total.backward()
+    assert cost.training_flops(assembly) == counter.get_total_flops()
+
+
+def test_operations_grow_with_the_batch_and_the_share_of_self_conditioning(
+    assemble: Callable[..., Assembly],
+) -> None:
+    flops = {
+        (batch, share): cost.training_flops(
+            assemble(levels=1, blocks=1, training={"batch": batch, "self_conditioning": share})
+        )
+        for batch, share in ((3, 0.0), (3, 0.5), (3, 1.0), (6, 0.5))
+    }
+    assert flops[3, 0.0] < flops[3, 0.5] < flops[3, 1.0]
+    assert flops[6, 0.5] == pytest.approx(2 * flops[3, 0.5], rel=0.02)
+
+
+def test_parameters_and_disk(assemble: Callable[..., Assembly]) -> None:
+    assembly = assemble(training={"keep": (5,)})
+    parameters = sum(p.numel() for p in assembly.build_model().parameters())
+    assert cost.count_parameters(assembly) == parameters
+    pixels = 3 * sum(2 * 4 * 6 * 8**level for level in range(3))
+    # Four checkpoints (two newest, one in the writing, one kept) of four float32 per weight; the final one.
+    assert cost.disk_bytes(assembly) == 4 * 16 * parameters + 4 * parameters + 7 * pixels
