@@ -32,7 +32,7 @@ from hpdm_core.study.store import Attempt, Stage, Store, describe
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Cell", "Keys", "Step", "run_cell"]
+__all__ = ["Cell", "Keys", "Step", "ended_by_sigterm", "run_cell"]
 
 Progress = Callable[[dict[str, Any]], None]
 WAIT_SECONDS = 0.5
@@ -408,8 +408,9 @@ def run_cell(path: str, progress: Progress | None = None) -> None:
     """
     spec_file = Path(path)
     folder = spec_file.parent
-    with _ended_by_sigterm():
-        write_json(folder / "worker.json", Process.here().to_json(), durable=False)
+    with ended_by_sigterm():
+        if progress is None:
+            write_json(folder / "worker.json", Process.here().to_json(), durable=False)
         try:
             spec = read_json(spec_file)
             if spec is None:
@@ -427,7 +428,7 @@ def run_cell(path: str, progress: Progress | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Within the block SIGTERM raises SystemExit; submitit's own handler would ignore it."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -178,7 +178,7 @@ class _LocalJob:
 
     def _processes(self) -> list[Process]:
         found = [process for process in (self._worker(), self.launcher) if process is not None]
-        return [process for process in found if process.alive()]
+        return [process for process in found if process.alive() and process.pid != os.getpid()]
 
     def alive(self) -> bool:
         if self.submitted is not None:

@@ -313,6 +313,8 @@ class Controller:
         """Estimate from the cells finished in this command; while there are none, from the running stages."""
         waiting = sum(task.state == "waiting" for task in self.tasks)
         running = [task for task in self.tasks if task.state == "running"]
+        if not running and not waiting:
+            return None
         stage_left = [left for row in rows if (left := seconds_left(row.progress)) is not None]
         taken = [task.seconds for task in self.tasks if task.state == "done" and task.seconds is not None]
         if taken:

@@ -40,8 +40,8 @@ def describe_study(study: StudyConfig, results: Path) -> str:
                 "FLOPs/step": amount(flops),
                 "steps": cell.config.training.steps,
                 "disk": f"{amount(disk)}B",
-                "done": ", ".join(_done(cell, missing)) or "-",
-                "to do": ", ".join(missing) or "-",
+                "done": _short(_done(cell, missing)),
+                "to do": _short(missing),
             }
         )
     to_train = {
@@ -62,6 +62,13 @@ def describe_study(study: StudyConfig, results: Path) -> str:
 def _done(cell: Cell, missing: Sequence[str]) -> list[str]:
     names = ["train", "sample", *(f"evaluate {part.use}" for part in cell.config.evaluation.metrics)]
     return [name for name in dict.fromkeys(names) if name not in missing]
+
+
+def _short(names: Sequence[str]) -> str:
+    """Return the stages as people list them: ``train, sample, evaluate (a, b)``."""
+    first = [name for name in names if not name.startswith("evaluate ")]
+    metrics = [name.removeprefix("evaluate ") for name in names if name.startswith("evaluate ")]
+    return ", ".join(first + ([f"evaluate ({', '.join(metrics)})"] if metrics else [])) or "-"
 
 
 def amount(number: float) -> str:

@@ -83,12 +83,16 @@ class Ledger:
             except Exception as error:
                 first = str(error).strip().partition("\n")[0]
                 raise InputError(f"storage: '{_without_password(url)}' cannot be opened: {first}") from error
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=self._study_name,
-            sampler=optuna.samplers.RandomSampler(seed=0),
-            load_if_exists=True,
-        )
+        with _as_trouble(self._journal):
+            sampler = optuna.samplers.RandomSampler(seed=0)
+            try:
+                self._study = optuna.load_study(
+                    storage=self._storage, study_name=self._study_name, sampler=sampler
+                )
+            except KeyError:
+                self._study = optuna.create_study(
+                    storage=self._storage, study_name=self._study_name, sampler=sampler
+                )
         self._study_id = self._storage.get_study_id_from_name(self._study_name)
 
     def sync(self, cells: Sequence[tuple[LedgerCell, State, float]]) -> None:

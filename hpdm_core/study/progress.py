@@ -55,7 +55,8 @@ def seconds_left(progress: Mapping[str, Any] | None) -> float | None:
     first, since, now = progress.get("first"), progress.get("first_time"), progress.get("time")
     if not (step and steps and since and now) or first is None or step <= first:
         return None
-    return max(0.0, float(now - since) * (steps - step) / (step - first))
+    left: float = (now - since) * (steps - step) / (step - first)
+    return max(0.0, left)
 
 
 def span(seconds: float | None) -> str:
@@ -134,10 +135,13 @@ class PlainDisplay:
         self._clock = clock
         self._seen: dict[str, tuple[str, str]] = {}
         self._last = clock()
+        self._summary = ""
+        self._said = ""
 
     def update(self, rows: Sequence[Row], summary: str) -> None:
         """Print what has changed."""
         first = not self._seen
+        self._summary = summary
         for row in rows:
             stage = str((row.progress or {}).get("stage", "")) if row.state == "running" else ""
             now = (row.state, stage)
@@ -149,7 +153,7 @@ class PlainDisplay:
                 continue  # started, and not heard of yet
             self.line(f"{row.name}: {stage or row.state}{': ' + row.reason if row.reason else ''}")
         if first:
-            self.line(summary)
+            self._summarize()
         elif self._clock() - self._last >= PLAIN_SECONDS:
             for row in rows:
                 if row.state == "running" and row.progress:
@@ -159,7 +163,7 @@ class PlainDisplay:
                     if left := span(seconds_left(row.progress)):
                         parts.append(f"{left} left")
                     self.line(f"{row.name}: {', '.join(part for part in parts if part)}")
-            self.line(summary)
+            self._summarize()
         else:
             return
         self._last = self._clock()
@@ -169,4 +173,10 @@ class PlainDisplay:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Say where everything stands, unless that was the last word."""
+        if self._summary != self._said:
+            self._summarize()
+
+    def _summarize(self) -> None:
+        self._said = self._summary
+        self.line(self._summary)

@@ -1,0 +1,163 @@
+"""A study without a network: cells whose stages write a line, run by the real controller, store and ledger."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hpdm_core.study.backends import Inline, InlineOptions
+from hpdm_core.study.controller import Controller
+from hpdm_core.study.progress import PlainDisplay
+from hpdm_core.study.store import Stage, Store
+
+
+@dataclass
+class FakeCell:
+    """Looks like `hpdm_core.cell.Cell` to the controller. ``model``: its train key; ``metrics``: one stage
+    each.
+    """
+
+    arm: str
+    seed: int
+    root: Path
+    model: str
+    metrics: Sequence[str] = ("loss",)
+    fails: str = ""
+    """The stage that fails."""
+    heard: list[Path] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def identity(self) -> str:
+        return "-".join([self.arm, str(self.seed), self.model, *self.metrics])
+
+    @property
+    def keys(self) -> Any:
+        evaluations = tuple(f"{self.model}{self.seed}{metric}" for metric in self.metrics)
+        return SimpleNamespace(
+            train=f"{self.model}{self.seed}", samples=self.identity, evaluations=evaluations
+        )
+
+    @property
+    def plugins(self) -> Any:
+        return SimpleNamespace(
+            hook=SimpleNamespace(after_study_finished=lambda study: self.heard.append(study))
+        )
+
+    def stages(self) -> list[tuple[str, Stage]]:
+        store = Store(self.root)
+        found = [("train", store.stage("train", self.keys.train))]
+        for metric, key in zip(self.metrics, self.keys.evaluations, strict=True):
+            found.append((f"evaluate {metric}", store.stage("evaluations", key)))
+        return found
+
+    def missing(self) -> list[Any]:
+        return [SimpleNamespace(name=name, stage=stage) for name, stage in self.stages() if not stage.done]
+
+    def results(self) -> dict[str, Any]:
+        return {name: result for name, stage in self.stages() if (result := stage.result()) is not None}
+
+    def spec(self) -> dict[str, Any]:
+        stages = [[name, stage.kind, stage.key] for name, stage in self.stages()]
+        return {"root": str(self.root), "stages": stages, "fails": self.fails, "cell": self.name}
+
+
+def make_job() -> Callable[..., None]:
+    """Return a job that does a fake cell; nested, so that it travels to another process by value."""
+
+    def job(path: str, progress: Any = None) -> None:
+        import json
+        from pathlib import Path
+
+        from hpdm_core.errors import TroubleError
+        from hpdm_core.study.files import write_json
+        from hpdm_core.study.lease import Process
+        from hpdm_core.study.store import Store
+
+        if progress is None:
+            write_json(Path(path).parent / "worker.json", Process.here().to_json())
+        spec = json.loads(Path(path).read_text())
+        store = Store(Path(spec["root"]))
+        for name, kind, key in spec["stages"]:
+            stage = store.stage(kind, key)
+            if stage.done:
+                continue
+            with stage.claim() as attempt:
+                attempt.log(f"{name} for {spec['cell']}")
+                attempt.heartbeat({"stage": name, "step": 1, "steps": 2})
+                if progress is not None:
+                    progress({})
+                if spec["fails"] == name:
+                    raise TroubleError(f"{name} went wrong")
+                attempt.finish({"value": 1.0, "wall_seconds": 2.0})
+
+    return job
+
+
+@dataclass
+class Run:
+    """What one command did."""
+
+    code: int
+    text: str
+    made: list[str]
+    """The stages that were worked on, in order: ``NAME for CELL``."""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Callable[..., Run]:
+    """Return a function that runs cells as one command would, inline unless a backend is given."""
+
+    def run(cells: Sequence[FakeCell], *, backend: Any = None, job: Any = None, **options: Any) -> Run:
+        seen = _logged(tmp_path)
+        text = io.StringIO()
+        display = PlainDisplay(Console(file=text, width=200))
+        used = backend or Inline(InlineOptions(), job=job or make_job(), tick=lambda: None)
+        controller = Controller(
+            cells,
+            folder=tmp_path / "tiny",
+            study="tiny",
+            backend=used,
+            display=display,
+            again="again",
+            **options,
+        )
+        code = controller.run()
+        return Run(code, text.getvalue(), [line for line in _logged(tmp_path) if line not in seen])
+
+    return run
+
+
+@pytest.fixture
+def cell(tmp_path: Path) -> Callable[..., FakeCell]:
+    """Return a function that makes a fake cell in this test's store."""
+
+    def make(arm: str, seed: int = 0, **options: Any) -> FakeCell:
+        return FakeCell(arm, seed, tmp_path / "store", options.pop("model", arm), **options)
+
+    return make
+
+
+def _logged(folder: Path) -> list[str]:
+    """Every line of work in the store, with its attempt, oldest first."""
+    found = []
+    for log in (folder / "store").rglob("log.txt"):
+        for line in log.read_text().splitlines():
+            if " for " in line:
+                found.append((log.stat().st_mtime_ns, f"{line[20:]} #{log.parent.name}"))
+    return [line for _, line in sorted(found)]
+
+
+@pytest.fixture
+def fake_job() -> Callable[..., None]:
+    return make_job()
