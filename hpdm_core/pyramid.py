@@ -242,12 +242,14 @@ class Pyramid:
         ``centre_frame`` shows the frame at index pitch // 2 of each group; for an even pitch its centre lies
         half a full-resolution frame after the group's, and the coordinates follow.
         """
-        size = torch.tensor(self.size(level), dtype=torch.float64)
-        fractions = offsets.to(device="cpu", dtype=torch.float64) / size
+        device = offsets.device
+        pixels = offsets.float()  # exact, and so is the half-frame below: the division rounds once
         if downsampling == "centre_frame" and self.pitch(level)[0] % 2 == 0:
-            fractions = fractions + torch.tensor([0.5 / self.video[0], 0.0, 0.0], dtype=torch.float64)
-        scale = torch.tensor(self.scale(level), dtype=torch.float32)
-        return Coords(offset=fractions.float(), scale=scale).to(offsets.device)
+            pixels = pixels + torch.tensor([0.5 / self.pitch(level)[0], 0.0, 0.0], device=device)
+        return Coords(
+            offset=pixels / torch.tensor(self.size(level), dtype=torch.float32, device=device),
+            scale=torch.tensor(self.scale(level), dtype=torch.float32, device=device),
+        )
 
     def _check(self, level: int) -> None:
         if not 0 <= level < self.levels:

@@ -16,9 +16,9 @@ from hpdm_plugins.fusions import DeepFusion, NoFusion, ShallowConcat
 FUSIONS = {"deep": DeepFusion, "none": NoFusion, "shallow_concat": ShallowConcat}
 
 
-def make_pyramid(levels=3):
+def make_pyramid(levels=3, token=(1, 2, 2)):
     video = (8, 24, 40) if levels == 3 else (2, 6, 10)
-    return Pyramid(video=video, patch=(2, 6, 10), token=(1, 2, 2), levels=levels)
+    return Pyramid(video=video, patch=(2, 6, 10), token=token, levels=levels)
 
 
 def make_model(
@@ -30,10 +30,11 @@ def make_model(
     seed=1,
     classes=5,
     sigma_on_tokens=True,
+    token=(1, 2, 2),
     **options,
 ):
     """An HPDM; ``scramble`` moves parameters off their start, not self-conditioning's if not ``recall``."""
-    pyramid = make_pyramid(levels_per_block[-1])
+    pyramid = make_pyramid(levels_per_block[-1], token)
     config = ModelConfig(
         video=pyramid.video,
         patch=pyramid.patch,

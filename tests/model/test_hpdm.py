@@ -199,27 +199,31 @@ def test_encoded_and_contexts_rows_can_be_gathered(build, entries_for):
                     close(other.tokens[block], made)
 
 
-def test_tokens_are_boxes_of_pixels_in_row_major_order(build, entries_for):
-    model = build(sigma_on_tokens=False)
+@pytest.mark.parametrize("token", [(2, 3, 5), (1, 2, 2)])  # all different inside a token, and between tokens
+def test_tokens_are_boxes_of_pixels_in_row_major_order(build, entries_for, token):
+    model = build(sigma_on_tokens=False, token=token)
     (entry, *_) = entries_for(model)
     tokens = model._begin([entry], None)[0].tokens
-    for index, (f, h, w) in enumerate(itertools.product(range(2), range(3), range(5))):
-        box = entry.noisy[:, :, f : f + 1, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2]
-        flat = torch.stack(
-            [box[:, c, i, j, k] for i in (0,) for j in (0, 1) for k in (0, 1) for c in range(3)], 1
-        )
+    a, b, c = token
+    for index, (f, h, w) in enumerate(itertools.product(*map(range, model.pyramid.grid))):
+        box = entry.noisy[:, :, a * f : a * f + a, b * h : b * h + b, c * w : c * w + c]
+        flat = box.permute(0, 2, 3, 4, 1).flatten(1)  # frames, rows, columns, colours
         expected = model.tokenizer_norm(flat @ model.tokenizer.weight.T + model.tokenizer.bias)
         close(tokens[:, index], expected + model.positions()[index])
 
 
-def test_a_prediction_is_put_where_its_token_stands(build):
-    model = build()
-    tokens = torch.randn(2, 30, 24)
+@pytest.mark.parametrize("token", [(2, 3, 5), (1, 2, 2)])
+def test_a_prediction_is_put_where_its_token_stands(build, token):
+    model = build(token=token)
+    a, b, c = token
+    tokens = torch.randn(2, 60 * 2 // (a * b * c), 24)
     prediction = model._detokenize(tokens)
     volumes = F.linear(model.output_norm(tokens), model.output.weight, model.output.bias)
-    for index, (f, h, w) in enumerate(itertools.product(range(2), range(3), range(5))):
-        for cell, (j, k, c) in enumerate(itertools.product(range(2), range(2), range(3))):
-            assert torch.equal(prediction[:, c, f, 2 * h + j, 2 * w + k], volumes[:, index, cell])
+    for index, (f, h, w) in enumerate(itertools.product(*map(range, model.pyramid.grid))):
+        for cell, (i, j, k, colour) in enumerate(itertools.product(range(a), range(b), range(c), range(3))):
+            assert torch.equal(
+                prediction[:, colour, a * f + i, b * h + j, c * w + k], volumes[:, index, cell]
+            )
 
 
 def test_the_sigma_embedding_stands_on_the_tokens_where_asked_for(build, entries_for):
@@ -286,3 +290,20 @@ def test_an_entry_may_come_twice(build, entries_for):
     together = model([*entries, *shifted])
     for got, expected in zip(together, [*model(entries), *model(others)], strict=True):
         close(got[0], expected[0])
+
+
+def test_shapes_alone_run_on_the_meta_device(build, entries_for):
+    """Costs are counted there; no number of a tensor may be asked for."""
+    for fusion in ALL:
+        model = build(fusion)
+        entries = [
+            replace(
+                e,
+                noisy=e.noisy.to("meta"),
+                sigma=e.sigma.to("meta"),
+                coords=model.pyramid.coords(e.level, torch.zeros(2, 3, dtype=torch.int64, device="meta")),
+                label=e.label.to("meta"),
+            )
+            for e in entries_for(model)
+        ]
+        assert [prediction.shape for prediction, _ in model.to("meta")(entries)] == [(2, 3, 2, 6, 10)] * 3
