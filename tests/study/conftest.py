@@ -1,8 +1,9 @@
-"""A study without a network: cells whose stages write a line, run by the real controller, store and ledger."""
+"""Studies for tests: one of fake cells under the real controller, and a real one of the smallest kind."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,3 +162,61 @@ def _logged(folder: Path) -> list[str]:
 @pytest.fixture
 def fake_job() -> Callable[..., None]:
     return make_job()
+
+
+TINY = """
+name: tiny
+model:
+  {video: [4, 16, 16], patch: [2, 4, 4], token: [1, 2, 2], levels: 2, token_dim: 16, blocks: 2, backbone: {
+   use: rin, latent_dim: 16, latents: 4, latent_layers: 1, latent_heads: 2, latent_head_dim: 8, heads: 2,
+   latent_mlp_ratio: 2, token_mlp_ratio: 2}}
+data: {dataset: synthetic}
+training: {steps: 6, batch: 2, learning_rate: 1e-3}
+sampling: {solver: {use: edm, steps: [2]}}
+evaluation: {samples: 4, reals: 4, metrics: [held_out_loss, {use: frechet, extractor: statistics}]}
+runtime: {threads: 1, sample_batch: 2, checkpoint_every: 2, log_every: 1}
+arms:
+  default: {}
+seeds: [0]
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A study file of one real cell that takes seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results folder of the tiny study, run inline without any disturbance. Copy it before changing it."""
+    from hpdm_core.study.__main__ import main
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY)
+    results = folder / "results"
+    assert main([str(folder / "tiny.yaml"), "--results", str(results), "--backend", "inline"]) == 0
+    return results
+
+
+def numbers(results: Path) -> dict[str, Any]:
+    """Return all that a study computed, by path: weights and samples as bytes, the rows of each metric."""
+    store = results / "store"
+    found: dict[str, Any] = {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in store.rglob("*.safetensors")
+        if "attempts" not in path.parts
+    }
+    for path in store.glob("evaluations/*/result.json"):
+        found[str(path.relative_to(store))] = json.loads(path.read_text())["rows"]
+    for path in store.glob("train/*/result.json"):
+        found[str(path.relative_to(store))] = json.loads(path.read_text())["loss"]
+    return found
+
+
+@pytest.fixture
+def computed() -> Callable[[Path], dict[str, Any]]:
+    """Return `numbers`."""
+    return numbers

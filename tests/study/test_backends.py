@@ -63,7 +63,7 @@ def test_the_names_are_those_of_study_files() -> None:
 
 
 def test_an_unknown_backend_gets_the_nearest_name() -> None:
-    with pytest.raises(InputError, match="unknown 'slrum' - did you mean 'slurm'"):
+    with pytest.raises(InputError, match=r"unknown 'slrum' - did you mean 'slurm'"):
         make_backend("slrum", {}, job=sleeper(), tick=lambda: None)
 
 
@@ -216,5 +216,5 @@ def test_sbatch_that_refuses_is_one_line(cluster: Path, spec: Path) -> None:
     )
     from hpdm_core.errors import TroubleError
 
-    with pytest.raises(TroubleError, match="sbatch refused the job: .*invalid partition"):
+    with pytest.raises(TroubleError, match=r"sbatch refused the job: .*invalid partition"):
         slurm().start(spec, slot=0)
