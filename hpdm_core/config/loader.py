@@ -125,8 +125,8 @@ class _Reader:
 
 def _compose(text: str, file: str) -> tuple[Any, _Reader]:
     reader = _Reader(file)
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         data = reader.read(node, ()) if node is not None else None
     except yaml.MarkedYAMLError as error:
@@ -138,8 +138,6 @@ def _compose(text: str, file: str) -> tuple[Any, _Reader]:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{file}: not valid YAML: nested too deeply") from None
-    finally:
-        loader.dispose()
     if reader.problems:
         raise InputError(*reader.problems)
     return data, reader

@@ -81,6 +81,10 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
                 message = "missing, and it has no default"
             case "model_type" | "dict_type" | "model_attributes_type":
                 message = f"should be a mapping of keys to values, got {_shown(item['input'])}"
+            case "too_short":
+                message = (
+                    f"should have at least {item['ctx']['min_length']} items, got {_shown(item['input'])}"
+                )
             case "value_error":
                 message = f"{item['ctx']['error']}, got {_shown(item['input'])}"
             case "literal_error":
@@ -92,7 +96,10 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
             found[path] += f"; or {message}"
         else:
             found[path] = message
-    return [Problem(path, message) for path, message in found.items()]
+    # A list whose items are refused is called too short as well: that says nothing new.
+    inner = {path[:-1] for path in found}
+    short = {tuple(item["loc"]) for item in error.errors() if item["type"] == "too_short"}
+    return [Problem(path, message) for path, message in found.items() if path not in inner & short]
 
 
 def _expected(item: Any) -> list[str]:

@@ -131,7 +131,8 @@ def load_study(
         if config is not None:
             configs[name] = config
         problems += [line for line in lines if line not in problems]
-    problems += _same(configs, layers, sources)
+    if not problems:
+        problems += _same(configs, layers, sources)
     baseline = keys.baseline if keys.baseline is not None else next(iter(sources), "default")
     if baseline not in sources:
         nearest = did_you_mean(baseline, sources) or f"; arms: {', '.join(sources)}"
@@ -175,6 +176,7 @@ def _arms(
             sources[name] = dotted_overrides(overrides or {}, ("arms", name), layers.where)
         except InputError as error:
             problems.extend(error.messages)
+            sources[name] = []
     if keys.factors:
         sources.update(_grid(keys.factors, layers, problems))
     elif not keys.arms:
@@ -187,6 +189,7 @@ def _arms(
             problems.append(f"--arm {flag}: '{name}' should hold no spaces, commas or colons")
         else:
             sources[name] = given
+            layers.origins[("arms", name)] = f"--arm {flag}"
     return sources
 
 

@@ -40,7 +40,7 @@ def _marked(plugin: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
 def hook_functions(plugin: Any) -> dict[str, Callable[..., Any]]:
     """Return hook name -> function of the plugin's functions marked ``@hookimpl``, checked.
 
-    Raises RuleError for a class, an unknown hook, a wrapper, or a parameter that pluggy would not pass.
+    Raises RuleError for a class, an unknown hook, a wrapped registration, or a parameter that is not passed.
     """
     if inspect.isclass(plugin):
         raise RuleError(f"{plugin.__name__} is a class; give an instance of it, or a module")
@@ -52,10 +52,8 @@ def hook_functions(plugin: Any) -> dict[str, Callable[..., Any]]:
             raise RuleError(
                 f"no hook '{hook}'{nearest or '; hooks are: ' + ', '.join(HOOKS)}{_place(function)}"
             )
-        if options.get("wrapper") or options.get("hookwrapper"):
-            raise RuleError(
-                f"{hook} is marked as a wrapper; hooks here register or observe{_place(function)}"
-            )
+        if hook.startswith("register_") and (options.get("wrapper") or options.get("hookwrapper")):
+            raise RuleError(f"{hook} is marked as a wrapper; it should register{_place(function)}")
         _check_parameters(hook, function)
         found[hook] = function
     if not found:
