@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hpdm_core.errors import InputError, TroubleError, report_errors
+from hpdm_core.errors import InputError, report_errors
 from hpdm_core.sampling.cascade import label_of, sample
 from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8, write_mp4
 
@@ -82,19 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     progress = _Progress(given.num)
     shown: list[list[Tensor]] = []
-    try:
-        for batch in batches_to_sample(range(given.num), given.num, config.runtime.sample_batch):
-            labels = [label_of(index, config.model.classes) for index in batch]
-            levels = sample(assembly, denoiser, batch, labels, progress=progress.step)
-            for row, index in enumerate(batch):
-                videos = [to_uint8(videos[row]) for videos in levels]
-                write_mp4(given.out / f"{index:06d}.mp4", videos[-1], fps=given.fps)
-                if len(shown) < SHEET_ROWS:
-                    shown.append(videos)
-            progress.finished(len(batch))
-        contact_sheet(given.out / "contact_sheet.png", shown)
-    except OSError as error:
-        raise TroubleError(f"{given.out}: cannot be written: {error.strerror or error}") from error
+    for batch in batches_to_sample(range(given.num), given.num, config.runtime.sample_batch):
+        labels = [label_of(index, config.model.classes) for index in batch]
+        levels = sample(assembly, denoiser, batch, labels, progress=progress.step)
+        for row, index in enumerate(batch):
+            videos = [to_uint8(videos[row]) for videos in levels]
+            write_mp4(given.out / f"{index:06d}.mp4", videos[-1], fps=given.fps)
+            if len(shown) < SHEET_ROWS:
+                shown.append(videos)
+        progress.finished(len(batch))
+    contact_sheet(given.out / "contact_sheet.png", shown)
     print(f"{given.num} videos and contact_sheet.png in {given.out}")
     return 0
 

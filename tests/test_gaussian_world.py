@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hpdm_core.config.compose import load_cell
 from hpdm_core.config.schema import RuntimeConfig, SamplingConfig
 from hpdm_core.data.dataset import ClipShape
+from hpdm_core.metrics.held_out_loss import HeldOutLoss
 from hpdm_core.pyramid import Pyramid, downsample, level_patch
 from hpdm_core.randomness import generator
 from hpdm_core.sampling import sample
+from hpdm_core.training.trainer import Trainer
 from hpdm_plugins.gaussian_world import GaussianDenoiser, GaussianField, GaussianWorld
 from hpdm_plugins.solvers import EDM
 
@@ -255,3 +258,71 @@ def test_dataset_draws_clips_of_the_law():
     assert downsample(many, (2, 2, 2), "area").std() < many.std()
     assert world.distinct("train") is None and world.classes == ()
     assert world.describe()["exponent"] == 4.0
+
+
+def tiny_cell(steps):
+    """A network of a few thousand weights in this world: 2 levels, patches of 2x4x4."""
+    return load_cell(
+        {
+            "model": {
+                "video": [4, 8, 8],
+                "patch": [2, 4, 4],
+                "token": [1, 1, 1],
+                "levels": 2,
+                "channels": 1,
+                "token_dim": 16,
+                "blocks": 2,
+                "backbone": {
+                    "use": "rin",
+                    "latent_dim": 16,
+                    "latents": 8,
+                    "latent_layers": 1,
+                    "latent_heads": 2,
+                    "latent_head_dim": 8,
+                    "heads": 2,
+                },
+            },
+            "diffusion": {
+                "noise_scaling": {"use": "exponential", "first": 1.0, "ratio": 2.0},
+                "noise_sampling": "clean_parents",
+            },
+            "data": {"dataset": "gaussian_world"},
+            "training": {"steps": steps, "batch": 16, "learning_rate": 4e-3, "warmup": 5},
+            "runtime": {"prefetch": 0, "threads": 1},
+        }
+    )
+
+
+def held_out(assembly, denoiser):
+    """The metric's rows as {(parents, level, sigma_eff): loss}: the same patches and noise for all."""
+    metric = HeldOutLoss(patches=48, split="held_out", sigmas=(0.1, 0.3, 1.0), self_conditioning=True)
+    context = SimpleNamespace(
+        assembly=assembly,
+        denoiser=denoiser,
+        device=torch.device("cpu"),
+        clip=lambda stream, split, number: assembly.dataset.draw(
+            split, generator("evaluation", stream, split, number)
+        ),
+    )
+    return {
+        (row["parents"], row["level"], row["sigma_eff"]): row["value"]
+        for row in metric.evaluate(context)
+        if row["sigma_eff"] is not None
+    }
+
+
+def test_training_approaches_the_best_loss_and_never_passes_it():
+    """Paired with the exact denoiser on the same patches and noise; a loss below it would be a leak."""
+    excess, bayes = {}, {}
+    for steps in (4, 120):
+        assembly = tiny_cell(steps)
+        exact = GaussianDenoiser(assembly.dataset.field, assembly.pyramid, assembly.sigma_in)
+        bayes = held_out(assembly, exact)
+        trainer = Trainer(assembly)
+        trainer.run()
+        trained = held_out(assembly, assembly.denoiser(trainer.ema_model))
+        excess[steps] = {key: trained[key] / bayes[key] - 1 for key in bayes}
+    assert min(excess[120].values()) > -0.01 and min(excess[4].values()) > -0.01
+    means = {steps: sum(values.values()) / len(values) for steps, values in excess.items()}
+    assert 0 < means[120] < 0.7 * means[4]
+    assert all(bayes["clean", 1, sigma] < bayes["noisy", 1, sigma] for sigma in (0.1, 0.3, 1.0))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,6 +45,19 @@ _NAME = re.compile(r"(\d{6,})\.safetensors")
 _VISIBLE_PX = 256  # videos are shown at least this high
 
 
+@contextmanager
+def _whole_or_absent(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it takes that name at the end, or vanishes on an error."""
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise TroubleError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def to_uint8(video: Tensor) -> Tensor:
     """Return ``video`` [..., C, F, H, W], clipped to [-1, 1], as uint8 [..., F, H, W, C]."""
     coded = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -61,20 +75,17 @@ def sample_path(folder: Path, index: int) -> Path:
 
 
 def write_sample(folder: Path, index: int, levels: Sequence[Tensor], *, label: int) -> Path:
-    """Store ``levels``, each float [C, F_l, H_l, W_l] in [-1, 1], as sample ``index``; return its path."""
+    """Store ``levels``, each float [C, F_l, H_l, W_l] in [-1, 1], as sample ``index``; return its path.
+
+    Raises `TroubleError` when the disk is full or not writable, as the other writers here do.
+    """
     path = sample_path(folder, index)
     tensors = {f"level{level}": to_uint8(video).cpu() for level, video in enumerate(levels)}
     data = save(tensors, metadata={"label": str(label)})
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _whole_or_absent(path) as temporary, temporary.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
     return path
 
 
@@ -164,20 +175,14 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "15"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _whole_or_absent(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "15"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return path
 
 
@@ -214,11 +219,6 @@ def contact_sheet(path: Path, samples: Sequence[Sequence[Tensor]], *, frames: in
                 sheet.paste(image, (left, header + row * (height + gap)))
                 left += width + 1
             left += gap
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
+    with _whole_or_absent(path) as temporary:
         sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path
