@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -205,9 +206,18 @@ class EvaluationContext:
         if self._cache is None:
             return None
         try:
-            with np.load(self._cache / f"{key}.npz", allow_pickle=False) as file:
+            with (
+                (self._cache / f"{key}.npz").open("rb") as handle,  # numpy leaves a damaged file open
+                np.load(handle, allow_pickle=False) as file,
+            ):
                 return [file[f"array{index}"] for index in range(self.assembly.config.model.levels + 1)]
-        except (OSError, ValueError, KeyError, EOFError):  # absent, or damaged: made again
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            zipfile.BadZipFile,
+        ):  # absent, or damaged: made again
             return None
 
     def _keep(self, key: str, arrays: list[Features]) -> None:

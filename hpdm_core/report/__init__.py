@@ -1,0 +1,105 @@
+"""The report of a study: made of result files and nothing else, at any time, also while the study runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import textwrap
+import uuid
+from pathlib import Path
+
+from hpdm_core.report.differences import configuration_differences, parameter_differences
+from hpdm_core.report.figures import arms_figure
+from hpdm_core.report.frame import StudyResults, load_results, versions_of
+from hpdm_core.report.tables import blind_spots, headline, metric_tables
+from hpdm_core.report.text import HOLE, to_latex, to_markdown
+
+__all__ = ["load_results", "write_report"]
+
+_WIDTH = 110
+
+
+def write_report(folder: Path) -> str:
+    """Write results.{parquet,csv}, table.{md,tex} and arms.png into ``folder``/report and return the tables
+    as text.
+
+    ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is none; what is missing is shown
+    as a hole.
+    """
+    results = load_results(folder)
+    target = folder / "report"
+    target.mkdir(exist_ok=True)
+    parquet = io.BytesIO()
+    results.frame.to_parquet(parquet, index=False)
+    _write(target / "results.parquet", parquet.getvalue())
+    _write(target / "results.csv", results.frame.to_csv(index=False).encode())
+    tables = metric_tables(results)
+    lead = _lead(results)
+    text = "\n\n".join(
+        [lead[0], f"# {results.study}", *lead[1:], *(to_markdown(table) for table in tables), *_arms(results)]
+    )
+    _write(target / "table.md", (text + "\n").encode())
+    latex = [f"% {line}" for line in lead[0].splitlines()]
+    latex += ["% needs: \\usepackage{booktabs}", "", *(to_latex(table) for table in tables)]
+    _write(target / "table.tex", ("\n".join(latex) + "\n").encode())
+    picture = arms_figure(results)
+    if picture is None:
+        (target / "arms.png").unlink(missing_ok=True)  # of samples that are there no more
+    else:
+        _write(target / "arms.png", picture)
+    wrapped = "\n".join(
+        line if line.startswith(("|", " ")) else textwrap.fill(line, _WIDTH, break_long_words=False)
+        for line in text.splitlines()
+    )
+    return f"{wrapped}\n\nreport: {target}"
+
+
+def _lead(results: StudyResults) -> list[str]:
+    """Return the paragraphs before the tables: what is missing, the headline, what the metrics do not see."""
+    total, missing = len(results.cells), results.missing
+    if missing:
+        named = ", ".join(f"{cell.arm} seed {cell.seed} ({cell.state})" for cell in missing[:12])
+        more = f", and {len(missing) - 12} more" if len(missing) > 12 else ""
+        first = f"{len(missing)} of {total} cells missing: {named}{more}. Holes are shown as {HOLE}."
+    else:
+        seeds = ", ".join(map(str, results.seeds))
+        first = f"All {total} cells are done: {len(results.arms)} arms, seeds {seeds}."
+    paragraphs = [first]
+    mixed = {name: found for name, found in versions_of(results.cells).items() if len(found) > 1}
+    if mixed:
+        listed = "; ".join(f"{name} {', '.join(sorted(found))}" for name, found in mixed.items())
+        paragraphs.append(f"Cells were computed with different versions: {listed}.")
+    lines = headline(results)
+    if len(lines) > 1:
+        paragraphs.append("\n".join(["```", *lines, "```"]))
+    blind = blind_spots(results)
+    if blind:
+        paragraphs.append("\n".join(blind))
+    return paragraphs
+
+
+def _arms(results: StudyResults) -> list[str]:
+    """Return what each arm changes, as paragraphs."""
+    others = [arm for arm in results.arms if arm != results.baseline]
+    if not others:
+        return []
+    paragraphs = [f"## What each arm changes, against {results.baseline}"]
+    for arm in others:
+        lines = configuration_differences(results, arm) or ["no difference found in the configuration"]
+        lines.append(parameter_differences(results, arm) or f"parameters: {HOLE} (no weights to compare)")
+        paragraphs.append("\n".join([f"{arm}:", "", *(f"- {line}" for line in lines)]))
+    return paragraphs
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace ``path`` in one step: a reader sees the old report or the new one."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,113 @@
+"""In what two arms differ: configuration keys, and parameters by name and shape.
+
+What training depends on is compared in the cells' specs, with every default filled in; the rest (sampling,
+evaluation) and arms that never ran in the overrides of ``study.yaml``, which is all that arms of a study
+may differ in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpdm_core.report.frame import TRAIN_SECTIONS, CellRecord, StudyResults
+
+__all__ = ["configuration_differences", "parameter_differences"]
+
+_ABSENT = "(absent)"
+_NAMES_SHOWN = 3
+
+
+def configuration_differences(results: StudyResults, arm: str) -> list[str]:
+    """Return lines ``key: baseline's value -> arm's value``."""
+    old, new = _spec(results, results.baseline), _spec(results, arm)
+    if old is not None and new is not None:
+        lines = [
+            line
+            for section in TRAIN_SECTIONS
+            for line in _compare(section, old.get(section), new.get(section))
+        ]
+        skip: tuple[str, ...] = TRAIN_SECTIONS
+    else:
+        lines, skip = [], ()
+    overrides = results.plan.get("arms")
+    if isinstance(overrides, Mapping):
+        given_old, given_new = overrides.get(results.baseline) or {}, overrides.get(arm) or {}
+        for key in dict.fromkeys([*given_old, *given_new]):
+            if key.split(".")[0] not in skip:
+                default = _lookup(results.plan, key)
+                lines += _compare(key, given_old.get(key, default), given_new.get(key, default))
+    return lines
+
+
+def parameter_differences(results: StudyResults, arm: str) -> str | None:
+    """Return one line on the parameters that differ from the baseline's; None where weights are missing."""
+    pairs = [
+        (cell.parameters, other.parameters)
+        for cell in results.of_arm(results.baseline)
+        for other in results.of_arm(arm)
+        if cell.parameters is not None and other.parameters is not None
+    ]
+    if not pairs:
+        return None
+    old, new = pairs[0]
+    assert old is not None and new is not None, "filtered above"
+    parts = []
+    for what, names in (
+        ("only here", [name for name in new if name not in old]),
+        ("missing here", [name for name in old if name not in new]),
+        ("of another shape", [name for name in new if name in old and old[name] != new[name]]),
+    ):
+        if names:
+            shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+            parts.append(f"{len(names)} {what} ({shown})")
+    if not parts:
+        return f"parameters: the same {len(old)} names and shapes"
+    return f"parameters: {_total(old):,} -> {_total(new):,}; " + "; ".join(parts)
+
+
+def _total(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    total = 0
+    for shape in shapes.values():
+        size = 1
+        for side in shape:
+            size *= side
+        total += size
+    return total
+
+
+def _spec(results: StudyResults, arm: str) -> Mapping[str, Any] | None:
+    def config(cell: CellRecord) -> Mapping[str, Any] | None:
+        found = (cell.spec or {}).get("config")
+        return found if isinstance(found, Mapping) else None
+
+    return next((found for cell in results.of_arm(arm) if (found := config(cell)) is not None), None)
+
+
+def _compare(path: str, old: Any, new: Any) -> list[str]:
+    if old == new:
+        return []
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("use") == new.get("use"):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            line
+            for key in keys
+            for line in _compare(f"{path}.{key}", old.get(key, _ABSENT), new.get(key, _ABSENT))
+        ]
+    return [f"{path}: {_show(old)} -> {_show(new)}"]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping) and "use" in value:
+        options = ", ".join(f"{key}={_show(item)}" for key, item in value.items() if key != "use")
+        return f"{value['use']} ({options})" if options else str(value["use"])
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_show(item) for item in value) + "]"
+    return str(value)
+
+
+def _lookup(data: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = data
+    for part in dotted.split("."):
+        found = found.get(part, _ABSENT) if isinstance(found, Mapping) else _ABSENT
+    return found

@@ -1,0 +1,247 @@
+"""The evaluate stage, with a small dataset of its own and no model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.data.dataset import Clip
+from hpdm_core.errors import InputError, TroubleError, report_errors
+from hpdm_core.evaluate import EvaluationContext, evaluate_metric, main
+from hpdm_core.plugins import build_plugins
+from hpdm_core.pyramid import Pyramid, downsample
+from hpdm_core.sampling.files import write_sample
+
+SIZE = (4, 8, 12)
+FIGURES = {
+    "videos_per_second": 3.5,
+    "seconds": 9,
+    "peak_memory_bytes": 8,
+    "parameters": 7,
+    "flops_per_step": 6,
+}
+
+
+class Noise:
+    """Clips of noise: training ones of half the contrast. ``held_out`` may be absent."""
+
+    classes = ("a", "b")
+
+    def __init__(self, held_out: bool = True) -> None:
+        self.held_out = held_out
+        self.draws = 0
+
+    def draw(self, split: str, generator: torch.Generator) -> Clip:
+        if split == "held_out" and not self.held_out:
+            raise InputError("no held-out clips")
+        self.draws += 1
+        video = torch.rand(3, *SIZE, generator=generator) * 2 - 1
+        return Clip(video=video * (0.5 if split == "train" else 0.6), label=self.draws % 2)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "noise"}
+
+
+class Bench:
+    """What a metric needs of an assembly, on `Noise`."""
+
+    def __init__(self, dataset: Noise | None = None, samples: int = 6) -> None:
+        self.dataset = dataset or Noise()
+        self.plugins = build_plugins(())
+        self.config = CellConfig.model_validate(
+            {
+                "model": {"video": SIZE, "patch": (2, 4, 6), "token": (1, 2, 2), "levels": 2}
+                | {"token_dim": 8, "blocks": 2},
+                "data": {"dataset": "sample_clips"},
+                "training": {"steps": 1, "batch": 1, "learning_rate": 0.1},
+                "evaluation": {"samples": samples, "reals": 20},
+            }
+        )
+        self.pyramid = Pyramid(video=SIZE, patch=(2, 4, 6), token=(1, 2, 2), levels=2)
+
+    def make(self, family: str, part: Part, *positional: Any) -> Any:
+        return self.plugins.make(family, part, *positional)
+
+
+def part(**options: Any) -> Part:
+    return Part(use=options.pop("use"), options=options)
+
+
+def write_fakes(folder: Path, bench: Bench, *, split: str = "train", count: int = 6) -> Path:
+    folder.mkdir()
+    for index in range(count):
+        video = bench.dataset.draw(split, torch.Generator().manual_seed(index)).video
+        levels = [downsample(video, bench.pyramid.pitch(level), "area") for level in range(2)]
+        write_sample(folder, index, levels, label=index % 2)
+    return folder
+
+
+def values(result: dict[str, Any], metric: str) -> list[float]:
+    return [row["value"] for row in result["rows"] if row["metric"] == metric]
+
+
+@pytest.mark.parametrize("use", ["frechet", "kvd"])
+@pytest.mark.parametrize("extractor", ["random3d", "statistics"])
+def test_a_distance_stands_beside_its_floor_on_every_level(tmp_path: Path, use: str, extractor: str) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    result = evaluate_metric(bench, part(use=use, extractor=extractor), samples_folder=fakes)  # type: ignore[arg-type]
+    name = f"{use}[{extractor}]"
+    assert [(row["metric"], row["level"], row["resolution"]) for row in result["rows"]] == [
+        (name, 0, "2x4x6"),
+        (f"{name}.floor", 0, "2x4x6"),
+        (name, 1, "4x8x12"),
+        (f"{name}.floor", 1, "4x8x12"),
+    ]
+    # Fakes are training clips here, the held-out ones have more contrast.
+    assert values(result, name)[1] < values(result, f"{name}.floor")[1]
+
+
+def test_every_number_carries_its_protocol(tmp_path: Path) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    found = evaluate_metric(bench, part(use="frechet"), samples_folder=fakes)["protocol"]  # type: ignore[arg-type]
+    assert len(found["extractor"]["weights"]) == 64
+    assert (found["fakes"], found["reals"], found["dimensions"], found["ddof"]) == (6, 20, 24, 0)
+    assert found["levels"] == ["2x4x6", "4x8x12"]
+    assert found["labels_of_fakes"] == {"0": 3, "1": 3}
+    assert found["downsampling"] == "area"
+    assert len(found["data_fingerprint"]) == 64
+    json.dumps(found)
+
+
+def test_fakes_that_are_missing_are_named(tmp_path: Path) -> None:
+    bench = Bench(samples=7)
+    fakes = write_fakes(tmp_path / "s", bench, count=6)
+    with pytest.raises(TroubleError, match="sample 6"):
+        evaluate_metric(bench, part(use="frechet"), samples_folder=fakes)  # type: ignore[arg-type]
+
+
+def test_features_of_real_clips_are_computed_once_and_are_the_same_bits(tmp_path: Path) -> None:
+    first = Bench()
+    fakes = write_fakes(tmp_path / "s", first)
+    folder = tmp_path / "store" / "evaluations" / "k"
+    once = evaluate_metric(first, part(use="frechet"), samples_folder=fakes, store_folder=folder)  # type: ignore[arg-type]
+    second = Bench()
+    again = evaluate_metric(second, part(use="frechet"), samples_folder=fakes, store_folder=folder)  # type: ignore[arg-type]
+    assert second.dataset.draws == 1  # whether there is a held-out split
+    assert again["rows"] == once["rows"]
+    assert again["protocol"] == once["protocol"] | {
+        "labels_of_reals_train": again["protocol"]["labels_of_reals_train"]
+    }
+
+
+def test_a_damaged_feature_file_is_made_again(tmp_path: Path) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    folder = tmp_path / "store" / "evaluations" / "k"
+    once = evaluate_metric(bench, part(use="frechet"), samples_folder=fakes, store_folder=folder)  # type: ignore[arg-type]
+    for path in (tmp_path / "store" / "features").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    again = evaluate_metric(bench, part(use="frechet"), samples_folder=fakes, store_folder=folder)  # type: ignore[arg-type]
+    assert again["rows"] == once["rows"]
+
+
+def test_without_a_held_out_split_there_is_no_floor(tmp_path: Path) -> None:
+    bench = Bench(Noise(held_out=False))
+    fakes = write_fakes(tmp_path / "s", bench)
+    result = evaluate_metric(bench, part(use="frechet"), samples_folder=fakes)  # type: ignore[arg-type]
+    assert [row["metric"] for row in result["rows"]] == ["frechet[random3d]"] * 2
+    assert evaluate_metric(bench, part(use="sensitivity"))["rows"] == []  # type: ignore[arg-type]
+
+
+def test_real_clips_do_not_depend_on_batches_and_are_rounded() -> None:
+    context = EvaluationContext(Bench())  # type: ignore[arg-type]
+    levels, _ = context.reals("train", range(3))
+    alone, _ = context.reals("train", range(2, 3))
+    for level, videos in enumerate(levels):
+        assert videos.dtype == torch.uint8
+        assert tuple(videos.shape) == (3, *context.assembly.pyramid.size(level), 3)
+        assert torch.equal(videos[2:], alone[level])
+    full = context.clip("reals", "train", 0).video
+    assert torch.equal(levels[1][0], ((full + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0))
+
+
+def test_corruptions_are_measured_in_floors_from_the_data_alone() -> None:
+    bench = Bench()
+    result = evaluate_metric(bench, part(use="sensitivity", extractor="statistics"))  # type: ignore[arg-type]
+    assert result["needs"] == "data"
+    assert {row["corruption"] for row in result["rows"]} == {
+        "blur",
+        "noise",
+        "shuffle",
+        "freeze",
+        "swap_tiles",
+    }
+    for row in result["rows"]:
+        assert row["value"] == pytest.approx(row["distance"] / row["floor"])
+    frozen = [row["value"] for row in result["rows"] if row["corruption"] == "freeze"]
+    assert min(frozen) > 3
+
+
+def test_throughput_is_the_training_results_own() -> None:
+    result = evaluate_metric(Bench(), part(use="throughput"), train_result=FIGURES)  # type: ignore[arg-type]
+    assert {row["metric"]: row["value"] for row in result["rows"]} == {
+        f"throughput.{name}": value for name, value in FIGURES.items()
+    }
+    with pytest.raises(TroubleError, match="videos_per_second"):
+        evaluate_metric(Bench(), part(use="throughput"), train_result={})  # type: ignore[arg-type]
+
+
+def test_a_value_that_is_not_finite_is_stored_as_none() -> None:
+    bench = Bench()
+    metric = SimpleNamespace(
+        name="m",
+        needs="data",
+        protocol=lambda assembly: {},
+        evaluate=lambda context: [{"metric": "m", "value": np.inf}],
+    )
+    bench.make = lambda *given: metric  # type: ignore[method-assign]
+    assert evaluate_metric(bench, part(use="m"))["rows"] == [
+        {"metric": "m", "value": None, "resolution": None}
+    ]  # type: ignore[arg-type]
+
+
+def test_missing_weights_are_one_line(tmp_path: Path) -> None:
+    context = EvaluationContext(Bench(), model_path=tmp_path / "model.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(TroubleError, match="train the cell first"):
+        _ = context.denoiser
+
+
+def test_the_command_measures_a_train_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = tmp_path / "store" / "train" / "k"
+    cell.mkdir(parents=True)
+    spec = {"config": Bench().config.model_dump(mode="json"), "plugins": []}
+    (cell / "spec.json").write_text(json.dumps(spec))
+    (cell / "result.json").write_text(json.dumps(FIGURES))
+    assert main([str(cell), "--metric", "throughput", "--out", str(tmp_path / "out.json")]) == 0
+    assert "metric=throughput.videos_per_second\tvalue=3.5" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "out.json").read_text())
+    assert result["metric"] == "throughput"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--metric", "throughputs"], "did you mean 'throughput'"),
+        (["--metric", "[1]"], "is not a part"),
+        (["--metric", "{use: frechet, extractor: statistic}"], "did you mean 'statistics'"),
+    ],
+)
+def test_wrong_metrics_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    spec = {"config": Bench().config.model_dump(mode="json"), "plugins": []}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert report_errors(main, [str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_cell_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_errors(main, [str(tmp_path)]) == 2
+    assert "not a train stage" in capsys.readouterr().err
