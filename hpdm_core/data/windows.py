@@ -37,7 +37,7 @@ def split_end(frames: int, *, held_out: float, gap: int) -> dict[Split, range]:
 
     The gap keeps what training sees a window's length away from what is held out.
     """
-    # Rounded first, or 0.1 * 30 = 3.0000000000000004 would hold out four frames.
+    # Rounded first, or 0.07 * 100 = 7.000000000000001 would hold out eight frames.
     boundary = frames - math.ceil(round(frames * held_out, 6))
     return {"train": range(max(boundary - gap, 0)), "held_out": range(boundary, frames)}
 

@@ -109,7 +109,7 @@ class PyAVReader:
             if wanted[0] > 0:
                 container.seek(first, stream=stream, backward=True)
             for frame in container.decode(stream):
-                if frame.pts is None or (not found and frame.pts > first):
+                if frame.pts is None:
                     return {}
                 if frame.pts in numbers:
                     found[numbers[frame.pts]] = _pixels(path, frame, short_side)

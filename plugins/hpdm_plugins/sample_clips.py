@@ -207,7 +207,7 @@ class SampleClips:
 
 @dataclass(frozen=True)
 class _Request:
-    """What to decode: (type and description of the reader, path, frames, short side); the key is all that counts."""
+    """What to decode; ``key``: type and description of the reader, path, frames, short side."""
 
     key: tuple[type, str, Path, int, int]
     reader: VideoReader = field(compare=False)
@@ -215,7 +215,7 @@ class _Request:
 
 @lru_cache(maxsize=12)
 def _decoded(request: _Request) -> Tensor:
-    """Return the frames of a clip, uint8 [F, H, W, 3], never written to: the cells of one process share them."""
+    """Return the frames of a clip, uint8 [F, H, W, 3]; never written to: all cells of a process share it."""
     *_, path, frames, side = request.key
     return request.reader.read(path, range(frames), short_side=side)
 

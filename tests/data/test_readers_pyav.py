@@ -2,6 +2,9 @@
 files.
 """
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import av
 import pytest
 import torch
@@ -39,15 +42,19 @@ def test_probe_gives_size_and_rate(tmp_path, frames, write, pyav):
 H264 = {
     "codec": "libx264",
     "pix_fmt": "yuv420p",
-    "options": {"g": "8", "bf": "3", "x264-params": "open-gop=1"},
+    "options": {"x264-params": "keyint=8:scenecut=0:bframes=3:b-adapt=0:open-gop=1"},
 }
-MPEG4 = {"codec": "mpeg4", "pix_fmt": "yuv420p", "options": {"g": "5", "bf": "2"}}
+MPEG4 = {
+    "codec": "mpeg4",
+    "pix_fmt": "yuv420p",
+    "options": {"g": "5", "bf": "2", "sc_threshold": "1000000000"},
+}
 
 
 @pytest.mark.parametrize(
     ("name", "coding"),
-    [("a.mp4", H264), ("a.mkv", H264), ("a.avi", MPEG4), ("a.mp4", MPEG4)],
-    ids=["h264-mp4", "h264-mkv", "mpeg4-avi", "mpeg4-mp4"],
+    [("a.mp4", H264), ("a.mkv", H264), ("a.avi", MPEG4), ("a.mp4", MPEG4), ("a.h264", H264)],
+    ids=["h264-mp4", "h264-mkv", "mpeg4-avi", "mpeg4-mp4", "h264-without-times"],
 )
 def test_any_frame_equals_decoding_in_order(tmp_path, frames, write, pyav, name, coding):
     path = write(tmp_path / name, frames(30, 32, 48), **coding)
@@ -65,18 +72,48 @@ def test_uneven_times_do_not_move_frames(tmp_path, frames, write, pyav):
 
 def test_seeks_instead_of_decoding_from_the_start(tmp_path, frames, write, pyav, monkeypatch):
     path = write(
-        tmp_path / "clip.mkv", frames(40, 32, 48), codec="libx264", pix_fmt="yuv420p", options={"g": "5"}
+        tmp_path / "clip.mkv",
+        frames(40, 32, 48),
+        codec="libx264",
+        pix_fmt="yuv420p",
+        options={"x264-params": "keyint=5:scenecut=0"},
     )
-    converted = []
-    pixels = readers_pyav._pixels
-    monkeypatch.setattr(
-        readers_pyav,
-        "_pixels",
-        lambda path, frame, side: converted.append(frame.pts) or pixels(path, frame, side),
-    )
-    monkeypatch.setattr(pyav, "_by_counting", lambda *_: pytest.fail("decoded from the start"))
+    decoded = []
+    opened = readers_pyav._opened
+
+    class Spy:
+        def __init__(self, container):
+            self.seek = container.seek
+            self.demux = container.demux
+            self.container = container
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                decoded.append(frame.pts)
+                yield frame
+
+    @contextmanager
+    def spied(path):
+        with opened(path) as (container, stream):
+            yield Spy(container), stream
+
+    monkeypatch.setattr(readers_pyav, "_opened", spied)
     pyav.read(path, [33, 34])
-    assert len(converted) == 2
+    assert 2 <= len(decoded) <= 5
+
+
+def test_a_damaged_frame_is_refused(tmp_path):
+    frame = SimpleNamespace(is_corrupt=True, time=1.5)
+    with pytest.raises(ReadError, match=r"clip\.mp4: is damaged at 1\.50 s"):
+        readers_pyav._pixels(tmp_path / "clip.mp4", frame, None)
+
+
+def test_frames_are_not_stored_in_the_order_they_are_shown(tmp_path, frames, write):
+    """What makes the tests above worth something."""
+    path = write(tmp_path / "a.mp4", frames(30, 32, 48), **H264)
+    with av.open(str(path)) as container:
+        times = [packet.pts for packet in container.demux(video=0) if packet.size]
+    assert times != sorted(times)
 
 
 def test_counts_where_times_are_missing(tmp_path, frames, write, pyav, monkeypatch):

@@ -259,8 +259,9 @@ def test_frames_are_decoded_once_and_forgotten_when_too_many(tmp_path):
     assert numbers([0, 1, 2]) == [0, 1, 2]
     assert numbers([1, 2, 3]) == [1, 2, 3]
     assert reader.asked == [[0, 1, 2], [3]]
-    assert numbers([4]) == [4]  # 0, the longest unused, goes
-    assert numbers([3, 0]) == [3, 0]
-    assert reader.asked == [[0, 1, 2], [3], [4], [0]]
+    assert numbers([0]) == [0]
+    assert numbers([4]) == [4]  # 1, the longest unused, goes
+    assert numbers([3, 0, 1]) == [3, 0, 1]
+    assert reader.asked == [[0, 1, 2], [3], [4], [1]]
     assert len(cache._frames) == 4
     assert file_clips.CACHE_BYTES == 2**28
