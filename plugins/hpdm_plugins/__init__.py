@@ -3,32 +3,25 @@
 Each submodule is a plugin of its own and imports none of the others; ``presets`` holds what studies extend.
 """
 
-from importlib.util import find_spec
-
 __all__ = ["PLUGIN_MODULES"]
 
-PLUGIN_MODULES = tuple(
-    name
-    for name in (
-        "fusions",
-        "allocations",
-        "coordinates",
-        "noise",
-        "objectives",
-        "backbones",
-        "optimizers",
-        "solvers",
-        "gaussian_world",
-        "sample_clips",
-        "video_folder",
-        "ucf101",
-        "synthetic",
-        "readers_pyav",
-        "readers_skvideo",
-        "extractors",
-        "metrics",
-        "held_out_loss",
-        "throughput",
-    )
-    if find_spec(f"{__name__}.{name}") is not None
+PLUGIN_MODULES = (
+    "fusions",
+    "allocations",
+    "coordinates",
+    "noise",
+    "objectives",
+    "backbones",
+    "optimizers",
+    "solvers",
+    "gaussian_world",
+    "sample_clips",
+    "video_folder",
+    "ucf101",
+    "synthetic",
+    "readers_pyav",
+    "readers_skvideo",
+    "extractors",
+    "metrics",
+    "memorisation",
 )

@@ -79,7 +79,7 @@ def test_what_is_no_configuration_is_one_line(folder, text, start: str) -> None:
 
 
 def test_deep_nesting_is_an_error_of_the_file(folder) -> None:
-    assert "nested too deeply" in lines_of(folder, "a: " + "[" * 5000 + "]" * 5000)[0]
+    assert "nested too deeply" in lines_of(folder, "a: " + "[" * 1500 + "]" * 1500)[0]
 
 
 def test_a_missing_file_and_a_folder(folder) -> None:

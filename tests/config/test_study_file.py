@@ -57,6 +57,11 @@ def test_without_arms_there_is_one_and_the_name_is_the_files(study) -> None:
     assert (made.name, list(made.arms), made.baseline, made.seeds) == ("study", ["default"], "default", (0,))
 
 
+def test_a_study_does_not_take_the_name_of_what_it_extends(folder, study) -> None:
+    (folder / "base.yaml").write_text("name: basis\n" + (folder / "base.yaml").read_text())
+    assert load_study(study("")).name == "study"
+
+
 def test_precedence(folder, study) -> None:
     file = study(
         "training: {steps: 20, batch: 20}\narms: {a: {training.batch: 40}, b: {training.batch: 50}}\n"

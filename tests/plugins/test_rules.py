@@ -2,6 +2,7 @@
 
 import re
 
+import pluggy
 import pytest
 
 from hpdm_core.errors import InputError
@@ -37,6 +38,12 @@ def test_misspelt_hook_by_specname(plugin_file) -> None:
 
 def test_misspelt_hook_marked_optional_is_misspelt_all_the_same(plugin_file) -> None:
     refused(plugin_file, "@hookimpl(optionalhook=True)\ndef register_solver(register): ...", "no hook")
+
+
+def test_pluggy_is_asked_for_hooks_that_nothing_calls(plugin_file, monkeypatch) -> None:
+    monkeypatch.setitem(HOOKS, "after_nothing", ())  # our own rule is made blind
+    with pytest.raises(pluggy.PluginValidationError, match="unknown hook 'after_nothing'"):
+        build_plugins([plugin_file("@hookimpl\ndef after_nothing(): ...")])
 
 
 def test_argument_with_a_default(plugin_file) -> None:
