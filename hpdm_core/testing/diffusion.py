@@ -181,8 +181,8 @@ class ObjectiveCases(Case):
             difference = float((slopes[1] / slopes[0] - 1).abs().max())
             expect(
                 difference < 1e-4,
-                f"lambda depends on the error, by {difference:.2g} at sigma_in {sigma_in}: the decoder must be "
-                "affine in the prediction, with one slope per row",
+                f"lambda depends on the error, by {difference:.2g} at sigma_in {sigma_in}: the decoder must "
+                "be affine in the prediction, with one slope per row",
             )
 
     def test_rows_and_types(self) -> None:

@@ -18,7 +18,7 @@ from hpdm_core.config.schema import (
     Part,
     TrainingConfig,
 )
-from hpdm_core.data.dataset import Clip, Split
+from hpdm_core.data.dataset import Clip, Split, pick
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.errors import InputError
 from hpdm_core.evaluate import EvaluationContext
@@ -241,27 +241,31 @@ class MetricCases(Case):
 
 
 class _Waves:
-    """A small dataset made of drifting waves, so that metrics have real clips to read."""
+    """A small fixed set of drifting waves, so that metrics have real clips to read."""
 
     classes: ClassVar[tuple[str, ...]] = ("slow", "fast")
 
     def __init__(self, size: Triple) -> None:
-        self._size = size
+        self._clips = [self._wave(size, index) for index in range(8)]
+
+    @staticmethod
+    def _wave(size: Triple, index: int) -> Clip:
+        stream = generator("conformance", "wave", index)
+        label = index % 2
+        speeds = torch.rand(3, 3, generator=stream) * 6 + label  # [C, axis], radians per axis
+        angle = torch.rand(3, 1, 1, 1, generator=stream) * 6
+        for axis, (shape, count) in enumerate(zip(((-1, 1, 1), (1, -1, 1), (1, 1, -1)), size, strict=True)):
+            places = torch.linspace(0, 1, count).reshape(shape)
+            angle = angle + speeds[:, axis].reshape(3, 1, 1, 1) * places
+        return Clip(torch.sin(angle), label)
 
     def draw(self, split: Split, generator: torch.Generator) -> Clip:
-        """Return one wave of random direction, phase and class."""
-        label = int(torch.randint(2, (), generator=generator))
-        along = torch.rand(3, 3, generator=generator) * 6 + label  # [C, axis], radians per axis
-        phase = torch.rand(3, 1, 1, 1, generator=generator) * 6
-        f, h, w = (torch.linspace(0, 1, size) for size in self._size)
-        angle = torch.einsum("c,f->cf", along[:, 0], f)[:, :, None, None]
-        angle = angle + torch.einsum("c,h->ch", along[:, 1], h)[:, None, :, None]
-        angle = angle + torch.einsum("c,w->cw", along[:, 2], w)[:, None, None, :]
-        return Clip(torch.sin(angle + phase), label)
+        """Return one of the waves."""
+        return self._clips[pick(len(self._clips), generator)]
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return None: no clip comes twice."""
-        return None
+        """Return all waves."""
+        return list(self._clips)
 
     def describe(self) -> dict[str, Any]:
         """Return the name."""

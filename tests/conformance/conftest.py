@@ -1,0 +1,84 @@
+"""The installed plugins, one thread, and options for the parts that need some or are large by default."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpdm_core.plugins import Plugins, build_plugins
+from hpdm_core.testing.data import write_clip
+
+
+@pytest.fixture(scope="session")
+def plugins() -> Plugins:
+    return build_plugins()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Everything here is tiny: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with three clips each, of different sizes, so that no window equals another's."""
+    root = tmp_path_factory.mktemp("clips")
+    for label, name in enumerate(("apples", "pears")):
+        (root / name).mkdir()
+        for number in range(3):
+            height = 24 + 12 * label + 4 * number
+            write_clip(root / name / f"{number}.mp4", frames=24, height=height, width=48)
+    return root
+
+
+@pytest.fixture(scope="session")
+def ucf101_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official layout with two classes and two groups each; group 1 is held out in fold 1."""
+    root = tmp_path_factory.mktemp("ucf")
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    classes = ("ApplyEyeMakeup", "YoYo")
+    (lists / "classInd.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(classes, start=1)))
+    train, held_out = [], []
+    for label, name in enumerate(classes):
+        (root / "UCF-101" / name).mkdir(parents=True)
+        for group in (1, 2):
+            file = f"{name}/v_{name}_g{group:02d}_c01.avi"
+            height = 24 + 12 * label + 6 * group
+            write_clip(root / "UCF-101" / file, frames=24, height=height, width=48, codec="mpeg4")
+            (held_out if group == 1 else train).append(f"{file} {label + 1}" if group == 2 else file)
+    (lists / "trainlist01.txt").write_text("\n".join(train) + "\n")
+    (lists / "testlist01.txt").write_text("\n".join(held_out) + "\n")
+    return root
+
+
+@pytest.fixture
+def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str, Any]]:
+    """Options of built-in parts that have required ones, or whose defaults are the paper's sizes."""
+
+    def made(family: str, key: str) -> dict[str, Any]:
+        match f"{family}/{key}":
+            case "computation_allocations/explicit":
+                return {"levels_per_block": [1, 1, 2, 2, 3, 3]}
+            case "backbones/rin":
+                return {
+                    "latent_dim": 12,
+                    "latents": 6,
+                    "latent_layers": 2,
+                    "latent_heads": 2,
+                    "latent_head_dim": 5,
+                    "heads": 2,
+                }
+            case "datasets/video_folder":
+                return {"root": str(request.getfixturevalue("class_folders"))}
+            case "datasets/ucf101":
+                return {"root": str(request.getfixturevalue("ucf101_tree"))}
+        return {}
+
+    return made
