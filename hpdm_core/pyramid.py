@@ -208,24 +208,16 @@ class Pyramid:
     def parent(self, level: int, offset: Triple) -> Triple:
         """Return the offset of the patch of ``level - 1`` that serves a patch as its immediate parent.
 
-        It is centred on the child as nearly as its own lattice allows (floor), clamped to the video, and
-        always contains the child. It does not depend on the overlap of the tiles.
+        It is centred on the child as nearly as its own lattice allows (floor), kept within the video, and always
+        contains the child. It does not depend on the overlap of the tiles.
         """
-        made = []
-        for start, patch, q, (first, last), limit in zip(
-            offset,
-            self.patch,
-            self.ratio,
-            self.containing(level, offset),
-            self.size(level - 1),
-            strict=True,
-        ):
-            centred = (2 * start + patch - q * patch) // (2 * q)  # floor of (start + patch/2) / q - patch/2
-            clamped = min(max(centred, 0), limit - patch)
-            made.append(
-                min(max(clamped, first), last)
-            )  # the lattice of a patch of 1 pixel is too coarse to centre
-        f, h, w = made
+        f, h, w = (
+            # floor of (start + patch / 2) / q - patch / 2
+            min(max((2 * start + patch - q * patch) // (2 * q), first), last)
+            for start, patch, q, (first, last) in zip(
+                offset, self.patch, self.ratio, self.containing(level, offset), strict=True
+            )
+        )
         return f, h, w
 
     def chain(self, level: int, offset: Triple) -> tuple[Triple, ...]:
