@@ -33,7 +33,7 @@ def arms_figure(results: StudyResults) -> bytes | None:
     shown = {arm: videos for arm, (_, videos) in rows.items() if videos}
     if not shown:
         return None
-    indices = sorted({index for videos in shown.values() for index in videos})[:SAMPLES]
+    indices = sorted({index for videos in shown.values() for index in videos})
     frames, height, width = next(iter(next(iter(shown.values())).values())).shape[:3]
     times = np.unique(np.linspace(0, frames - 1, min(FRAMES, frames)).round().astype(int))
     strips = {arm: _strip(videos, indices, times, (height, width)) for arm, (_, videos) in rows.items()}

@@ -99,18 +99,32 @@ def test_patches_and_noise_are_fixed_and_extend() -> None:
     assert two * 18 == pytest.approx(one * 16 + added, rel=1e-6)
 
 
+def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(level: int, z: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(SIGMA_IN[level] * z)
+
+    whole = metric(patches=7).evaluate(FakeContext(FakeDenoiser(answer)))  # type: ignore[arg-type]
+    monkeypatch.setattr("hpdm_core.metrics.held_out_loss._ROWS", 3)
+    parts = metric(patches=7).evaluate(FakeContext(FakeDenoiser(answer)))  # type: ignore[arg-type]
+    assert [row["value"] for row in parts] == pytest.approx([row["value"] for row in whole], rel=1e-12)
+
+
 def test_parents_are_noised_at_their_own_level_and_share_nothing_with_the_patch() -> None:
     denoiser = FakeDenoiser(unchanged)
     metric(patches=16).evaluate(FakeContext(denoiser))  # type: ignore[arg-type]
     assert [(level, depth) for level, _, _, _, depth in denoiser.encoded] == [(0, 0), (1, 1), (0, 0), (1, 1)]
-    for (level, clean, low, coords, _), (_, noisy, high, _, _) in zip(
+    for (level, _, low, coords, _), (_, _, high, _, _) in zip(
         denoiser.encoded[:2], denoiser.encoded[2:], strict=True
     ):
         assert torch.allclose(low, torch.tensor(0.05 / SIGMA_IN[level]))
         assert torch.allclose(high, torch.tensor(1.0 / SIGMA_IN[level]))
-        # One noise field per patch and level: the difference is that noise, (1 - .05) times, in data units.
-        assert float((SIGMA_IN[level] * (noisy - clean)).std()) == pytest.approx(0.95, rel=0.1)
         assert coords.offset.shape == (16, 3)
+    # One noise field per patch and level serves both kinds: it can be solved for, and leaves the clean patch.
+    (_, clean, *_), _, (_, noisy, *_), _ = denoiser.encoded
+    field = (noisy - clean) / 0.95
+    clips = torch.stack([FakeContext(denoiser).clip("", "held_out", number).video for number in range(16)])
+    assert torch.allclose(clean - 0.05 * field, torch.nn.functional.avg_pool3d(clips, 4), atol=1e-5)
+    assert float(field.std()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_each_level_sees_all_coarser_ones_and_level_0_none() -> None:
