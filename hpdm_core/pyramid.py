@@ -208,7 +208,7 @@ class Pyramid:
     def parent(self, level: int, offset: Triple) -> Triple:
         """Return the offset of the patch of ``level - 1`` that serves a patch as its immediate parent.
 
-        It is centred on the child as nearly as its own lattice allows (floor), kept within the video, and always
+        It is centred on the child as nearly as its own lattice allows (floor), within the video, and always
         contains the child. It does not depend on the overlap of the tiles.
         """
         f, h, w = (
