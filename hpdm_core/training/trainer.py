@@ -88,6 +88,7 @@ class Trainer:
         self.before: dict[str, Any] = {"seconds": 0.0, "videos_per_second": None, "peak_memory_bytes": 0}
         """Figures of earlier attempts."""
         self.durations: list[float] = []
+        self.started = time.perf_counter()
 
     @property
     def ema_model(self) -> HPDM:
