@@ -227,11 +227,6 @@ def test_exact_denoiser_through_the_sampler_returns_the_covariance():
     check_corner_tiles((2, 4, 6), channels=48, videos=4)
 
 
-@pytest.mark.slow
-def test_exact_denoiser_through_the_sampler_returns_the_covariance_of_large_patches():
-    check_corner_tiles((4, 8, 8), channels=24, videos=12)
-
-
 def test_overlap_makes_tiles_agree():
     """Across a border of tiles neighbours differ as they should with overlap, too much without it."""
     errors = {}
@@ -314,7 +309,7 @@ def held_out(assembly, denoiser):
 def test_training_approaches_the_best_loss_and_never_passes_it():
     """Paired with the exact denoiser on the same patches and noise; a loss below it would be a leak."""
     excess, bayes = {}, {}
-    for steps in (4, 120):
+    for steps in (4, 60):
         assembly = tiny_cell(steps)
         exact = GaussianDenoiser(assembly.dataset.field, assembly.pyramid, assembly.sigma_in)
         bayes = held_out(assembly, exact)
@@ -322,7 +317,19 @@ def test_training_approaches_the_best_loss_and_never_passes_it():
         trainer.run()
         trained = held_out(assembly, assembly.denoiser(trainer.ema_model))
         excess[steps] = {key: trained[key] / bayes[key] - 1 for key in bayes}
-    assert min(excess[120].values()) > -0.01 and min(excess[4].values()) > -0.01
+    assert min(excess[60].values()) > -0.01 and min(excess[4].values()) > -0.01
     means = {steps: sum(values.values()) / len(values) for steps, values in excess.items()}
-    assert 0 < means[120] < 0.7 * means[4]
+    assert 0 < means[60] < 0.5 * means[4]
     assert all(bayes["clean", 1, sigma] < bayes["noisy", 1, sigma] for sigma in (0.1, 0.3, 1.0))
+
+
+@pytest.mark.slow
+def test_longer_training_comes_close_to_the_best_loss():
+    assembly = tiny_cell(800)
+    bayes = held_out(assembly, GaussianDenoiser(assembly.dataset.field, assembly.pyramid, assembly.sigma_in))
+    trainer = Trainer(assembly)
+    trainer.run()
+    trained = held_out(assembly, assembly.denoiser(trainer.ema_model))
+    excess = [trained[key] / bayes[key] - 1 for key in bayes]
+    assert min(excess) > -0.01
+    assert sum(excess) / len(excess) < 0.35
