@@ -154,9 +154,8 @@ def run_study(
 
 def study_text(study: StudyConfig, command: str) -> str:
     """Return what the study's folder keeps as study.yaml: the file with presets and flags worked in."""
-    data = dict(study.resolved)
-    if not study.factors:
-        data["arms"] = study.arms
+    data = {key: value for key, value in study.resolved.items() if key != "factors"}
+    data["arms"] = study.arms  # those of --arm and of factors too
     data["baseline"] = study.baseline
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"# {command}\n{text}" if command else text

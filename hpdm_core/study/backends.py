@@ -183,7 +183,10 @@ class _LocalJob:
     def alive(self) -> bool:
         if self.submitted is not None:
             self.submitted.done()  # buries our child when it has ended
-        return bool(self._processes())
+        living = bool(self._processes())
+        if not living:
+            self.submitted = None  # submitit's object complains when it is still there as Python ends
+        return living
 
     def end(self) -> None:
         # The worker alone: its launcher would give it one second. A worker that has not said who it is yet is
@@ -317,14 +320,16 @@ def adopt(folder: Path) -> Handle | None:
 
 
 def end_all(handles: Sequence[Handle], *, grace: float = GRACE_SECONDS) -> None:
-    """End jobs: first as Ctrl-C would, and after ``grace`` seconds for good."""
-    for handle in handles:
-        handle.end()
-    deadline = time.monotonic() + grace
-    left = [handle for handle in handles if handle.alive()]
-    while left and time.monotonic() < deadline:
-        time.sleep(0.05)
-        left = [handle for handle in left if handle.alive()]
+    """End jobs: first as Ctrl-C would, and after ``grace`` seconds, or at a second Ctrl-C, for good."""
+    left = list(handles)
+    try:
+        for handle in handles:
+            handle.end()
+        deadline = time.monotonic() + grace
+        while (left := [handle for handle in left if handle.alive()]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        pass
     for handle in left:
         handle.kill()
     deadline = time.monotonic() + grace

@@ -191,7 +191,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results folder of the tiny study, run inline without any disturbance. Copy it before changing it."""
+    """The results folder of the tiny study, run inline, undisturbed. Copy it before changing it."""
     from hpdm_core.study.__main__ import main
 
     folder = tmp_path_factory.mktemp("undisturbed")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hpdm_core.config.study_file import load_study
 from hpdm_core.errors import InputError, report_errors
-from hpdm_core.study.__main__ import build_parser, main
+from hpdm_core.study.__main__ import build_parser, main, study_text
 
 
 def test_the_flags_are_a_promise() -> None:
@@ -75,6 +76,16 @@ def test_a_finished_study_is_shown_at_once(
     assert "1 of 1 cells done" in shown and "report: " in shown
     assert not list((tmp_path / "results" / "store").glob("*/*/attempts/2"))
     assert "default: {}" in (tmp_path / "results" / "tiny" / "study.yaml").read_text()
+
+
+def test_the_study_that_is_kept_holds_flags_and_grid_and_can_be_run(tiny: Path, tmp_path: Path) -> None:
+    text = tiny.read_text().replace("arms:\n  default: {}\n", "factors: {training.steps: [6, 7]}\n")
+    (tmp_path / "grid.yaml").write_text(text)
+    study = load_study(tmp_path / "grid.yaml", sets=["training.batch=3"])
+    (tmp_path / "kept.yaml").write_text(study_text(study, "command"))
+    kept = load_study(tmp_path / "kept.yaml")
+    assert kept.configs == study.configs and kept.baseline == study.baseline and len(kept.arms) == 2
+    assert kept.configs["steps=7"].training.batch == 3
 
 
 @pytest.mark.parametrize(
