@@ -49,14 +49,19 @@ class FeatureDistance:
         extractor: FeatureExtractor = assembly.make("feature_extractors", self.extractor)
         described = extractor.describe()
         evaluation = assembly.config.evaluation
-        few = min(evaluation.samples, evaluation.reals)
         return {
             "metric": self.name,
             **self.settings,
             "extractor": described,
             "scaling": extractor.scaling,
-            "dimensions": dimensions_used(described["dimension"], few, self.dimensions),
-            "dimensions_rule": f"all, or {self.dimensions} with fewer than {FEW} clips per feature",
+            "dimensions": dimensions_used(
+                described["dimension"],
+                fakes=evaluation.samples,
+                reals=evaluation.reals,
+                limit=self.dimensions,
+                scaling=extractor.scaling,
+            ),
+            "dimensions_rule": f"at most {self.dimensions or 'all'} with fewer than {FEW} clips per feature",
             "fakes": evaluation.samples,
             "reals": evaluation.reals,
             "reference": "real clips of the training split",
@@ -89,8 +94,10 @@ class FeatureDistance:
         return references, context.real_features(self.extractor, split="held_out", count=evaluation.samples)
 
     def _projection(self, context: EvaluationContext, reference: Features, count: int) -> Projection:
-        dimensions = dimensions_used(reference.shape[1], min(count, len(reference)), self.dimensions)
         scaling = context.extractor(self.extractor).scaling
+        dimensions = dimensions_used(
+            reference.shape[1], fakes=count, reals=len(reference), limit=self.dimensions, scaling=scaling
+        )
         return fit_projection(reference, scaling=scaling, dimensions=dimensions)
 
     def _between(self, project: Projection, reference: Features, judged: Features) -> float:

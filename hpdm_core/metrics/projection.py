@@ -13,12 +13,14 @@ import numpy as np
 from hpdm_core.metrics.frechet import Features
 from hpdm_core.metrics.protocol import Scaling
 
-__all__ = ["FEW", "Projection", "dimensions_used", "fit_projection"]
+__all__ = ["FEW", "PER_DIRECTION", "Projection", "dimensions_used", "fit_projection"]
 
 FEW = 10
 """Clips are few when the smaller set has less than this many per feature: a covariance is then mostly
 noise.
 """
+PER_DIRECTION = 4
+"""Reference clips per whitened direction: with fewer the variances themselves are made up."""
 
 _LEAST_VARIANCE = 1e-6  # of a direction of standardised features; below it lies rounding
 
@@ -37,15 +39,14 @@ class Projection:
         return scaled if self.directions is None else scaled @ self.directions
 
 
-def dimensions_used(width: int, count: int, limit: int | None) -> int:
-    """Return how many dimensions a distance on ``width`` features keeps when the smaller set has ``count``
-    clips.
+def dimensions_used(width: int, *, fakes: int, reals: int, limit: int | None, scaling: Scaling) -> int:
+    """Return how many dimensions a distance on ``width`` features keeps.
 
-    At most ``limit`` when clips are few (`FEW`), all of them otherwise or without a limit.
+    At most ``limit`` when clips are few (`FEW`), all of them otherwise or without a limit. Whitening divides
+    by variances of the reference, so it keeps no more than one direction per `PER_DIRECTION` of its clips.
     """
-    if limit is None or count >= FEW * width:
-        return width
-    return min(limit, width)
+    kept = width if limit is None or min(fakes, reals) >= FEW * width else min(limit, width)
+    return min(kept, max(reals // PER_DIRECTION, 1)) if scaling == "directions" else kept
 
 
 def fit_projection(reference: Features, *, scaling: Scaling, dimensions: int) -> Projection:

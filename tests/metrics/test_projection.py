@@ -48,10 +48,16 @@ def test_a_constant_feature_keeps_its_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "count", "limit", "kept"),
-    [(272, 64, 24, 24), (18, 64, 24, 18), (272, 2720, 24, 272), (272, 64, None, 272)],
+    ("width", "fakes", "reals", "limit", "kept"),
+    [(272, 64, 256, 24, 24), (18, 64, 256, 24, 18), (272, 2720, 3000, 24, 272), (272, 64, 256, None, 272)],
 )
 def test_dimensions_are_limited_when_clips_are_few(
-    width: int, count: int, limit: int | None, kept: int
+    width: int, fakes: int, reals: int, limit: int | None, kept: int
 ) -> None:
-    assert dimensions_used(width, count, limit) == kept
+    assert dimensions_used(width, fakes=fakes, reals=reals, limit=limit, scaling="features") == kept
+
+
+@pytest.mark.parametrize(("reals", "kept"), [(256, 18), (71, 17), (8, 2), (3, 1)])
+def test_whitening_keeps_four_reference_clips_per_direction(reals: int, kept: int) -> None:
+    assert dimensions_used(18, fakes=64, reals=reals, limit=24, scaling="directions") == kept
+    assert dimensions_used(18, fakes=64, reals=reals, limit=24, scaling="features") == 18
