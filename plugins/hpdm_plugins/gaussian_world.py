@@ -36,8 +36,8 @@ __all__ = ["GaussianContexts", "GaussianDenoiser", "GaussianEncoded", "GaussianF
 
 Triple = tuple[int, int, int]
 
-# Relative to the field's variance. A coarser patch is a linear function of a finer one that covers it, so that
-# the covariance of noise-free parents is singular; this much is added to their noise.
+# Relative to the field's variance. A coarser patch is a linear function of a finer one that covers it, so
+# that the covariance of noise-free parents is singular; this much is added to their noise.
 _JITTER = 1e-10
 
 
