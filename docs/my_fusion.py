@@ -1,6 +1,7 @@
 """Context as one mean token of the nearest parent, let in more the noisier the child is."""
 
 import torch
+
 from hpdm_core import ContextFusion, hookimpl
 
 

@@ -234,7 +234,7 @@ def test_broken_fusions_are_found(fusion, check, message):
 
 
 def test_a_fusion_that_reads_its_own_memory_in_a_joint_pass_differs_from_the_cached_one():
-    """`joint_equals_cached` sees what no direct call does: a context that depends on which blocks ran before."""
+    """`joint_equals_cached` sees a context that depends on which blocks ran before."""
 
     class CountsCalls(Sound):
         def __init__(self, shape):

@@ -1,4 +1,4 @@
-"""The three foreign fusions keep the contract and are sampled from cached contexts; the core knows none of them."""
+"""The three foreign fusions keep the contract and are sampled from cached contexts; the core is as it is."""
 
 import ast
 from pathlib import Path
