@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 import av
 import numpy as np
 import torch
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from hpdm_core.config.schema import DataConfig, Part
@@ -48,6 +49,8 @@ def write_clip(
     with av.open(str(path), "w") as container:
         options = {"crf": "1", "preset": "veryfast"} if codec == "libx264" else {"qmin": "1", "qmax": "1"}
         stream = container.add_stream(codec, rate=Fraction(fps), options=options)
+        if not isinstance(stream, VideoStream):
+            raise ValueError(f"{codec} is no video codec")
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
