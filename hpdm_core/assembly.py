@@ -118,6 +118,12 @@ class Assembly:
         clip = ClipShape(frames=frames, height=height, width=width, channels=self.config.model.channels)
         reader = self.plugins.make("video_readers", self.config.data.reader)
         made: ClipDataset = self.plugins.make("datasets", self.config.data.dataset, clip, reader)
+        wanted, found = self.config.model.classes, len(made.classes)
+        if wanted and not 0 < found <= wanted:
+            raise InputError(
+                f"model.classes: {wanted} was given, and data.dataset '{self.config.data.dataset.use}' has {found} "
+                f"classes; allowed is {f'{found} or more, or ' if found else ''}0 for a model without labels"
+            )
         return made
 
     def build_model(self, *, device: str | torch.device = "cpu") -> HPDM:

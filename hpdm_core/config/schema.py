@@ -48,7 +48,10 @@ class Part(BaseModel):
         if isinstance(value, str):
             return {"use": value, "options": {}}
         if isinstance(value, dict) and "use" in value and set(value) != {"use", "options"}:
-            return {"use": value["use"], "options": {key: item for key, item in value.items() if key != "use"}}
+            return {
+                "use": value["use"],
+                "options": {key: item for key, item in value.items() if key != "use"},
+            }
         return value
 
     @model_serializer

@@ -63,7 +63,10 @@ class Source:
 
 
 class ContextFusion(nn.Module):
-    """Base class: no context at all. Subclasses are built as ``factory(shape, *, options)``."""
+    """Base class: no context at all. Subclasses are built as ``factory(shape, *, options)``.
+
+    Parameters that a subclass makes in its constructor start from a stream of the cell's seed.
+    """
 
     extra_channels: int = 0
     """Channels added to every level's tokenizer input; the network writes zeros where there is no context."""
@@ -73,6 +76,11 @@ class ContextFusion(nn.Module):
 
     When False they are None, and parents that only serve as context are never run through the network.
     """
+
+    def __init__(self, shape: FusionShape | None = None) -> None:
+        super().__init__()
+        if shape is not None:
+            self.shape = shape
 
     def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
         """Return [B, extra_channels, F, H, W] for a patch's tokenizer; ``level`` >= 1; once per patch."""

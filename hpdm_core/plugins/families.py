@@ -28,7 +28,9 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(name="context_fusions", path="model.context_fusion", positional=("shape",)),
         Family(
-            name="computation_allocations", path="model.computation_allocation", positional=("blocks", "levels")
+            name="computation_allocations",
+            path="model.computation_allocation",
+            positional=("blocks", "levels"),
         ),
         Family(name="coordinate_samplers", path="training.coordinate_sampling", positional=("pyramid",)),
         Family(name="noise_scalings", path="diffusion.noise_scaling", positional=("levels",)),

@@ -84,11 +84,6 @@ def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
             f"its factory has the positional parameters ({', '.join(positional)}); "
             f"{family.name} are handed ({', '.join(family.positional)}), options stand after '*': {wanted}"
         )
-    for parameter in parameters:
-        if parameter.kind in POSITIONAL and parameter.default is not inspect.Parameter.empty:
-            raise FactoryError(
-                f"its factory gives '{parameter.name}' a default; the core always hands it over: {wanted}"
-            )
 
 
 def _evaluated(factory: Callable[..., Any], options: list[inspect.Parameter]) -> dict[str, Any]:

@@ -70,8 +70,7 @@ class NoFusion(ContextFusion):
     reads_tokens = False
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
-        super().__init__()
-        self.shape = shape
+        super().__init__(shape)
         self.maps = _linears(shape, 3) if coordinates else None
 
     def fuse(
@@ -126,8 +125,7 @@ class DeepFusion(ContextFusion):
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
-        super().__init__()
-        self.shape = shape
+        super().__init__(shape)
         self.coordinates = coordinates
         self.detach = detach
         self.maps = _linears(shape, shape.token_dim + (3 if coordinates else 0))

@@ -1,0 +1,137 @@
+"""The metric `memorisation`: does the whole chain give back the few windows that a model was trained on?
+
+For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`). Generated videos are
+matched to the windows by their error; beside the match stands what plain trilinear upsampling of the level below
+reaches, once of the generated level and once of the window's own. Then the coarsest level of each window is handed in,
+and the finer levels have to follow it.
+
+PSNR is in decibels with peak 2, the width of [-1, 1], of the mean squared error over a whole video.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from pydantic import Field
+from torch import Tensor
+
+from hpdm_core.errors import InputError
+from hpdm_core.hookspecs import Register, hookimpl
+from hpdm_core.pyramid import downsample
+from hpdm_core.sampling.cascade import sample
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.metrics.protocol import Need, Row
+
+__all__ = ["Memorisation", "psnr"]
+
+FOLLOWING = 1_000_000
+"""Sample indices from here on serve the videos whose level 0 is handed in: other noise than that of the samples."""
+
+
+def psnr(videos: Tensor, targets: Tensor) -> Tensor:
+    """Return the PSNR [n, m] of each of ``videos`` [n, C, F, H, W] against each of ``targets`` [m, C, F, H, W]."""
+    differences = videos[:, None].double() - targets[None].double()
+    error = reduce(differences.square(), "n m c f h w -> n m", "mean")
+    return 10 * torch.log10(4 / error)
+
+
+class Memorisation:
+    """The metric; ``follow`` windows have their level 0 handed in."""
+
+    name = "memorisation"
+    needs: Need = "samples"
+
+    def __init__(self, *, follow: int = 8) -> None:
+        self.follow = follow
+
+    def protocol(self, assembly: Assembly) -> dict[str, Any]:
+        """See `hpdm_core.metrics.protocol.Metric`."""
+        return {
+            "metric": self.name,
+            "measure": "PSNR in dB, peak 2, of a whole video against its best match among the training windows",
+            "upsampling": "trilinear, align_corners=False, of the level below",
+            "samples": assembly.config.evaluation.samples,
+            "follow": self.follow,
+            "downsampling": assembly.config.data.downsampling,
+        }
+
+    def evaluate(self, context: EvaluationContext) -> list[Row]:
+        """Return rows per level; see the module's text."""
+        assembly = context.assembly
+        distinct = getattr(assembly.dataset, "distinct", lambda split: None)("train")
+        if not distinct:
+            raise InputError(
+                f"metric memorisation: data.dataset '{assembly.config.data.dataset.use}' has no fixed set of windows; "
+                "allowed is one that has, such as {use: sample_clips, windows: 8}"
+            )
+        clips = torch.stack([clip.video for clip in distinct])  # [m, C, F, H, W]
+        pyramid, mode = assembly.pyramid, assembly.config.data.downsampling
+        windows = [downsample(clips, pyramid.pitch(level), mode) for level in range(pyramid.levels)]
+        indices = range(assembly.config.evaluation.samples)
+        samples = [_pixels(context.samples(level, indices)) for level in range(pyramid.levels)]
+        rows = [row for level in range(pyramid.levels) for row in self._level(level, samples, windows)]
+        return rows + self._following(context, windows, [clip.label for clip in distinct])
+
+    def _level(self, level: int, samples: list[Tensor], windows: list[Tensor]) -> list[Row]:
+        against = psnr(samples[level], windows[level])
+        best, matched = against.max(dim=1)
+        rows = [
+            self._row("psnr", level, best.mean()),
+            self._row("psnr_worst", level, best.min()),
+            self._row("windows_found", level, matched.unique().numel()),
+        ]
+        if level:
+            target = windows[level][matched]
+            size = tuple(target.shape[2:])
+            for name, below in (
+                ("upsampled_sample", samples[level - 1]),
+                ("upsampled_window", windows[level - 1][matched]),
+            ):
+                rough = F.interpolate(below, size=size, mode="trilinear", align_corners=False)
+                rows.append(self._row(f"{name}_psnr", level, psnr(rough, target).diagonal().mean()))
+        return rows
+
+    def _following(self, context: EvaluationContext, windows: list[Tensor], labels: list[int]) -> list[Row]:
+        """Hand in level 0 of the windows: is the best match of the finer levels the same window?"""
+        assembly = context.assembly
+        number = min(self.follow, len(labels))
+        known = [label if assembly.config.model.classes else -1 for label in labels[:number]]
+        made = sample(
+            assembly,
+            context.denoiser,
+            range(FOLLOWING, FOLLOWING + number),
+            known,
+            given={0: windows[0][:number]},
+        )
+        rows = []
+        for level in range(1, len(windows)):
+            against = psnr(made[level].clamp(-1, 1), windows[level])
+            own = against.argmax(dim=1) == torch.arange(number)
+            rows.append(self._row("follows", level, own.double().mean()))
+            rows.append(self._row("follows_psnr", level, against.diagonal().mean()))
+        return rows
+
+    def _row(self, what: str, level: int, value: Tensor | int) -> Row:
+        return {"metric": f"{self.name}.{what}", "level": level, "value": float(value)}
+
+
+def _pixels(videos: Tensor) -> Tensor:
+    """Stored videos, uint8 [n, F, H, W, C], as [n, C, F, H, W] in [-1, 1]."""
+    return rearrange(videos, "n f h w c -> n c f h w").float() / 127.5 - 1
+
+
+def memorisation(*, follow: Annotated[int, Field(gt=0)] = 8) -> Memorisation:
+    """Best match among the training windows, and whether finer levels follow a given coarsest one."""
+    return Memorisation(follow=follow)
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    """Add memorisation."""
+    register("memorisation", memorisation, source="ours: a check that the whole chain generates")
