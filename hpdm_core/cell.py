@@ -188,8 +188,12 @@ class Cell:
         steps = self.missing()
         if not steps:
             return self.results()
+        from hpdm_core.runtime import prepare_torch
+
         self.observers.call("before_cell_started")
         try:
+            # Before any stage, also one that needs no model: a metric alone must give the same bits.
+            prepare_torch(self.config.runtime)
             for step in steps:
                 self._run_step(step, progress, own_output=own_output)
         except Exception as error:

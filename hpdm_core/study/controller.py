@@ -249,13 +249,16 @@ class Controller:
 
         ``fresh``: within this command; with ``--retry-failed`` what was there before does not count.
         """
-        own = read_json(task.folder / "error.json")
-        if own is not None and not (fresh and self.retry_failed and task.state == "waiting"):
-            return str(own.get("message", "unknown error"))
+        found = [(read_json(task.folder / "error.json"), task.state == "waiting")]
         for step in steps:
-            failure = step.stage.failure()
             old = step.stage.newest() <= task.before.get(step.stage.folder, 0)
-            if failure is not None and not (fresh and self.retry_failed and old):
+            found.append((step.stage.failure(), old))
+        for failure, old in found:
+            if failure is None:
+                continue
+            # A full disk is no fault of the cell: the next command goes on without being asked to.
+            forgiven = failure.get("passing", False) or (fresh and self.retry_failed)
+            if not (old and forgiven):
                 return str(failure.get("message", "unknown error"))
         return None
 

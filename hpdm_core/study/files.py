@@ -15,9 +15,18 @@ from typing import Any
 
 from hpdm_core.errors import TroubleError
 
-__all__ = ["disk_trouble", "publish", "read_json", "sync_folder", "write_bytes", "write_json"]
+__all__ = ["disk_trouble", "of_the_disk", "publish", "read_json", "sync_folder", "write_bytes", "write_json"]
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+
+
+def of_the_disk(error: BaseException | None) -> bool:
+    """Whether ``error`` comes from a full or failing disk, itself or as its cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

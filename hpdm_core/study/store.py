@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hpdm_core.errors import HpdmError
-from hpdm_core.study.files import publish, read_json, write_json
+from hpdm_core.study.files import of_the_disk, publish, read_json, write_json
 from hpdm_core.study.lease import Lease, Process
 
 __all__ = ["Attempt", "Kind", "Stage", "Store", "describe"]
@@ -167,12 +167,15 @@ class Attempt:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """Return the JSON form of an error: class, a message of one line per problem, traceback."""
+    """Return the JSON form of an error: class, a message of one line per problem, traceback.
+
+    ``passing``: the disk was full or failed, which is no fault of the cell.
+    """
     message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {error}"
     return {
         "class": type(error).__name__,
         "message": message,
-        "exit_code": error.exit_code if isinstance(error, HpdmError) else 1,
+        "passing": of_the_disk(error),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }

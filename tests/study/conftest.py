@@ -98,6 +98,11 @@ def make_job() -> Callable[..., None]:
                 attempt.heartbeat({"stage": name, "step": 1, "steps": 2})
                 if progress is not None:
                     progress({})
+                if spec["fails"] == "full disk":
+                    try:
+                        raise OSError(28, "No space left on device")
+                    except OSError as error:
+                        raise TroubleError("could not be written") from error
                 if spec["fails"] == name:
                     raise TroubleError(f"{name} went wrong")
                 attempt.finish({"value": 1.0, "wall_seconds": 2.0})

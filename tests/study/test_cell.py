@@ -136,6 +136,15 @@ def test_a_job_says_why_it_failed(tmp_path: Path) -> None:
     assert "no readable spec" in json.loads((tmp_path / "error.json").read_text())["message"]
 
 
+def test_a_metric_alone_is_measured_with_the_threads_of_the_cell(
+    tiny: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int | None] = []
+    monkeypatch.setattr("hpdm_core.runtime.prepare_torch", lambda runtime: prepared.append(runtime.threads))
+    cell_of(tiny, store, "evaluation.metrics=[throughput]").run()
+    assert prepared == [1]
+
+
 class Watcher:
     """Notes what it hears; its last hook raises."""
 

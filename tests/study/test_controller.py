@@ -179,6 +179,14 @@ def test_a_full_disk_is_one_line(
     assert study([cell("a")]).code == 0
 
 
+def test_a_cell_that_met_a_full_disk_goes_on_with_the_next_command(study: Any, cell: Any) -> None:
+    cells = [cell("a", model="m", fails="full disk"), cell("b", model="m", metrics=("x",))]
+    full = study(cells)
+    assert full.code == 1 and "could not be written" in full.text and len(full.made) == 1
+    again = study([cell("a", model="m"), cell("b", model="m", metrics=("x",))])
+    assert again.code == 0 and again.made[0] == "train for a, seed 0 #2"
+
+
 def test_a_damaged_journal_is_one_line_and_the_work_goes_on(study: Any, cell: Any, tmp_path: Path) -> None:
     study([cell("a")])
     journal = tmp_path / "tiny" / "journal.log"
