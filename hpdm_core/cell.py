@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +25,13 @@ from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.files import read_json, write_json
 from hpdm_core.study.lease import Held, Process
 from hpdm_core.study.store import Attempt, Stage, Store, describe
+from hpdm_core.study.worker import Progress, Reporter, ended_by_sigterm
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Cell", "Keys", "Step", "ended_by_sigterm", "run_cell"]
+__all__ = ["Cell", "Keys", "Step", "run_cell"]
 
-Progress = Callable[[dict[str, Any]], None]
 WAIT_SECONDS = 0.5
 SHEET_ROWS = 8
 
@@ -218,7 +215,7 @@ class Cell:
             if own_output:
                 attempt.take_output()
             attempt.log(f"{step.name} of {self.name}, study '{self.study}', {Process.here()}")
-            report = _Reporter(step.name, attempt, progress)
+            report = Reporter(step.name, attempt, progress)
             report({})
             started = time.monotonic()
             made = dict(step.run(attempt, report))
@@ -369,40 +366,6 @@ class Cell:
         return cell
 
 
-class _Reporter:
-    """Writes an attempt's heartbeat, about once a second, and passes progress on."""
-
-    def __init__(self, name: str, attempt: Attempt, forward: Progress | None) -> None:
-        self._name = name
-        self._attempt = attempt
-        self._forward = forward
-        self._started = time.time()
-        self._first: int | None = None
-        self._first_time: float | None = None
-        self._last = float("-inf")
-
-    def __call__(self, progress: dict[str, Any]) -> None:
-        now = time.monotonic()
-        finished = progress.get("step") is not None and progress.get("step") == progress.get("steps")
-        if now - self._last < 1.0 and not finished:
-            return
-        self._last = now
-        if self._first is None and progress.get("step") is not None:
-            self._first, self._first_time = progress["step"], time.time()
-        whole = {
-            "stage": self._name,
-            "started": self._started,
-            "first": self._first,
-            "first_time": self._first_time,
-            **progress,
-            "time": time.time(),
-        }
-        with contextlib.suppress(OSError):  # a full disk shows where something matters
-            self._attempt.heartbeat(whole)
-        if self._forward is not None:
-            self._forward(whole)
-
-
 def run_cell(path: str, progress: Progress | None = None) -> None:
     """Run the cell in the spec file ``path``: all that a worker process does.
 
@@ -429,20 +392,3 @@ def run_cell(path: str, progress: Progress | None = None) -> None:
             with contextlib.suppress(OSError):
                 write_json(folder / "error.json", describe(error))
             raise
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM raises SystemExit; submitit's own handler would ignore it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(signum: int, frame: object) -> None:
-        sys.exit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -335,27 +335,15 @@ class Controller:
         return float(rest / max(1, slots))
 
     def _write_index(self) -> None:
+        rows = [(task.cell, str(task.state)) for task in self.tasks]
+        rows += [(cell, "waiting" if cell.missing() else "done") for cell in self.others.values()]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["arm", "seed", "train", "samples", "evaluations", "state"])
-        for task in self.tasks:
-            keys = task.cell.keys
-            writer.writerow(
-                [
-                    task.cell.arm,
-                    task.cell.seed,
-                    keys.train,
-                    keys.samples,
-                    ";".join(keys.evaluations),
-                    task.state,
-                ]
-            )
-        for cell in self.others.values():
-            state = "waiting" if cell.missing() else "done"
+        for cell, state in rows:
             keys = cell.keys
-            writer.writerow(
-                [cell.arm, cell.seed, keys.train, keys.samples, ";".join(keys.evaluations), state]
-            )
+            evaluations = ";".join(keys.evaluations)
+            writer.writerow([cell.arm, cell.seed, keys.train, keys.samples, evaluations, state])
         write_bytes(self.folder / "index.csv", text.getvalue().encode())
 
     # After

@@ -30,9 +30,9 @@ def sleeper() -> Callable[..., None]:
         import time
         from pathlib import Path
 
-        from hpdm_core.cell import ended_by_sigterm
         from hpdm_core.study.files import write_json
         from hpdm_core.study.lease import Process
+        from hpdm_core.study.worker import ended_by_sigterm
 
         with ended_by_sigterm():
             folder = Path(path).parent
