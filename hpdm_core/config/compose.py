@@ -89,7 +89,9 @@ class _Chain:
         if name.endswith(SUFFIXES) or "/" in name:
             file = folder / Path(name).expanduser()
             if not file.is_file():
-                raise InputError(f"{where}: extends: no such file '{name}' (looked for {file})")
+                siblings = [each.name for each in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+                nearest = did_you_mean(file.name, siblings)
+                raise InputError(f"{where}: extends: no such file '{name}' (looked for {file}){nearest}")
             return file
         known = presets(self.plugins)
         if name not in known:

@@ -58,6 +58,17 @@ class Layers:
             path = path[:-1]
         return self.origins[path] if path else self.name
 
+    def given_last(self, paths: Sequence[KeyPath]) -> KeyPath | None:
+        """Return which of ``paths``, or of what is above them in a section, was given last; None for none."""
+        order = {path: number for number, path in enumerate(self.origins)}
+        given = []
+        for path in paths:
+            while len(path) > 1 and path not in order:
+                path = path[:-1]
+            if len(path) > 1:
+                given.append(path)
+        return max(given, key=order.__getitem__, default=None)
+
     def merge(self, data: Mapping[str, Any], where: Callable[[KeyPath], str]) -> None:
         """Lay ``data`` over what is there."""
         self._merge(self.data, data, (), where)
@@ -81,6 +92,7 @@ class Layers:
                 value = {"use": value} if isinstance(value, str) else value
             if isinstance(old, dict) and isinstance(value, Mapping) and not _another_part(old, value):
                 base[key] = old
+                self.origins.pop(path, None)  # the order of the origins tells what was given last
                 self.origins[path] = where(path)
                 self._merge(old, value, path, where)
                 continue

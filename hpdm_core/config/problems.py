@@ -18,15 +18,20 @@ from hpdm_core.errors import did_you_mean
 __all__ = ["KeyPath", "Problem", "check", "dotted", "field_of", "in_json"]
 
 KeyPath = tuple[str | int, ...]
+MISSING = "missing, and it has no default"
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: ``path`` leads to it from the top of the document, ``message`` says what."""
+    """One thing that is wrong: ``path`` leads to it from the top of the document, ``message`` says what.
+
+    Where it is between several values, ``between`` holds their paths: the one given last is to blame.
+    """
 
     path: KeyPath
     message: str
+    between: tuple[KeyPath, ...] = ()
 
     def __str__(self) -> str:
         return f"{dotted(self.path)}: {self.message}" if self.path else self.message
@@ -69,6 +74,7 @@ def check(model: type[AnyModel], data: Mapping[str, Any]) -> tuple[AnyModel | No
 
 def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> list[Problem]:
     found: dict[KeyPath, str] = {}
+    misspelt: set[KeyPath] = set()
     for item in error.errors(include_url=False, include_context=True):
         location = tuple(item["loc"])
         path = _existing(data, location, keep_last=item["type"] == "missing")
@@ -76,9 +82,10 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
             case "extra_forbidden":
                 allowed = _fields(model, location[:-1])
                 nearest = did_you_mean(str(location[-1]), allowed)
+                misspelt |= {(*path[:-1], name) for name in allowed if f"'{name}'" in nearest}
                 message = f"unknown key{nearest or '; allowed: ' + ', '.join(allowed)}"
             case "missing":
-                message = "missing, and it has no default"
+                message = MISSING
             case "model_type" | "dict_type" | "model_attributes_type":
                 message = f"should be a mapping of keys to values, got {_shown(item['input'])}"
             case "too_short":
@@ -96,10 +103,12 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
             found[path] += f"; or {message}"
         else:
             found[path] = message
-    # A list whose items are refused is called too short as well: that says nothing new.
+    # A list whose items are refused is called too short as well, and a key that is misspelt is called missing
+    # under its right name: that says nothing new.
     inner = {path[:-1] for path in found}
     short = {tuple(item["loc"]) for item in error.errors() if item["type"] == "too_short"}
-    return [Problem(path, message) for path, message in found.items() if path not in inner & short]
+    silent = (inner & short) | {path for path in misspelt if found.get(path) == MISSING}
+    return [Problem(path, message) for path, message in found.items() if path not in silent]
 
 
 def _expected(item: Any) -> list[str]:

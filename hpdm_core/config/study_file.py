@@ -25,6 +25,7 @@ __all__ = ["BACKENDS", "StudyConfig", "StudyKeys", "check_top_level", "load_stud
 BACKENDS = ("inline", "local", "slurm")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ARM_NAME = re.compile(r"[A-Za-z0-9][^,:\s]*", re.ASCII)
+ARM_RULE = "should begin with a letter or digit and hold no spaces, commas or colons"
 SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
 
 Seed = Annotated[int, Field(ge=0)]
@@ -86,6 +87,7 @@ def check_top_level(
         if len(set(keys.seeds)) != len(keys.seeds):
             problems.append(Problem(("seeds",), f"each seed once, got {list(keys.seeds)}"))
         problems += _backend_problems(keys.backend, backends)
+        problems += _storage_problems(keys.storage)
         if keys.name is not None and not NAME.fullmatch(keys.name):
             problems.append(Problem(("name",), f"letters, digits and ._- only, got '{keys.name}'"))
     return keys, lines_of(problems, layers)
@@ -102,6 +104,22 @@ def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None
         ]
     found = check(backends[part.use], part.options)[1] if backends is not None else []
     return [Problem(("backend", *each.path), f"{each.message} (option of '{part.use}')") for each in found]
+
+
+def _storage_problems(url: str | None) -> list[Problem]:
+    if url is None or url.startswith("redis"):  # Optuna opens this one itself
+        return []
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url).get_dialect()
+    except (ArgumentError, ImportError):
+        scheme, separator, _ = url.partition("://")
+        given = f"{scheme}://..." if separator else url
+        allowed = "null for a journal beside the results, or a URL such as sqlite:///ledger.db"
+        return [Problem(("storage",), f"'{given}' is no storage that is known here; allowed is {allowed}")]
+    return []
 
 
 def load_study(
@@ -171,7 +189,7 @@ def _arms(
     for name, overrides in keys.arms.items():
         place = layers.where(("arms", name))
         if not ARM_NAME.fullmatch(name):
-            problems.append(f"{place}: arms: '{name}' should hold no spaces, commas or colons")
+            problems.append(f"{place}: arms: '{name}' {ARM_RULE}")
         try:
             sources[name] = dotted_overrides(overrides or {}, ("arms", name), layers.where)
         except InputError as error:
@@ -186,7 +204,7 @@ def _arms(
         if name in sources:
             problems.append(f"--arm {flag}: the study has an arm '{name}' already; choose another name")
         elif not ARM_NAME.fullmatch(name):
-            problems.append(f"--arm {flag}: '{name}' should hold no spaces, commas or colons")
+            problems.append(f"--arm {flag}: '{name}' {ARM_RULE}")
         else:
             sources[name] = given
             layers.origins[("arms", name)] = f"--arm {flag}"
@@ -262,6 +280,8 @@ def _same(
 
 def _selected(only: Sequence[str], arms: Collection[str], problems: list[str]) -> tuple[str, ...]:
     wanted = [name.strip() for item in only for name in item.split(",") if name.strip()]
+    if only and not wanted:
+        problems.append(f"--only {' '.join(only)}: names no arm; arms: {', '.join(arms)}")
     for name in wanted:
         if name not in arms:
             nearest = did_you_mean(name, arms) or f"; arms: {', '.join(arms)}"

@@ -2,17 +2,20 @@
 
 Keys and types come from the schema, parts and their options from the plugins, and what the numbers must
 have to do with one another from building the light parts: the pyramid, the allocation, the input scales,
-the samplers, the solver. No data is opened and no network is built.
+the samplers, the solver; and the network without its numbers, on the meta device. No data is opened.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from hpdm_core.config.overrides import Layers
-from hpdm_core.config.problems import KeyPath, Problem, check, dotted, field_of
+from hpdm_core.config.problems import KeyPath, Problem, check, field_of
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.errors import HpdmError
 from hpdm_core.plugins import FAMILIES, Plugins
@@ -20,6 +23,8 @@ from hpdm_core.plugins import FAMILIES, Plugins
 __all__ = ["lines_of", "validate_cell"]
 
 METRICS: KeyPath = ("evaluation", "metrics")
+KEY_FIRST = re.compile(r"([a-z_]+(?:\.\w+)*): ")
+"""How a message begins that says itself which key is wrong."""
 
 LIGHT_PARTS: dict[str, KeyPath] = {
     "pyramid": ("model",),
@@ -32,6 +37,18 @@ LIGHT_PARTS: dict[str, KeyPath] = {
 }
 """Properties of an Assembly that cost nothing to build, and the key to blame when one cannot be."""
 
+SIZES: tuple[KeyPath, ...] = tuple(("model", name) for name in ("video", "patch", "token", "levels"))
+BETWEEN: dict[str, tuple[KeyPath, ...]] = {
+    "pyramid": SIZES,
+    "levels_per_block": (("model", "blocks"), ("model", "levels")),
+    "sigma_in": (("model", "levels"),),
+    "noise_sampler": (("model", "levels"),),
+    "coordinate_sampler": SIZES,
+    "solver": (("model", "levels"), ("diffusion", "noise_scaling")),
+    "network": (("model", "token_dim"), ("model", "blocks"), *SIZES),
+}
+"""What each of them is built from besides its own key."""
+
 NEEDS: dict[str, tuple[str, ...]] = {
     "noise_sampler": ("sigma_in",),
     "coordinate_sampler": ("pyramid",),
@@ -41,7 +58,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 def lines_of(problems: list[Problem], layers: Layers) -> list[str]:
     """Return problems as lines: where it was given, the key, what is wrong."""
-    return [f"{layers.where(problem.path)}: {problem}" for problem in problems]
+    lines = []
+    for problem in problems:
+        blamed = layers.given_last((problem.path, *problem.between)) if problem.between else None
+        lines.append(f"{layers.where(blamed or problem.path)}: {problem}")
+    return lines
 
 
 def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, list[str]]:
@@ -145,7 +166,13 @@ def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
     problems = []
     if config.diffusion.sigma_min >= config.diffusion.sigma_max:
         low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
-        problems.append(Problem(("diffusion", "sigma_min"), f"should be below sigma_max {high}, got {low}"))
+        limits: tuple[KeyPath, ...] = (("diffusion", "sigma_min"), ("diffusion", "sigma_max"))
+        problems.append(Problem(limits[0], f"should be below sigma_max {high}, got {low}", limits))
+    try:
+        torch.device(config.runtime.device)
+    except RuntimeError:
+        said = f"should be a device such as cpu, cuda or cuda:1, got '{config.runtime.device}'"
+        problems.append(Problem(("runtime", "device"), said))
     assembly = Assembly(config, plugins)
     failed: set[str] = set()
     for name, path in LIGHT_PARTS.items():
@@ -155,15 +182,25 @@ def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
             getattr(assembly, name)
         except HpdmError as error:
             failed.add(name)
-            problems.extend(Problem(path, _bare(message, path)) for message in error.messages)
+            problems.extend(_blamed(message, path, BETWEEN.get(name, ())) for message in error.messages)
         except Exception as error:
             failed.add(name)
             part = getattr(getattr(config, str(path[0])), str(path[-1]), None)
             blame = f"'{part.use}' " if isinstance(part, Part) else ""
             problems.append(Problem(path, f"{blame}cannot be built: {type(error).__name__}: {error}"))
+    if not failed & {"pyramid", "levels_per_block"}:
+        try:
+            assembly.build_model(device="meta")
+        except HpdmError as error:
+            problems.extend(_blamed(message, ("model",), BETWEEN["network"]) for message in error.messages)
+        except Exception:
+            pass  # a part that cannot be built without numbers may be right all the same
     return problems
 
 
-def _bare(message: str, path: KeyPath) -> str:
-    """Drop the key from the start of a message that names it itself."""
-    return message.removeprefix(f"{dotted(path)}: ")
+def _blamed(message: str, path: KeyPath, between: tuple[KeyPath, ...]) -> Problem:
+    """Return a problem at the key that the message names itself, else at ``path``."""
+    named = KEY_FIRST.match(message)
+    if named is not None and (steps := tuple(named[1].split(".")))[0] in CellConfig.model_fields:
+        path, message = steps, message[named.end() :]
+    return Problem(path, message, between)

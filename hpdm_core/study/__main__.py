@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from hpdm_core.config.study_file import StudyConfig, load_study
-from hpdm_core.errors import InputError, report_errors
+from hpdm_core.errors import InputError, did_you_mean, report_errors
 from hpdm_core.study.backends import BACKENDS, make_backend
 
 __all__ = ["build_parser", "main"]
@@ -75,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 all cells done, 1 trouble, 130 after Ctrl-C."""
     given = build_parser().parse_args(arguments)
+    if given.backend is not None and given.backend not in BACKENDS:
+        raise InputError(
+            f"--backend {given.backend}: unknown '{given.backend}'{did_you_mean(given.backend, BACKENDS)}; "
+            f"allowed: {', '.join(BACKENDS)}"
+        )
     study = load_study(
         given.file,
         sets=given.sets,

@@ -147,11 +147,19 @@ backend: slrum
         ("seeds: [1, 1]", "study.yaml:2: seeds: each seed once, got [1, 1]"),
         ("seeds: [-1]", "study.yaml:2: seeds[0]: should be greater than or equal to 0, got -1"),
         ("seeds: 3", "study.yaml:2: seeds: should be a valid array, got 3"),
+        (
+            "training: {learning_rate: .inf}",
+            "study.yaml:2: training.learning_rate: should be a finite number",
+        ),
+        (
+            "storage: nonsense://me@x",
+            "study.yaml:2: storage: 'nonsense://...' is no storage that is known here",
+        ),
         ("name: a/b", "study.yaml:2: name: letters, digits and ._- only, got 'a/b'"),
         ("backend: slrum", "study.yaml:2: backend.use: unknown backend 'slrum' - did you mean 'slurm'?"),
         ("seed: 3", "study.yaml:2: seed: unknown key - did you mean 'seeds'?"),
         ("baseline: defalt", "study.yaml:2: baseline: no arm 'defalt' - did you mean 'default'?"),
-        ("arms: {a b: {}}", "study.yaml:2: arms: 'a b' should hold no spaces, commas or colons"),
+        ("arms: {a b: {}}", "study.yaml:2: arms: 'a b' should begin with a letter or digit and hold no"),
         ("arms: {a: {seeds: [1]}}", "study.yaml:2: seeds: not a key of arm 'a'; an arm may set: model"),
         ("arms: {a: {training.step: 1}}", "study.yaml:2: training.step: unknown key"),
         ("arms: {a: {training..steps: 1}}", "study.yaml:2: 'training..steps' is not a path"),
@@ -181,9 +189,16 @@ def test_wrong_values(study, text: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {video: [5, 8, 16]}", ("study.yaml:2: model: ", "5")),
-        ("model: {token: [1, 3, 2]}", ("study.yaml:2: model: ", "3")),
-        ("model: {video: [4, 8, 24], levels: 3}", ("study.yaml:2: model: ",)),
+        ("model: {video: [5, 8, 16]}", ("study.yaml:2: model.video: f = 5 is no multiple of patch",)),
+        ("model: {token: [1, 3, 2]}", ("study.yaml:2: model.patch: h = 4 is no multiple of token 3",)),
+        ("model: {video: [4, 8, 24], levels: 3}", ("study.yaml:2: model.video: ",)),
+        (
+            "model: {token_dim: 9}",
+            ("study.yaml:2: model.backbone.heads: 16 does not divide model.token_dim 9; allowed is",),
+        ),
+        ("model: {levels: 1}", ("study.yaml:2: model.video: f = 4 is 2 times patch 2; with 1 level(s)",)),
+        ("runtime: {device: cudaa}", ("study.yaml:2: runtime.device: should be a device such as cpu",)),
+        ("sampling: {solver: {steps: [0]}}", ("study.yaml:2: sampling.solver.steps: [0]; allowed is a",)),
         (
             "model: {computation_allocation: {use: explicit, levels_per_block: [1, 1]}}",
             ("study.yaml:2: model.computation_allocation: 'explicit' gives [1, 1]", "ending at 2"),
@@ -199,6 +214,17 @@ def test_values_that_do_not_fit_together(study, text: str, words: tuple[str, ...
     assert found[0].startswith(words[0]), found
     for word in words:
         assert any(word in line for line in found), found
+
+
+def test_an_arm_is_not_blamed_for_sizes_that_it_does_not_set(study) -> None:
+    file = study("model:\n  video: [5, 8, 16]\narms:\n  a: {}\n  b: {model.context_fusion: none}\n")
+    assert lines_of(file) == ["study.yaml:3: model.video: f = 5 is no multiple of patch 2"]
+
+
+def test_a_misspelt_key_is_one_problem(folder, study) -> None:
+    base = folder / "base.yaml"
+    base.write_text(base.read_text().replace("steps: 10", "step: 10"))
+    assert lines_of(study("")) == [f"{base}:12: training.step: unknown key - did you mean 'steps'?"]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +245,9 @@ def test_values_that_do_not_fit_together(study, text: str, words: tuple[str, ...
             "--arm default:training.steps=3: the study has",
         ),
         ({"arms": ["m:"]}, "--arm m:: arms 'default' and 'm' have the same configuration"),
-        ({"arms": ["m m:training.steps=3"]}, "--arm m m:training.steps=3: 'm m' should hold no spaces"),
+        ({"arms": ["m m:training.steps=3"]}, "--arm m m:training.steps=3: 'm m' should begin with"),
         ({"only": ["defualt"]}, "--only defualt: no such arm - did you mean 'default'?"),
+        ({"only": [","]}, "--only ,: names no arm; arms: default"),
         ({"plugins": ["nope.py"]}, "plugin '"),
     ],
 )
