@@ -31,7 +31,9 @@ Triple = tuple[Positive, Positive, Positive]  # frames, height, width
 class Frozen(BaseModel):
     """Base of the configuration models: unknown keys refused, no mutation, no silent coercion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 class Part(BaseModel):
