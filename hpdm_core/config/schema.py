@@ -165,7 +165,7 @@ class RuntimeConfig(Frozen):
     """Steps between checkpoints."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
-    prefetch: Annotated[int, Field(ge=0)] = 2
+    prefetch: Annotated[int, Field(ge=0)] = 0
     """Training batches prepared ahead in a thread; 0 for none."""
 
 
