@@ -1,5 +1,6 @@
 """Contract of context fusions: how coarse patches inform finer ones.
- The checks call the fusion's methods directly, and run it in a small network (`hpdm_core.testing.small`).
+
+The checks call the fusion's methods directly, and run it in a small network (`hpdm_core.testing.small`).
 Most use a fusion whose parameters were moved a little from their start: gates that start at zero would hide
 what is wrong.
 """
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hpdm_core.model.fusion import ContextFusion, Source
+from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.randomness import normal
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
@@ -26,30 +27,17 @@ from hpdm_core.testing.small import (
     SINGLE_LEVEL,
     TOKEN_DIM,
     Setting,
+    call_fuse,
+    call_pixel_context,
+    call_token_context,
     entries,
     network,
-    sources,
 )
 
 __all__ = ["ContextFusionCases"]
 
 SIGMAS = (0.002, 80.0, 1000.0)
 """Both ends of the usual range, and one that input scaling below 1 leads to."""
-
-
-def _take(found: Sequence[Source], rows: Tensor) -> list[Source]:
-    """Return the given rows of every tensor of the sources."""
-    return [
-        replace(
-            source,
-            coords=source.coords.take(rows),
-            sigma=source.sigma[rows],
-            sigma_embedding=source.sigma_embedding[rows],
-            noisy=source.noisy[rows],
-            tokens=None if source.tokens is None else source.tokens[rows],
-        )
-        for source in found
-    ]
 
 
 class ContextFusionCases(Case):
@@ -78,7 +66,7 @@ class ContextFusionCases(Case):
         for setting in self.settings:
             fusion, patches = self._moved(setting), entries(setting)
             for level in range(1, setting.pyramid.levels):
-                made = _pixels(setting, patches, level, fusion)
+                made = call_pixel_context(setting, patches, level, fusion)
                 wanted = [BATCH, fusion.extra_channels, *setting.pyramid.patch]
                 if made is not None:
                     given = list(made.shape)
@@ -87,7 +75,7 @@ class ContextFusionCases(Case):
             for block, level in setting.calls:
                 where = f"block {block}, level {level}"
                 tokens = self._tokens(setting)
-                context = _context(setting, patches, block, level, fusion)
+                context = call_token_context(setting, patches, block, level, fusion)
                 if context is not None:
                     batched = isinstance(context, Tensor) and context.shape[:1] == (BATCH,)
                     what = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
@@ -96,7 +84,7 @@ class ContextFusionCases(Case):
                         f"{where}: token_context gives {what}, wanted a tensor of {BATCH} rows or None",
                     )
                 kept = tokens.clone()
-                fused = _fuse(patches, block, level, tokens, context, fusion)
+                fused = call_fuse(patches, block, level, tokens, context, fusion)
                 expect(
                     torch.equal(tokens, kept), f"{where}: fuse changes the tokens that it is handed in place"
                 )
@@ -116,22 +104,22 @@ class ContextFusionCases(Case):
             for row in range(BATCH):
                 one = torch.tensor([row])
                 for level in range(1, setting.pyramid.levels):
-                    together = _pixels(setting, patches, level, fusion)
+                    together = call_pixel_context(setting, patches, level, fusion)
                     if together is not None:
-                        alone = _pixels(setting, patches, level, fusion, rows=one)
+                        alone = call_pixel_context(setting, patches, level, fusion, rows=one)
                         what = f"level {level}: pixel_context of row {row} alone"
                         expect_close(self._present(alone, what), together[one], what, tolerance=1e-5)
                 for block, level in setting.calls:
                     where = f"block {block}, level {level}"
-                    context = _context(setting, patches, block, level, fusion)
+                    context = call_token_context(setting, patches, block, level, fusion)
                     if context is not None:
-                        alone = _context(setting, patches, block, level, fusion, rows=one)
+                        alone = call_token_context(setting, patches, block, level, fusion, rows=one)
                         what = f"{where}: token_context of row {row} alone"
                         expect_close(self._present(alone, what), context[one], what, tolerance=1e-5)
                     tokens = self._tokens(setting)
-                    together = _fuse(patches, block, level, tokens, context, fusion)
+                    together = call_fuse(patches, block, level, tokens, context, fusion)
                     kept = None if context is None else context[one]
-                    alone = _fuse(patches, block, level, tokens[one], kept, fusion, rows=one)
+                    alone = call_fuse(patches, block, level, tokens[one], kept, fusion, rows=one)
                     expect_close(alone, together[one], f"{where}: fuse of row {row} alone", tolerance=1e-5)
 
     @torch.no_grad()
@@ -365,58 +353,14 @@ class ContextFusionCases(Case):
         tokens = self._tokens(setting, seed=seed)
         made: list[tuple[str, Callable[[ContextFusion], Tensor | None]]] = []
         for level in range(1, setting.pyramid.levels):
-            made.append((f"level {level}: pixel_context", partial(_pixels, setting, patches, level)))
+            made.append(
+                (f"level {level}: pixel_context", partial(call_pixel_context, setting, patches, level))
+            )
         for block, level in setting.calls:
             where = f"block {block}, level {level}"
-            made.append((f"{where}: token_context", partial(_context, setting, patches, block, level)))
-            context = _context(setting, patches, block, level, self._moved(setting))
-            made.append((f"{where}: fuse", partial(_fuse, patches, block, level, tokens, context)))
+            made.append(
+                (f"{where}: token_context", partial(call_token_context, setting, patches, block, level))
+            )
+            context = call_token_context(setting, patches, block, level, self._moved(setting))
+            made.append((f"{where}: fuse", partial(call_fuse, patches, block, level, tokens, context)))
         return made
-
-
-def _pixels(
-    setting: Setting,
-    patches: Sequence[Patches],
-    level: int,
-    fusion: ContextFusion,
-    *,
-    rows: Tensor | None = None,
-) -> Tensor | None:
-    coords = patches[level].coords
-    # No block is asked about, so there are no tokens.
-    found = sources(setting, patches, 0, level, reads_tokens=False)
-    if rows is not None:
-        coords, found = coords.take(rows), _take(found, rows)
-    return fusion.pixel_context(level, coords, found)
-
-
-def _context(
-    setting: Setting,
-    patches: Sequence[Patches],
-    block: int,
-    level: int,
-    fusion: ContextFusion,
-    *,
-    rows: Tensor | None = None,
-) -> Tensor | None:
-    coords = patches[level].coords
-    found = sources(setting, patches, block, level, reads_tokens=fusion.reads_tokens)
-    if rows is not None:
-        coords, found = coords.take(rows), _take(found, rows)
-    return fusion.token_context(block, level, coords, found)
-
-
-def _fuse(
-    patches: Sequence[Patches],
-    block: int,
-    level: int,
-    tokens: Tensor,
-    context: Tensor | None,
-    fusion: ContextFusion,
-    *,
-    rows: Tensor | None = None,
-) -> Tensor:
-    coords, sigma = patches[level].coords, patches[level].sigma
-    if rows is not None:
-        coords, sigma = coords.take(rows), sigma[rows]
-    return fusion.fuse(block, level, tokens, context, coords, sigma)

@@ -1,4 +1,4 @@
-"""A small network around a fusion, and patches to run through it: what the checks of fusions are done on.
+"""A small network around a fusion, patches to run through it, and calls of it: what fusions are checked on.
 
 All sizes differ, so that swapped axes show: B batch 3, D token width 16, M latents 6, E latent width 12.
 """
@@ -6,7 +6,7 @@ All sizes differ, so that swapped axes show: B batch 3, D token width 16, M late
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,19 @@ from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
 from hpdm_core.randomness import generator, keyed_global_rng, normal
 
-__all__ = ["BATCH", "SETTINGS", "SINGLE_LEVEL", "TOKEN_DIM", "Setting", "entries", "network", "sources"]
+__all__ = [
+    "BATCH",
+    "SETTINGS",
+    "SINGLE_LEVEL",
+    "TOKEN_DIM",
+    "Setting",
+    "call_fuse",
+    "call_pixel_context",
+    "call_token_context",
+    "entries",
+    "network",
+    "sources",
+]
 
 BATCH = 3
 TOKEN_DIM = 16
@@ -149,3 +161,69 @@ def sources(
         )
         for index, entry in enumerate(entries[:level])
     ]
+
+
+def _rows_of(found: Sequence[Source], rows: Tensor) -> list[Source]:
+    """Return the given rows of every tensor of the sources."""
+    return [
+        replace(
+            source,
+            coords=source.coords.take(rows),
+            sigma=source.sigma[rows],
+            sigma_embedding=source.sigma_embedding[rows],
+            noisy=source.noisy[rows],
+            tokens=None if source.tokens is None else source.tokens[rows],
+        )
+        for source in found
+    ]
+
+
+def call_pixel_context(
+    setting: Setting,
+    patches: Sequence[Patches],
+    level: int,
+    fusion: ContextFusion,
+    *,
+    rows: Tensor | None = None,
+) -> Tensor | None:
+    """Call `ContextFusion.pixel_context` for ``level``'s entry, or some of its rows."""
+    coords = patches[level].coords
+    # No block is asked about, so there are no tokens.
+    found = sources(setting, patches, 0, level, reads_tokens=False)
+    if rows is not None:
+        coords, found = coords.take(rows), _rows_of(found, rows)
+    return fusion.pixel_context(level, coords, found)
+
+
+def call_token_context(
+    setting: Setting,
+    patches: Sequence[Patches],
+    block: int,
+    level: int,
+    fusion: ContextFusion,
+    *,
+    rows: Tensor | None = None,
+) -> Tensor | None:
+    """Call `ContextFusion.token_context` for ``level``'s entry in ``block``, or some of its rows."""
+    coords = patches[level].coords
+    found = sources(setting, patches, block, level, reads_tokens=fusion.reads_tokens)
+    if rows is not None:
+        coords, found = coords.take(rows), _rows_of(found, rows)
+    return fusion.token_context(block, level, coords, found)
+
+
+def call_fuse(
+    patches: Sequence[Patches],
+    block: int,
+    level: int,
+    tokens: Tensor,
+    context: Tensor | None,
+    fusion: ContextFusion,
+    *,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Call `ContextFusion.fuse` for ``level``'s entry in ``block``, or some of its rows."""
+    coords, sigma = patches[level].coords, patches[level].sigma
+    if rows is not None:
+        coords, sigma = coords.take(rows), sigma[rows]
+    return fusion.fuse(block, level, tokens, context, coords, sigma)

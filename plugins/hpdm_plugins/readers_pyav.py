@@ -1,8 +1,8 @@
 """The reader `pyav`: exact frames by PyAV, which brings its own FFmpeg. The default.
 
-A frame's number is its place in the order of presentation times. Reading seeks to the key frame before the
-first frame that is wanted; where a file has no usable times, or seeking does not give the frames promised, it
-counts from the start.
+A frame's number is its place in the order in which a decoder shows them, counted from the start. Where a
+file's presentation times are known to tell that order, reading seeks to the key frame before the first frame
+that is wanted, and checks what it gets; everywhere else it decodes from the start.
 """
 
 import threading
@@ -25,6 +25,10 @@ from hpdm_core.hookspecs import Register, hookimpl
 
 __all__ = ["PyAVReader", "register_video_readers"]
 
+TIMED_CONTAINERS = {"mov", "mp4", "matroska", "webm", "mpegts"}
+"""Containers that store a presentation time with every frame."""
+REORDERING_CODECS = {"h264", "hevc", "vvc", "av1", "vp9"}
+"""Codecs whose headers may leave open whether frames are stored in the order in which they are shown."""
 MOST_INDEXES = 4096
 """Files whose presentation times are remembered."""
 
@@ -69,7 +73,7 @@ class PyAVReader:
         return {"name": "pyav", "av": av.__version__, **libraries}
 
     def _index(self, path: Path) -> tuple[int | None, ...]:
-        """Return the presentation times of the frames, sorted; all None where the file does not have them."""
+        """Return the presentation times of the frames, sorted; all None where they cannot be relied on."""
         try:
             status = path.stat()
         except OSError as error:
@@ -80,12 +84,13 @@ class PyAVReader:
                 self._indexes.move_to_end(key)
                 return self._indexes[key]
         with _opened(path) as (container, stream):
+            reliable = _has_times(container, stream)
             times = [
                 packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard
             ]
         known = [time for time in times if time is not None]
         index: tuple[int | None, ...]
-        if len(set(known)) == len(times):
+        if reliable and len(set(known)) == len(times):
             index = tuple(sorted(known))
         else:
             index = (None,) * len(times)
@@ -98,18 +103,25 @@ class PyAVReader:
     def _by_time(
         self, path: Path, wanted: Sequence[int], index: Sequence[int | None], short_side: int | None
     ) -> dict[int, Tensor]:
-        """Return the frames found by seeking; fewer than wanted when the file's times cannot be relied on."""
+        """Return the frames found by seeking; fewer than wanted when what is decoded is not what the times
+        promise: every frame from the first wanted one on, in order.
+        """
         numbers = {index[number]: number for number in wanted}
         if not wanted or None in numbers:
             return {}
         first, last = index[wanted[0]], index[wanted[-1]]
         assert first is not None and last is not None, "excluded above"
         found: dict[int, Tensor] = {}
+        expected = iter(range(wanted[0], wanted[-1] + 1))
         with _opened(path) as (container, stream):
             if wanted[0] > 0:
                 container.seek(first, stream=stream, backward=True)
             for frame in container.decode(stream):
                 if frame.pts is None:
+                    return {}
+                if frame.pts < first and not found:
+                    continue  # between the key frame and what is wanted
+                if frame.pts != index[next(expected)]:
                     return {}
                 if frame.pts in numbers:
                     found[numbers[frame.pts]] = _pixels(path, frame, short_side)
@@ -129,6 +141,19 @@ class PyAVReader:
                 if number >= wanted[-1]:
                     break
         return found
+
+
+def _has_times(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the times of packets are those at which frames are shown.
+
+    AVI, ASF and program streams do not store them for every frame: what FFmpeg makes up there is wrong for
+    frames that are stored in another order than they are shown in. AVI without such frames, as most of them
+    are, has the times that its frames have by their numbers.
+    """
+    formats = set(container.format.name.split(","))
+    codec = stream.codec_context
+    reordered = codec.has_b_frames or codec.name in REORDERING_CODECS
+    return bool(formats & TIMED_CONTAINERS) or ("avi" in formats and not reordered)
 
 
 @contextmanager

@@ -53,8 +53,30 @@ MPEG4 = {
 
 @pytest.mark.parametrize(
     ("name", "coding"),
-    [("a.mp4", H264), ("a.mkv", H264), ("a.avi", MPEG4), ("a.mp4", MPEG4), ("a.h264", H264)],
-    ids=["h264-mp4", "h264-mkv", "mpeg4-avi", "mpeg4-mp4", "h264-without-times"],
+    [
+        ("a.mp4", H264),
+        ("a.mkv", H264),
+        ("a.ts", H264),
+        ("a.avi", H264),
+        ("a.wmv", H264),
+        ("a.avi", MPEG4),
+        ("a.mp4", MPEG4),
+        ("a.mpg", {**MPEG4, "options": {"g": "5", "bf": "0"}}),
+        ("a.avi", {**MPEG4, "options": {"g": "5", "bf": "0", "sc_threshold": "1000000000"}}),
+        ("a.h264", H264),
+    ],
+    ids=[
+        "h264-mp4",
+        "h264-mkv",
+        "h264-ts",
+        "h264-avi",
+        "h264-asf",
+        "mpeg4-avi",
+        "mpeg4-mp4",
+        "mpeg4-mpg",
+        "mpeg4-in-order-avi",
+        "h264-without-times",
+    ],
 )
 def test_any_frame_equals_decoding_in_order(tmp_path, frames, write, pyav, name, coding):
     path = write(tmp_path / name, frames(30, 32, 48), **coding)
@@ -70,14 +92,17 @@ def test_uneven_times_do_not_move_frames(tmp_path, frames, write, pyav):
     assert torch.equal(pyav.read(path, [2, 4, 5]), made[[2, 4, 5]])
 
 
-def test_seeks_instead_of_decoding_from_the_start(tmp_path, frames, write, pyav, monkeypatch):
-    path = write(
-        tmp_path / "clip.mkv",
-        frames(40, 32, 48),
-        codec="libx264",
-        pix_fmt="yuv420p",
-        options={"x264-params": "keyint=5:scenecut=0"},
-    )
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("clip.mkv", "libx264", {"x264-params": "keyint=5:scenecut=0"}),
+        ("clip.avi", "mpeg4", {"g": "5", "bf": "0", "sc_threshold": "1000000000"}),
+    ],
+)
+def test_seeks_instead_of_decoding_from_the_start(
+    tmp_path, frames, write, pyav, monkeypatch, name, codec, options
+):
+    path = write(tmp_path / name, frames(40, 32, 48), codec=codec, pix_fmt="yuv420p", options=options)
     decoded = []
     opened = readers_pyav._opened
 
@@ -85,6 +110,7 @@ def test_seeks_instead_of_decoding_from_the_start(tmp_path, frames, write, pyav,
         def __init__(self, container):
             self.seek = container.seek
             self.demux = container.demux
+            self.format = container.format
             self.container = container
 
         def decode(self, stream):
@@ -121,6 +147,18 @@ def test_counts_where_times_are_missing(tmp_path, frames, write, pyav, monkeypat
     path = write(tmp_path / "clip.mkv", made)
     monkeypatch.setattr(pyav, "_index", lambda path: (None,) * 6)
     assert torch.equal(pyav.read(path, [4, 1]), made[[4, 1]])
+
+
+def test_counts_where_seeking_does_not_give_what_the_times_promise(
+    tmp_path, frames, write, pyav, monkeypatch
+):
+    """As in AVI: the times of packets are all there and in order, and those of frames are not."""
+    path = write(tmp_path / "clip.avi", frames(30, 32, 48), **H264)
+    monkeypatch.setattr(readers_pyav, "_has_times", lambda container, stream: True)
+    expected = sequential(path)
+    assert None not in pyav._index(path)
+    for start in range(28):
+        assert torch.equal(pyav.read(path, range(start, start + 3)), expected[start : start + 3]), start
 
 
 def test_resizes_each_frame(tmp_path, frames, write, pyav):
