@@ -33,7 +33,9 @@ hookimpl = pluggy.HookimplMarker("hpdm")
 class Register(Protocol):
     """Adds one part under its name in the study file."""
 
-    def __call__(self, name: str, factory: Callable[..., Any], *, source: str) -> None: ...
+    def __call__(self, name: str, factory: Callable[..., Any], *, source: str) -> None:
+        """Add ``factory``; ``source``: where the idea comes from."""
+        ...
 
 
 @hookspec
@@ -43,7 +45,7 @@ def register_context_fusions(register: Register) -> None:
 
 @hookspec
 def register_computation_allocations(register: Register) -> None:
-    """model.computation_allocation: ``factory(blocks: int, levels: int, *, ...) -> Sequence[int]``, levels per block."""
+    """model.computation_allocation: ``factory(blocks: int, levels: int, *, ...) -> Sequence[int]``."""
 
 
 @hookspec
@@ -98,7 +100,7 @@ def register_metrics(register: Register) -> None:
 
 @hookspec
 def register_optimizers(register: Register) -> None:
-    """training.optimizer: ``factory(named_parameters: Iterable[tuple[str, Parameter]], lr: float, *, ...) -> Optimizer``."""
+    """training.optimizer: ``factory(named_parameters: Iterable[tuple[str, Parameter]], lr, *, ...) -> Optimizer``."""
 
 
 @hookspec

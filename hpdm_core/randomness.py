@@ -6,7 +6,8 @@ share clips, crops, sigmas and noise, a resumed run continues exactly, and sampl
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,20 +33,13 @@ def normal(shape: Sequence[int], *key: int | str) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(*key))
 
 
-class keyed_global_rng:  # noqa: N801 - used as a context manager, like torch.no_grad
+@contextmanager
+def keyed_global_rng(*key: int | str) -> Iterator[None]:
     """Within the block torch's global generator stands at the start of the stream called ``key``.
 
     For code that cannot take a generator, such as the constructors of ``torch.nn`` layers inside a plugin. The global
-    state is restored on leaving.
+    state of the CPU is restored on leaving.
     """
-
-    def __init__(self, *key: int | str) -> None:
-        self.key = key
-        self._fork = torch.random.fork_rng(devices=[])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.random.default_generator.manual_seed(stream_seed(*self.key))
-
-    def __exit__(self, *exception: object) -> None:
-        self._fork.__exit__(*exception)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(generator(*key).get_state())
+        yield

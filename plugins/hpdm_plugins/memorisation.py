@@ -1,7 +1,7 @@
 """The metric `memorisation`: does the whole chain give back the few windows that a model was trained on?
 
-For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`). Generated videos are
-matched to the windows by their error; beside the match stands what plain trilinear upsampling of the level below
+For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`). Generated videos
+are matched to the windows by their error; beside the match stands what plain trilinear upsampling of the level below
 reaches, once of the generated level and once of the window's own. Then the coarsest level of each window is handed in,
 and the finer levels have to follow it.
 
