@@ -100,7 +100,9 @@ def register_metrics(register: Register) -> None:
 
 @hookspec
 def register_optimizers(register: Register) -> None:
-    """training.optimizer: ``factory(named_parameters: Iterable[tuple[str, Parameter]], lr, *, ...) -> Optimizer``."""
+    """training.optimizer:
+    ``factory(named_parameters: Iterable[tuple[str, Parameter]], lr: float, *, ...) -> Optimizer``.
+    """
 
 
 @hookspec

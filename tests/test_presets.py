@@ -1,0 +1,60 @@
+"""The presets: the paper's models have the paper's sizes, and studies at its scale resolve to its set-up."""
+
+from pathlib import Path
+
+import pytest
+
+from hpdm_core import build_plugins, load_cell
+from hpdm_core.config.compose import presets
+from hpdm_core.config.study_file import load_study
+from hpdm_core.cost import count_parameters
+
+STUDIES = Path(__file__).parents[1] / "studies"
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 177.87), ("m", 321.29), ("l", 724.53)])
+def test_parameters_of_the_papers_models(size: str, millions: float) -> None:
+    cell = load_cell(f"ucf101_hpdm_{size}")
+    assert count_parameters(cell) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert cell.levels_per_block == (1, 1, 2, 2, 3, 3)
+    assert cell.sigma_in == (4, 8, 16)
+
+
+@pytest.mark.parametrize(("size", "steps"), [("s", 40_000), ("m", 40_000), ("l", 65_000)])
+def test_training_of_the_papers_models(size: str, steps: int) -> None:
+    training = load_cell(f"ucf101_hpdm_{size}").config.training
+    assert (training.steps, training.batch, training.learning_rate, training.warmup) == (steps, 768, 0.005, 10_000)
+    assert training.optimizer.use == "lamb"
+
+
+def test_the_ablation_at_the_papers_scale() -> None:
+    study = load_study(STUDIES / "dcf_ablation.yaml", sets=["extends=ucf101_hpdm_s"])
+    assert list(study.configs) == [
+        "default",
+        "no_context",
+        "shallow_fusion",
+        "context_detach",
+        "no_adaptive_computation",
+        "no_coordinates",
+    ]
+    for config in study.configs.values():
+        assert (config.training.steps, config.training.batch) == (50_000, 512)
+        assert config.evaluation.samples == 512
+        assert config.data.dataset.use == "ucf101"
+        assert config.diffusion.noise_sampling.use == "independent"
+    small = load_study(STUDIES / "dcf_ablation.yaml")
+    assert small.seeds == (0, 1, 2)
+    assert small.configs["default"].model.video == (16, 64, 64)
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_resolves(file: Path) -> None:
+    study = load_study(file)
+    assert study.name == file.stem
+    assert study.baseline in study.configs
+
+
+def test_the_presets_are_found() -> None:
+    sizes = ("s", "m", "l")
+    names = {f"hpdm_{size}" for size in sizes} | {f"ucf101_hpdm_{size}" for size in sizes} | {"tiny_clips"}
+    assert set(presets(build_plugins())) == names
