@@ -47,10 +47,15 @@ class Layers:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     name: str = "configuration"
     """Named where no origin is known."""
+    ages: dict[KeyPath, int] = field(default_factory=dict)
+    """Number of the layer that each key came with, or was changed below by."""
+    layers: int = 0
 
     def copy(self) -> Self:
         """Return a copy that can be merged into on its own."""
-        return type(self)(copy.deepcopy(self.data), dict(self.origins), self.name)
+        return type(self)(
+            copy.deepcopy(self.data), dict(self.origins), self.name, dict(self.ages), self.layers
+        )
 
     def where(self, path: KeyPath) -> str:
         """Return where the value at ``path``, or the nearest one above it, was given."""
@@ -58,19 +63,22 @@ class Layers:
             path = path[:-1]
         return self.origins[path] if path else self.name
 
-    def given_last(self, paths: Sequence[KeyPath]) -> KeyPath | None:
-        """Return which of ``paths``, or of what is above them in a section, was given last; None for none."""
-        order = {path: number for number, path in enumerate(self.origins)}
+    def to_blame(self, path: KeyPath, others: Sequence[KeyPath]) -> KeyPath:
+        """Return which of ``path`` and ``others``, or of what is above them in a section, was laid on last.
+
+        Of those that were laid on together it is ``path``, then the first of ``others``.
+        """
         given = []
-        for path in paths:
-            while len(path) > 1 and path not in order:
-                path = path[:-1]
-            if len(path) > 1:
-                given.append(path)
-        return max(given, key=order.__getitem__, default=None)
+        for each in (path, *others):
+            while len(each) > 1 and each not in self.ages:
+                each = each[:-1]
+            if len(each) > 1:
+                given.append(each)
+        return max(given, key=self.ages.__getitem__, default=path)
 
     def merge(self, data: Mapping[str, Any], where: Callable[[KeyPath], str]) -> None:
         """Lay ``data`` over what is there."""
+        self.layers += 1
         self._merge(self.data, data, (), where)
 
     def apply(self, override: Override) -> None:
@@ -92,17 +100,21 @@ class Layers:
                 value = {"use": value} if isinstance(value, str) else value
             if isinstance(old, dict) and isinstance(value, Mapping) and not _another_part(old, value):
                 base[key] = old
-                self.origins.pop(path, None)  # the order of the origins tells what was given last
-                self.origins[path] = where(path)
+                self._set_origin(path, where)
                 self._merge(old, value, path, where)
                 continue
             for stale in [known for known in self.origins if known[: len(path)] == path]:
                 del self.origins[stale]
+                self.ages.pop(stale, None)
             base[key] = copy.deepcopy(value)
             self._note(value, path, where)
 
-    def _note(self, value: Any, path: KeyPath, where: Callable[[KeyPath], str]) -> None:
+    def _set_origin(self, path: KeyPath, where: Callable[[KeyPath], str]) -> None:
         self.origins[path] = where(path)
+        self.ages[path] = self.layers
+
+    def _note(self, value: Any, path: KeyPath, where: Callable[[KeyPath], str]) -> None:
+        self._set_origin(path, where)
         if isinstance(value, Mapping):
             for key, item in value.items():
                 self._note(item, (*path, key), where)

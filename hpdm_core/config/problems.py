@@ -26,7 +26,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 class Problem:
     """One thing that is wrong: ``path`` leads to it from the top of the document, ``message`` says what.
 
-    Where it is between several values, ``between`` holds their paths: the one given last is to blame.
+    Where it is between several values, ``between`` holds the others' paths: the one given last is to blame.
     """
 
     path: KeyPath

@@ -60,8 +60,8 @@ def lines_of(problems: list[Problem], layers: Layers) -> list[str]:
     """Return problems as lines: where it was given, the key, what is wrong."""
     lines = []
     for problem in problems:
-        blamed = layers.given_last((problem.path, *problem.between)) if problem.between else None
-        lines.append(f"{layers.where(blamed or problem.path)}: {problem}")
+        blamed = layers.to_blame(problem.path, problem.between) if problem.between else problem.path
+        lines.append(f"{layers.where(blamed)}: {problem}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import signal
 import sys
@@ -14,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from hpdm_core.config.study_file import StudyConfig, load_study
-from hpdm_core.errors import InputError, did_you_mean, report_errors
+from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
 from hpdm_core.study.backends import BACKENDS, make_backend
 
 __all__ = ["build_parser", "main"]
@@ -167,7 +168,9 @@ def study_text(study: StudyConfig, command: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `InputError` when nothing can be written under ``folder``; leaves nothing behind."""
+    """Raise `InputError` when nothing can be written under ``folder``, `TroubleError` when there is no space
+    left; leaves nothing behind.
+    """
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -176,6 +179,11 @@ def check_writable(folder: Path) -> None:
         Path(tempfile.mkdtemp(prefix=".hpdm-", dir=there)).rmdir()
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TroubleError(
+                f"--results {folder}: {reason}; the work done is kept, free some space and give the same "
+                "command again"
+            ) from error
         raise InputError(
             f"--results {folder}: not writable ({there}: {reason}); allowed: a folder that you may write"
         ) from error

@@ -108,7 +108,7 @@ class Controller:
 
         Raises `TroubleError` when another controller works on the study, and when the disk fails.
         """
-        with self._locked(), disk_trouble(self.folder):
+        with disk_trouble(self.folder), self._locked():
             ledger = Ledger(self.folder, study=self.study, storage=self.storage)
             for notice in ledger.notices:
                 self.trouble = True

@@ -171,7 +171,8 @@ def describe(error: BaseException) -> dict[str, Any]:
 
     ``passing``: the disk was full or failed, which is no fault of the cell.
     """
-    message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {error}"
+    first = str(error).strip().partition("\n")[0]  # torch's own messages go on with a stack; that is below
+    message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {first}"
     return {
         "class": type(error).__name__,
         "message": message,
