@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpdm_core.config.keys import canonical_json, evaluation_key, sample_key, train_key
+from hpdm_core.config.keys import canonical_json, data_key, evaluation_key, sample_key, train_key
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.plugins import Plugins, build_plugins
@@ -98,7 +98,7 @@ class Cell:
         metric = self.plugins.make("metrics", part)
         base = {"training": train, "model": train, "samples": samples}.get(metric.needs)
         if base is None:
-            base = hashlib.sha256(canonical_json(data_facts(self.config)).encode()).hexdigest()
+            base = data_key(data_facts(self.config), self.config, self.plugins)
         protocol = {**metric.protocol(self.assembly), "metric": metric.name}
         return evaluation_key(base, protocol, part=part, plugins=self.plugins)
 

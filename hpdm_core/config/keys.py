@@ -14,7 +14,15 @@ from pydantic import BaseModel
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.plugins import FAMILIES, Plugins
 
-__all__ = ["canonical_json", "evaluation_key", "parts_in", "plugin_hashes", "sample_key", "train_key"]
+__all__ = [
+    "canonical_json",
+    "data_key",
+    "evaluation_key",
+    "parts_in",
+    "plugin_hashes",
+    "sample_key",
+    "train_key",
+]
 
 
 def canonical_json(value: Any) -> str:
@@ -71,6 +79,11 @@ def train_key(config: CellConfig, plugins: Plugins) -> str:
             "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
         }
     )
+
+
+def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> str:
+    """Return the key of what is measured on real clips alone; ``facts``: `hpdm_core.metrics.protocol.data_facts`."""
+    return _digest({"data": dict(facts), "plugins": plugin_hashes(plugins, parts_in(config, "data"))})
 
 
 def sample_key(train_key: str, config: CellConfig, plugins: Plugins) -> str:

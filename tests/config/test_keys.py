@@ -3,8 +3,16 @@ import json
 import pytest
 
 from hpdm_core.config.compose import load_cell
-from hpdm_core.config.keys import canonical_json, evaluation_key, parts_in, sample_key, train_key
+from hpdm_core.config.keys import (
+    canonical_json,
+    data_key,
+    evaluation_key,
+    parts_in,
+    sample_key,
+    train_key,
+)
 from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.metrics.protocol import data_facts
 from hpdm_core.plugins import FAMILIES
 
 PLUGIN = """
@@ -143,3 +151,18 @@ def test_every_family_with_a_place_is_among_the_parts(folder) -> None:
     config = load_cell("base.yaml", sets=["evaluation.metrics=[throughput]"]).config
     families = [family for family, _ in parts_in(config, *CellConfig.model_fields)]
     assert sorted(families) == sorted(set(FAMILIES) - {"feature_extractors"})
+
+
+def test_the_data_key_follows_the_dataset_and_its_plugin_file_alone(folder) -> None:
+    file = folder / "mine.py"
+    text = PLUGIN.format(family="datasets", positional="clip, reader, ", value=1)
+    file.write_text(text)
+
+    def key(*sets: str) -> str:
+        cell = load_cell("base.yaml", sets=("data.dataset=mine", *sets), plugins=["mine.py"])
+        return data_key(data_facts(cell.config), cell.config, cell.plugins)
+
+    before = key()
+    assert key("training.steps=9") == before
+    file.write_text(text + "\n# edited\n")
+    assert key() != before
