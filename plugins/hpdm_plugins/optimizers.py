@@ -1,8 +1,10 @@
 """The built-in optimizers: LAMB (the paper's) and AdamW (for short runs)."""
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
@@ -11,6 +13,8 @@ from hpdm_core.training.lamb import Lamb
 
 __all__ = ["adamw", "lamb", "register_optimizers"]
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -18,9 +22,9 @@ def lamb(
     named_parameters: Iterable[tuple[str, Parameter]],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    betas: tuple[Beta, Beta] = (0.9, 0.99),
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.01,
 ) -> Optimizer:
     """Return LAMB with the paper's weight decay; see `hpdm_core.training.lamb.Lamb`."""
     return Lamb(named_parameters, lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -30,9 +34,9 @@ def adamw(
     named_parameters: Iterable[tuple[str, Parameter]],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    betas: tuple[Beta, Beta] = (0.9, 0.99),
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.01,
 ) -> Optimizer:
     """Return AdamW; decay applies to parameters of two or more axes only. Fused where the device has such a
     kernel."""
