@@ -23,7 +23,12 @@ def test_parameters_of_the_papers_models(size: str, millions: float) -> None:
 @pytest.mark.parametrize(("size", "steps"), [("s", 40_000), ("m", 40_000), ("l", 65_000)])
 def test_training_of_the_papers_models(size: str, steps: int) -> None:
     training = load_cell(f"ucf101_hpdm_{size}").config.training
-    assert (training.steps, training.batch, training.learning_rate, training.warmup) == (steps, 768, 0.005, 10_000)
+    assert (training.steps, training.batch, training.learning_rate, training.warmup) == (
+        steps,
+        768,
+        0.005,
+        10_000,
+    )
     assert training.optimizer.use == "lamb"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpdm_core.report.differences import configuration_differences, parameter_differences
 from hpdm_core.report.figures import arms_figure
-from hpdm_core.report.frame import StudyResults, load_results, versions_of
+from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
 from hpdm_core.report.text import HOLE, to_latex, to_markdown
 
@@ -36,7 +36,14 @@ def write_report(folder: Path) -> str:
     tables = metric_tables(results)
     lead = _lead(results)
     text = "\n\n".join(
-        [lead[0], f"# {results.study}", *lead[1:], *(to_markdown(table) for table in tables), *_arms(results)]
+        [
+            lead[0],
+            f"# {results.study}",
+            *lead[1:],
+            *(to_markdown(table) for table in tables),
+            *_arms(results),
+            *_provenance(results),
+        ]
     )
     _write(target / "table.md", (text + "\n").encode())
     latex = [f"% {line}" for line in lead[0].splitlines()]
@@ -89,6 +96,15 @@ def _arms(results: StudyResults) -> list[str]:
         lines.append(parameter_differences(results, arm) or f"parameters: {HOLE} (no weights to compare)")
         paragraphs.append("\n".join([f"{arm}:", "", *(f"- {line}" for line in lines)]))
     return paragraphs
+
+
+def _provenance(results: StudyResults) -> list[str]:
+    """Return on what machine and with what versions the numbers were made, as paragraphs."""
+    found = provenance_of(results.cells)
+    if not found:
+        return []
+    lines = [f"- {name}: {'; '.join(values)}" for name, values in found.items()]
+    return ["## What these were computed with", "\n".join(lines)]
 
 
 def _write(path: Path, data: bytes) -> None:

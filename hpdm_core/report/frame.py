@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from hpdm_core.errors import InputError
 
-__all__ = ["COLUMNS", "CellRecord", "StudyResults", "by_seed", "load_results", "versions_of"]
+__all__ = ["COLUMNS", "CellRecord", "StudyResults", "by_seed", "load_results", "provenance_of", "versions_of"]
 
 COLUMNS = (
     "study",
@@ -208,6 +208,30 @@ def _plan(path: Path) -> dict[str, Any]:
 def by_seed(frame: pd.DataFrame) -> dict[int, float]:
     """Return seed -> value of the rows of one arm, level and metric."""
     return {int(seed): float(value) for seed, value in zip(frame["seed"], frame["value"], strict=True)}
+
+
+def provenance_of(cells: Sequence[CellRecord]) -> dict[str, list[str]]:
+    """Return what the cells' results were computed on and with: machines, packages, git commits."""
+    machines: set[str] = set()
+    commits: set[str] = set()
+    for cell in cells:
+        for result in (cell.train, *cell.evaluations.values()):
+            if not result:
+                continue
+            machine = result.get("machine")
+            if isinstance(machine, dict):
+                machines.add(", ".join(f"{key} {value}" for key, value in machine.items()))
+            commit = result.get("git")
+            if isinstance(commit, str):
+                commits.add(commit[:12])
+    packages = {
+        f"{name} {version}"
+        for name, found in versions_of(cells).items()
+        if "." not in name
+        for version in found
+    }
+    made = {"machine": sorted(machines), "versions": sorted(packages), "git commit": sorted(commits)}
+    return {name: values for name, values in made.items() if values}
 
 
 def versions_of(cells: Sequence[CellRecord]) -> dict[str, set[str]]:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 LEVELS = ("2x6x8", "4x12x16", "8x24x32")
 SIGMAS = (0.1, 1.0)
+MADE = {"machine": {"processor": "abacus", "cores": 2}, "git": "0123456789abcdef"}
 FUSIONS = {"default": {"use": "deep", "detach": False}, "no_context": {"use": "none"}}
 
 
@@ -73,7 +74,9 @@ def write_study(
                 folder = root / "store" / "evaluations" / keys[metric]
                 folder.mkdir(parents=True)
                 result = {"metric": metric, "rows": rows, "protocol": protocol(metric)}
-                (folder / "result.json").write_text(json.dumps({**result, "versions": {"torch": "2.13"}}))
+                (folder / "result.json").write_text(
+                    json.dumps({**result, "versions": {"torch": "2.13"}, **MADE})
+                )
             _train(root / "store" / "train" / train, arm)
             if samples:
                 _samples(root / "store" / "samples" / sample, arm)

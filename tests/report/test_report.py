@@ -287,3 +287,10 @@ def test_an_index_that_is_none_is_one_line(
     (tmp_path / "index.csv").write_text(text)
     assert report_errors(main, [str(tmp_path)]) == 2
     assert "index.csv" in capsys.readouterr().err
+
+
+def test_the_report_names_machine_versions_and_commit(study: Study) -> None:
+    text = write_report(study())
+    assert "processor abacus, cores 2" in text
+    assert "torch 2.13" in text
+    assert "0123456789ab" in text and "0123456789abcdef" not in text
