@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from hpdm_core.config.keys import canonical_json, data_key, evaluation_key, sample_key, train_key
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
+from hpdm_core.files import clear_temporaries, read_json, write_json
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.study.files import read_json, write_json
 from hpdm_core.study.lease import Held, Process
 from hpdm_core.study.store import Attempt, Stage, Store, describe
 from hpdm_core.study.worker import Progress, Reporter, ended_by_sigterm
@@ -250,8 +250,7 @@ class Cell:
         from hpdm_core.training.trainer import load_ema_model
 
         folder = attempt.stage.folder
-        for left in folder.glob(".*.tmp*"):  # half a file of a killed attempt
-            left.unlink(missing_ok=True)
+        clear_temporaries(folder)
         count = self.config.evaluation.samples
         classes = self.config.model.classes
         started = time.monotonic()

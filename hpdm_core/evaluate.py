@@ -13,10 +13,8 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,16 +28,17 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.config.compose import load_trained
+from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
+from hpdm_core.files import read_json, whole_or_absent
 from hpdm_core.metrics.corruptions import CORRUPTIONS
 from hpdm_core.metrics.protocol import data_facts, resolution
-from hpdm_core.plugins import build_plugins
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator
 
 if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
     from hpdm_core.data.dataset import Clip, Split
     from hpdm_core.denoiser import Denoiser
     from hpdm_core.metrics.frechet import Features
@@ -224,16 +223,8 @@ class EvaluationContext:
         if self._cache is None:
             return
         self._cache.mkdir(parents=True, exist_ok=True)
-        temporary = self._cache / f".{key}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with temporary.open("wb") as handle:
-                np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(self._cache / f"{key}.npz")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_or_absent(self._cache / f"{key}.npz") as handle:
+            np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
 
 
 def evaluate_metric(
@@ -325,18 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE", help="write the results with their protocols as JSON"
     )
     given = parser.parse_args(arguments)
-    spec = _read_json(given.cell / "spec.json", "it is not a train stage of a store")
-    plugins = build_plugins(spec.get("plugins", ()))
-    try:
-        assembly = Assembly(CellConfig.model_validate(spec["config"]), plugins)
-    except (KeyError, ValidationError) as error:
-        raise InputError(
-            f"{given.cell / 'spec.json'}: not a cell of this version ({type(error).__name__})"
-        ) from error
-    parts = [plugins.validate("metrics", _part(text)) for text in given.metric]
+    assembly, spec = load_trained(given.cell)
+    parts = [assembly.plugins.validate("metrics", _part(text)) for text in given.metric]
     store = given.cell.resolve().parent.parent
     samples = given.samples or store / "samples" / str(spec.get("keys", {}).get("samples"))
-    result_file = given.cell / "result.json"
     results = []
     for part in parts or assembly.config.evaluation.metrics:
         result = evaluate_metric(
@@ -344,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part,
             model_path=given.cell / "model.safetensors",
             samples_folder=samples,
-            train_result=_read_json(result_file, "train the cell first") if result_file.exists() else None,
+            train_result=read_json(given.cell / "result.json"),
             store_folder=store / "evaluations" / "none",
         )
         results.append(result)
@@ -354,16 +337,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.out is not None:
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}); {hint}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds no JSON object; {hint}")
-    return data
 
 
 def _part(text: str) -> Part:

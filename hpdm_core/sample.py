@@ -8,12 +8,11 @@ where it runs, nothing else. Not here: the samples that metrics read (`hpdm_core
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hpdm_core.errors import InputError, report_errors
 from hpdm_core.sampling.cascade import label_of, sample
@@ -65,14 +64,13 @@ def _parser() -> _Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    from hpdm_core.config.compose import load_cell
+    from hpdm_core.config.compose import load_trained
     from hpdm_core.training.trainer import load_ema_model
 
     given = _parser().parse_args(arguments)
-    spec = _read_spec(given.cell)
     _check(given)
     sets = [*given.sets] if given.seed is None else [*given.sets, f"seed={given.seed}"]
-    assembly = load_cell(spec["config"], sets=sets, plugins=spec.get("plugins", ()))
+    assembly, _ = load_trained(given.cell, sets=sets)
     config = assembly.config
     denoiser = assembly.denoiser(load_ema_model(assembly, given.cell / "model.safetensors"))
     try:
@@ -109,21 +107,6 @@ def _check(given: argparse.Namespace) -> None:
                 f"--set {text}: a trained cell's weights belong to its configuration; allowed are "
                 f"{' and '.join(f'{section}.*' for section in SECTIONS)}"
             )
-
-
-def _read_spec(cell: Path) -> dict[str, Any]:
-    path = cell / "spec.json"
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); CELL_DIR is a train stage, STORE/train/KEY"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(spec, dict) or not isinstance(spec.get("config"), dict):
-        raise InputError(f"{path}: holds no cell; allowed is an object with 'config' and 'plugins'")
-    return spec
 
 
 class _Progress:

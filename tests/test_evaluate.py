@@ -56,7 +56,7 @@ class Bench:
         self.config = CellConfig.model_validate(
             {
                 "model": {"video": SIZE, "patch": (2, 4, 6), "token": (1, 2, 2), "levels": 2}
-                | {"token_dim": 8, "blocks": 2},
+                | {"token_dim": 16, "blocks": 2},
                 "data": {"dataset": "sample_clips"},
                 "training": {"steps": 1, "batch": 1, "learning_rate": 0.1},
                 "evaluation": {"samples": samples, "reals": 20},
@@ -244,4 +244,4 @@ def test_wrong_metrics_are_one_line(
 
 def test_a_folder_that_is_no_cell_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_errors(main, [str(tmp_path)]) == 2
-    assert "not a train stage" in capsys.readouterr().err
+    assert "CELL_DIR is a train stage" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hpdm_core.data.dataset import Clip, ClipShape, Split, pick
+from hpdm_core.data.dataset import NO_LABEL, Clip, ClipShape, Split, pick
 from hpdm_core.data.files import Skipped, SourceFile, fingerprint
 from hpdm_core.data.frames import covering_short_side, crop_offsets, scaled_size, to_video
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
@@ -74,7 +74,8 @@ class FileClips:
 
     A draw takes a file uniformly, then a window of it, then a crop, then (in training, with ``flip``) a
     mirror image. Frames are resized so that they just cover a clip. A file that turns out not to decode is
-    named once, and the draw goes on with the next random numbers of the same generator.
+    named once, and the draw goes on with the next random numbers of the same generator. ``labels`` False
+    hides the classes.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class FileClips:
         root: Path,
         files: Mapping[Split, Sequence[tuple[SourceFile, VideoInfo]]],
         classes: Sequence[str],
+        labels: bool,
         skipped: Skipped,
         stride: int,
         crop: Crop,
         flip: bool,
     ) -> None:
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) if labels else ()
+        self._labels = labels
         self._clip = clip
         self._reader = reader
         self._name = name
@@ -146,7 +149,7 @@ class FileClips:
         top, left = crop_offsets(expected, need, generator if self._crop == "random" else None)
         window = torch.stack([frame[top : top + need[0], left : left + need[1]] for frame in frames])
         mirrored = self._flip and split == "train" and pick(2, generator) == 1
-        return Clip(to_video(window, flip=mirrored), file.label)
+        return Clip(to_video(window, flip=mirrored), file.label if self._labels else NO_LABEL)
 
     def _windows(self, info: VideoInfo) -> int:
         return info.frames - span(self._clip.frames, self._stride) + 1

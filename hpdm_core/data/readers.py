@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpdm_core.errors import TroubleError
 
-__all__ = ["ReadError", "VideoInfo", "VideoReader", "check_frames"]
+__all__ = ["ReadError", "VideoInfo", "VideoReader", "check_frames", "reason_of"]
 
 
 class ReadError(TroubleError):
@@ -64,3 +64,9 @@ def check_frames(path: Path, frames: Sequence[int], available: int) -> None:
     if frames and (max(frames) >= available or min(frames) < 0):
         asked = max(frames) if max(frames) >= available else min(frames)
         raise ReadError(path, f"has {available} frames; frame number {asked} was asked for")
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the system or a decoder says, as one line, without the file's name where it can be told."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())

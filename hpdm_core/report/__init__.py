@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import textwrap
-import uuid
 from pathlib import Path
 
+from hpdm_core.files import write_bytes
 from hpdm_core.report.differences import configuration_differences, parameter_differences
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
@@ -31,8 +30,8 @@ def write_report(folder: Path) -> str:
     target.mkdir(exist_ok=True)
     parquet = io.BytesIO()
     results.frame.to_parquet(parquet, index=False)
-    _write(target / "results.parquet", parquet.getvalue())
-    _write(target / "results.csv", results.frame.to_csv(index=False).encode())
+    write_bytes(target / "results.parquet", parquet.getvalue())
+    write_bytes(target / "results.csv", results.frame.to_csv(index=False).encode())
     tables = metric_tables(results)
     lead = _lead(results)
     text = "\n\n".join(
@@ -45,15 +44,15 @@ def write_report(folder: Path) -> str:
             *_provenance(results),
         ]
     )
-    _write(target / "table.md", (text + "\n").encode())
+    write_bytes(target / "table.md", (text + "\n").encode())
     latex = [f"% {line}" for line in lead[0].splitlines()]
     latex += ["% needs: \\usepackage{booktabs}", "", *(to_latex(table) for table in tables)]
-    _write(target / "table.tex", ("\n".join(latex) + "\n").encode())
+    write_bytes(target / "table.tex", ("\n".join(latex) + "\n").encode())
     picture = arms_figure(results)
     if picture is None:
         (target / "arms.png").unlink(missing_ok=True)  # of samples that are there no more
     else:
-        _write(target / "arms.png", picture)
+        write_bytes(target / "arms.png", picture)
     wrapped = "\n".join(
         line if line.startswith(("|", " ")) else textwrap.fill(line, _WIDTH, break_long_words=False)
         for line in text.splitlines()
@@ -105,17 +104,3 @@ def _provenance(results: StudyResults) -> list[str]:
         return []
     lines = [f"- {name}: {'; '.join(values)}" for name, values in found.items()]
     return ["## What these were computed with", "\n".join(lines)]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step: a reader sees the old report or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -19,6 +19,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from hpdm_core.errors import InputError
+from hpdm_core.files import read_json
 
 __all__ = ["COLUMNS", "CellRecord", "StudyResults", "by_seed", "load_results", "provenance_of", "versions_of"]
 
@@ -154,7 +155,7 @@ def load_results(folder: Path) -> StudyResults:
 def _cell(store: Path, line: Mapping[str, str]) -> CellRecord:
     keys = tuple(key for key in line["evaluations"].split(";") if key)
     train = store / "train" / line["train"]
-    found = {key: _json(store / "evaluations" / key / "result.json") for key in keys}
+    found = {key: read_json(store / "evaluations" / key / "result.json") for key in keys}
     return CellRecord(
         arm=line["arm"],
         seed=int(line["seed"]),
@@ -162,8 +163,8 @@ def _cell(store: Path, line: Mapping[str, str]) -> CellRecord:
         train_key=line["train"],
         sample_key=line["samples"],
         evaluation_keys=keys,
-        train=_json(train / "result.json"),
-        spec=_json(train / "spec.json"),
+        train=read_json(train / "result.json"),
+        spec=read_json(train / "spec.json"),
         evaluations={key: result for key, result in found.items() if result is not None},
         weights=train / "model.safetensors",
         samples=store / "samples" / line["samples"],
@@ -187,14 +188,6 @@ def _rows(study: str, cell: CellRecord) -> Iterator[dict[str, Any]]:
                 "sample_key": cell.sample_key,
                 "evaluation_key": key,
             }
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def _plan(path: Path) -> dict[str, Any]:

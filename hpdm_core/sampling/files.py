@@ -7,11 +7,9 @@ is whole or absent.
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.files import trouble_when_unwritable, write_bytes
 
 __all__ = [
     "batches_to_sample",
@@ -43,19 +42,6 @@ __all__ = [
 
 _NAME = re.compile(r"(\d{6,})\.safetensors")
 _VISIBLE_PX = 256  # videos are shown at least this high
-
-
-@contextmanager
-def _whole_or_absent(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes that name at the end, or vanishes on an error."""
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise TroubleError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_uint8(video: Tensor) -> Tensor:
@@ -81,12 +67,7 @@ def write_sample(folder: Path, index: int, levels: Sequence[Tensor], *, label: i
     """
     path = sample_path(folder, index)
     tensors = {f"level{level}": to_uint8(video).cpu() for level, video in enumerate(levels)}
-    data = save(tensors, metadata={"label": str(label)})
-    with _whole_or_absent(path) as temporary, temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    return path
+    return _write(path, save(tensors, metadata={"label": str(label)}))
 
 
 def list_samples(folder: Path) -> list[int]:
@@ -175,7 +156,8 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with _whole_or_absent(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    made = io.BytesIO()
+    with av.open(made, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -183,7 +165,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    return path
+    return _write(path, made.getvalue())
 
 
 def contact_sheet(path: Path, samples: Sequence[Sequence[Tensor]], *, frames: int = 4) -> Path:
@@ -219,6 +201,12 @@ def contact_sheet(path: Path, samples: Sequence[Sequence[Tensor]], *, frames: in
                 sheet.paste(image, (left, header + row * (height + gap)))
                 left += width + 1
             left += gap
-    with _whole_or_absent(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    made = io.BytesIO()
+    sheet.save(made, format="PNG")
+    return _write(path, made.getvalue())
+
+
+def _write(path: Path, data: bytes) -> Path:
+    with trouble_when_unwritable(path):
+        write_bytes(path, data)
     return path

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from hpdm_core.errors import InputError, TroubleError, did_you_mean
-from hpdm_core.study.files import read_json, write_json
+from hpdm_core.files import read_json, write_json
 from hpdm_core.study.lease import Process
 
 __all__ = ["BACKENDS", "Backend", "Handle", "adopt", "end_all", "make_backend"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from hpdm_core.cell import Cell, Step
 from hpdm_core.errors import HpdmError, TroubleError
+from hpdm_core.files import disk_trouble, read_json, write_bytes, write_json
 from hpdm_core.study.backends import Backend, Handle, adopt, end_all
-from hpdm_core.study.files import disk_trouble, read_json, write_bytes, write_json
 from hpdm_core.study.lease import Held, Lease
 from hpdm_core.study.ledger import Ledger, LedgerCell, State
 from hpdm_core.study.progress import Display, Row, seconds_left, span

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpdm_core.errors import TroubleError
-from hpdm_core.study.files import read_json, write_json
+from hpdm_core.files import read_json, write_json
 
 __all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "Held", "Lease", "Process"]
 

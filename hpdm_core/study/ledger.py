@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.study.files import disk_trouble, write_bytes
+from hpdm_core.files import disk_trouble, write_bytes
 
 __all__ = ["Ledger", "LedgerCell", "State", "mend_journal"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hpdm_core.errors import HpdmError
-from hpdm_core.study.files import of_the_disk, publish, read_json, write_json
+from hpdm_core.files import of_the_disk, publish, read_json, write_json
 from hpdm_core.study.lease import Lease, Process
 
 __all__ = ["Attempt", "Kind", "Stage", "Store", "describe"]

@@ -10,10 +10,8 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.errors import InputError
+from hpdm_core.files import (
+    clear_temporaries,
+    sync_folder,
+    trouble_when_unwritable,
+    write_bytes,
+    write_synced,
+)
 
 __all__ = [
     "Checkpoint",
@@ -35,7 +40,6 @@ __all__ = [
     "read_weights",
     "save_checkpoint",
     "save_weights",
-    "trouble_when_unwritable",
 ]
 
 FORMAT = 1
@@ -88,10 +92,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
                 "sha256": hashes,
             }
             _write(partial / "state.json", json.dumps(state, indent=1).encode())
-            _sync_folder(partial)
+            sync_folder(partial)
             _remove(final)
             partial.rename(final)
-            _sync_folder(root)
+            sync_folder(root)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -151,12 +155,9 @@ def prune(folder: Path, *, keep: Collection[int]) -> None:
 
 def clear_partial(folder: Path) -> None:
     """Delete what a killed attempt in the same ``folder`` left half-written."""
-    for root in (folder, folder / "checkpoints"):
-        for path in root.glob(f"*{PARTIAL}"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    clear_temporaries(folder)
+    for path in (folder / "checkpoints").glob(f"*{PARTIAL}"):
+        shutil.rmtree(path)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
@@ -165,16 +166,9 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], *, metadata: Mapping
     ``metadata`` stands in the header as one JSON text under ``hpdm`` (one entry, so that equal weights give
     equal bytes). Raises `TroubleError` when the disk is full or not writable.
     """
-    partial = path.with_name(path.name + PARTIAL)
     with trouble_when_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(partial, _pack(weights, {"hpdm": json.dumps(dict(metadata), sort_keys=True)}))
-            partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        write_bytes(path, _pack(weights, {"hpdm": json.dumps(dict(metadata), sort_keys=True)}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -201,18 +195,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, origin: Pat
     model.load_state_dict(dict(weights))
 
 
-@contextmanager
-def trouble_when_unwritable(path: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing ``path`` into a `TroubleError` of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise TroubleError(
-            f"{path}: could not be written: {error.strerror or error}; what was saved before is whole; free "
-            "some space and run again"
-        ) from error
-
-
 def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     packed: bytes = safetensors.torch.save(whole, metadata)
@@ -227,19 +209,8 @@ def _pack_optimizer(state: dict[str, Any]) -> memoryview:
 
 def _write(path: Path, content: bytes | memoryview) -> str:
     """Write and sync one file; return its SHA-256."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, content)
     return hashlib.sha256(content).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hpdm_core.training.checkpoint import trouble_when_unwritable
+from hpdm_core.files import trouble_when_unwritable, write_bytes
 
 __all__ = ["MetricsLog"]
 
@@ -30,15 +30,9 @@ class MetricsLog:
             for line in origin.read_text().splitlines():
                 if _step(line) <= step:
                     lines.append(line + "\n")
-        partial = self.path.with_name(self.path.name + ".partial")
         with trouble_when_unwritable(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_text("".join(lines))
-                partial.rename(self.path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            write_bytes(self.path, "".join(lines).encode(), durable=False)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append ``row``, which holds ``step``."""

@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from hpdm_core.data.frames import resize
-from hpdm_core.data.readers import ReadError, VideoInfo, check_frames
+from hpdm_core.data.readers import ReadError, VideoInfo, check_frames, reason_of
 from hpdm_core.hookspecs import Register, hookimpl
 
 __all__ = ["PyAVReader", "register_video_readers"]
@@ -77,7 +77,7 @@ class PyAVReader:
         try:
             status = path.stat()
         except OSError as error:
-            raise ReadError(path, _reason(error)) from error
+            raise ReadError(path, reason_of(error)) from error
         key = (path, status.st_size, status.st_mtime_ns)
         with self._lock:
             if key in self._indexes:
@@ -170,19 +170,13 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.thread_type = "SLICE"
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
-        raise ReadError(path, _reason(error)) from error
+        raise ReadError(path, reason_of(error)) from error
 
 
 def _pixels(path: Path, frame: av.VideoFrame, short_side: int | None) -> Tensor:
     if frame.is_corrupt:
         raise ReadError(path, f"is damaged at {frame.time:.2f} s" if frame.time is not None else "is damaged")
     return resize(torch.from_numpy(frame.to_ndarray(format="rgb24")), short_side)
-
-
-def _reason(error: Exception) -> str:
-    """Return what the system or FFmpeg says, as one line without the file's name."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(said).split())
 
 
 @hookimpl

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hpdm_core.data.frames import resize
-from hpdm_core.data.readers import ReadError, VideoInfo, check_frames
+from hpdm_core.data.readers import ReadError, VideoInfo, check_frames, reason_of
 from hpdm_core.errors import InputError
 from hpdm_core.hookspecs import Register, hookimpl
 
@@ -110,11 +110,11 @@ class SkvideoReader:
             try:
                 reader = self._io.FFmpegReader(str(path), outputdict=options)
             except (OSError, ValueError, KeyError, AssertionError, subprocess.SubprocessError) as error:
-                raise ReadError(path, _reason(error)) from error
+                raise ReadError(path, reason_of(error)) from error
             try:
                 yield reader
             except (OSError, ValueError, RuntimeError) as error:
-                raise ReadError(path, _reason(error)) from error
+                raise ReadError(path, reason_of(error)) from error
             finally:
                 reader.close()
 
@@ -133,12 +133,6 @@ class SkvideoReader:
     def describe(self) -> dict[str, Any]:
         """Return the versions of scikit-video and of the ffmpeg program."""
         return {"name": "skvideo", "scikit-video": self._version, "ffmpeg": self._ffmpeg}
-
-
-def _reason(error: Exception) -> str:
-    """Return what the system or scikit-video says, as one line without the file's name."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(said).split())
 
 
 @hookimpl

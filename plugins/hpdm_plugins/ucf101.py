@@ -59,7 +59,7 @@ def ucf101(
     files: dict[Split, list[tuple[SourceFile, VideoInfo]]] = {}
     for split, stem in LISTED.items():
         listing = folder / LISTS / f"{stem}{fold:02d}.txt"
-        listed = _listed(folder, listing, classes, labels=labels)
+        listed = _listed(folder, listing, classes)
         files[split] = probe_all(listed, reader, span=span(clip.frames, stride), skipped=skipped)
         if not files[split]:
             raise InputError(
@@ -72,7 +72,8 @@ def ucf101(
         name=NAME,
         root=folder,
         files=files,
-        classes=classes if labels else (),
+        classes=classes,
+        labels=labels,
         skipped=skipped,
         stride=stride,
         crop=crop,
@@ -105,7 +106,7 @@ def _classes(path: Path) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _listed(folder: Path, listing: Path, classes: tuple[str, ...], *, labels: bool) -> list[SourceFile]:
+def _listed(folder: Path, listing: Path, classes: tuple[str, ...]) -> list[SourceFile]:
     """Read a train or test list: "CLASS/FILE.avi", in train lists with the class's number behind it."""
     files = []
     for number, words in _lines(listing):
@@ -121,8 +122,7 @@ def _listed(folder: Path, listing: Path, classes: tuple[str, ...], *, labels: bo
                 f"{listing}:{number}: '{' '.join(words)}' was read; classInd.txt gives "
                 f"{name} the number {label + 1}"
             )
-        path = folder / VIDEOS / name / file
-        files.append(SourceFile(path, words[0], label) if labels else SourceFile(path, words[0]))
+        files.append(SourceFile(folder / VIDEOS / name / file, words[0], label))
     return files
 
 

@@ -74,18 +74,14 @@ def video_folder(
             f"data.dataset '{NAME}': '{root}' has one usable file per class, so none can be held out; add "
             f"files, or set held_out: 0 to train without a held-out split"
         )
-    if not labels:
-        files = {
-            split: [(SourceFile(file.path, file.name), info) for file, info in part]
-            for split, part in files.items()
-        }
     return FileClips(
         clip,
         reader,
         name=NAME,
         root=folder,
         files=files,
-        classes=classes if labels else (),
+        classes=classes,
+        labels=labels,
         skipped=skipped,
         stride=stride,
         crop=crop,

@@ -50,10 +50,17 @@ def test_half_written_files_are_not_samples(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TroubleError, match=r"000000.safetensors could not be written: No space left"):
+    with pytest.raises(TroubleError, match=r"000000.safetensors: could not be written: No space left"):
         files.write_sample(tmp_path, 0, a_sample(), label=-1)
+    video = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    for write in (
+        lambda: files.write_mp4(tmp_path / "a", video),
+        lambda: files.contact_sheet(tmp_path / "a", [[video]]),
+    ):
+        with pytest.raises(TroubleError, match="a: could not be written: No space left"):
+            write()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".000001.deadbeef.tmp.safetensors").write_bytes(b"half")
+    (tmp_path / ".000001.safetensors.deadbeef.tmp").write_bytes(b"half")
     assert files.list_samples(tmp_path) == []
     assert files.list_samples(tmp_path / "nowhere") == []
 

@@ -81,7 +81,7 @@ def make_job() -> Callable[..., None]:
         from pathlib import Path
 
         from hpdm_core.errors import TroubleError
-        from hpdm_core.study.files import write_json
+        from hpdm_core.files import write_json
         from hpdm_core.study.lease import Process
         from hpdm_core.study.store import Store
 

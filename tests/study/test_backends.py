@@ -10,8 +10,8 @@ import pytest
 
 from hpdm_core.config.study_file import BACKENDS as NAMES_IN_FILES
 from hpdm_core.errors import InputError
+from hpdm_core.files import write_json
 from hpdm_core.study.backends import BACKENDS, adopt, end_all, make_backend
-from hpdm_core.study.files import write_json
 from hpdm_core.study.lease import Process
 
 
@@ -30,7 +30,7 @@ def sleeper() -> Callable[..., None]:
         import time
         from pathlib import Path
 
-        from hpdm_core.study.files import write_json
+        from hpdm_core.files import write_json
         from hpdm_core.study.lease import Process
         from hpdm_core.study.worker import ended_by_sigterm
 
@@ -115,7 +115,7 @@ def test_a_worker_that_does_not_listen_is_shot(spec: Path) -> None:
             import time
             from pathlib import Path
 
-            from hpdm_core.study.files import write_json
+            from hpdm_core.files import write_json
             from hpdm_core.study.lease import Process
 
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.study.files import read_json
+from hpdm_core.files import read_json
 from hpdm_core.study.lease import Process
 
 # An observer that shoots its own process once, at a moment of its choice.

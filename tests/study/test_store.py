@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.errors import TroubleError
-from hpdm_core.study import files
 from hpdm_core.study.lease import Held
 from hpdm_core.study.store import Stage, Store
 
@@ -42,20 +41,6 @@ def test_half_a_result_is_none(stage: Stage) -> None:
     stage.folder.mkdir(parents=True)
     (stage.folder / "result.json").write_text('{"steps": ')
     assert not stage.done
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "result.json"
-    files.write_json(path, {"a": 1})
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hpdm_core.study.files.os.fsync", full)
-    with pytest.raises(TroubleError, match="No space left"), files.disk_trouble(path):
-        files.write_json(path, {"a": 2})
-    assert files.read_json(path) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_attempts_count_up_and_know_the_ended_ones(stage: Stage) -> None:

@@ -100,7 +100,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_leftovers_are_no_checkpoints_and_are_cleared(tmp_path: Path) -> None:
     path = checkpoints.save_checkpoint(tmp_path, make(4))
     path.rename(path.with_name("00000004.partial"))
-    (tmp_path / "model.safetensors.partial").write_bytes(b"half")
+    (tmp_path / ".model.safetensors.deadbeef.tmp").write_bytes(b"half")
     assert checkpoints.newest_intact([tmp_path]) is None
     checkpoints.clear_partial(tmp_path)
     assert [item.name for item in tmp_path.rglob("*")] == ["checkpoints"]
