@@ -119,10 +119,10 @@ class Assembly:
         reader = self.plugins.make("video_readers", self.config.data.reader)
         made: ClipDataset = self.plugins.make("datasets", self.config.data.dataset, clip, reader)
         wanted, found = self.config.model.classes, len(made.classes)
-        if wanted and not 0 < found <= wanted:
+        if wanted and found != wanted:  # more would train and sample classes that no clip has
             raise InputError(
                 f"model.classes: {wanted} was given, and data.dataset '{self.config.data.dataset.use}' has {found} "
-                f"classes; allowed is {f'{found} or more, or ' if found else ''}0 for a model without labels"
+                f"classes; allowed is {f'{found}, or ' if found else ''}0 for a model without labels"
             )
         return made
 
@@ -152,7 +152,9 @@ class Assembly:
                 sigma_range=(diffusion.sigma_min, diffusion.sigma_max),
             )
         if torch.device(device).type != "meta":
-            initialise(network, seed=seed)
+            initialise(
+                network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual
+            )
         return network
 
     def denoiser(self, model: HPDM) -> Denoiser:

@@ -485,10 +485,14 @@ def test_a_learning_rate_that_is_too_high_is_one_line(command: Command, tmp_path
     assert "is not finite at step 2 (seed 0); the last good checkpoint is " in line
 
 
-def test_labels_that_the_data_does_not_have_are_one_line(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [3, 5])
+def test_labels_that_the_data_does_not_have_are_one_line(
+    command: Command, tmp_path: Path, classes: int
+) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    line = failed(command("--only", "bare", "--set", "model.classes=3"))
-    assert "model.classes: 3 was given, and data.dataset 'synthetic' has 4 classes; allowed is 4 or" in line
+    line = failed(command("--only", "bare", "--set", f"model.classes={classes}"))
+    assert f"model.classes: {classes} was given, and data.dataset 'synthetic' has 4 classes" in line
+    assert "allowed is 4, or 0 for a model without labels" in line
 
 
 def test_an_error_of_several_lines_is_shown_by_its_first(command: Command, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpdm_core.errors import did_you_mean
 
-__all__ = ["KeyPath", "Problem", "check", "dotted", "field_of", "in_json"]
+__all__ = ["MISSING", "KeyPath", "Problem", "check", "dotted", "field_of", "in_json"]
 
 KeyPath = tuple[str | int, ...]
 MISSING = "missing, and it has no default"

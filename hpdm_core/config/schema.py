@@ -7,7 +7,7 @@ so that a changed default changes the key.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -81,7 +81,12 @@ class ModelConfig(Frozen):
     blocks: Positive
     """Blocks of the backbone, B."""
     sigma_on_tokens: bool = True
-    """Whether the sigma embedding is added to a level's tokens after the tokenizer (paper.md section 7, row 28)."""
+    """Whether the sigma embedding is added to a level's tokens after the tokenizer, so that tokens that serve as
+    context before any latent wrote to them say how noisy they are."""
+    table_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation that the learned tables (latents, positions, levels, classes) start with; RIN's is 0.02."""
+    zero_residual: bool = False
+    """Whether residual branches and the output map start at zero, instead of RIN's Glorot-uniform. Helps small models."""
     backbone: Part = Part(use="rin")
     context_fusion: Part = Part(use="deep")
     computation_allocation: Part = Part(use="linear")
@@ -136,9 +141,17 @@ class SamplingConfig(Frozen):
 
     solver: Part = Part(use="edm")
     overlap: tuple[Literal["f", "h", "w"], ...] = ()
-    """Axes on which neighbouring tiles overlap by half; results are averaged at every step."""
+    """Axes on which neighbouring tiles overlap by half, each once; results are averaged at every step. Kept in
+    the order f, h, w, so that one set of axes has one key."""
     context_sigma_eff: Annotated[float, Field(ge=0)] = 0.05
     """Noise added to finished parents before they serve as context, in data units."""
+
+    @field_validator("overlap")
+    @classmethod
+    def _one_order(cls, axes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(axes)) != len(axes):
+            raise ValueError("should name each axis once")
+        return tuple(sorted(axes))  # f, h, w is the alphabet's order too
 
 
 class EvaluationConfig(Frozen):

@@ -26,6 +26,7 @@ BACKENDS = ("inline", "local", "slurm")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ARM_NAME = re.compile(r"[A-Za-z0-9][^,:\s]*", re.ASCII)
 ARM_RULE = "should begin with a letter or digit and hold no spaces, commas or colons"
+RESERVED = "'store' is where all studies keep their work; choose another name"
 SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
 
 Seed = Annotated[int, Field(ge=0)]
@@ -90,7 +91,14 @@ def check_top_level(
         problems += _storage_problems(keys.storage)
         if keys.name is not None and not NAME.fullmatch(keys.name):
             problems.append(Problem(("name",), f"letters, digits and ._- only, got '{keys.name}'"))
+        if keys.name is not None and _reserved(keys.name):
+            problems.append(Problem(("name",), RESERVED))
     return keys, lines_of(problems, layers)
+
+
+def _reserved(name: str) -> bool:
+    """Whether a study's folder would be the store's, also where file names have no case."""
+    return name.casefold() == "store"
 
 
 def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None) -> list[Problem]:
@@ -156,10 +164,12 @@ def load_study(
         nearest = did_you_mean(baseline, sources) or f"; arms: {', '.join(sources)}"
         problems.append(f"{layers.where(('baseline',))}: baseline: no arm '{baseline}'{nearest}")
     selected = _selected(only, sources, problems)
-    if problems:
-        raise InputError(*problems)
     assert composed.file is not None, "a study comes from a file"
     name = keys.name or re.sub(r"[^\w.-]", "_", composed.file.stem, flags=re.ASCII)
+    if keys.name is None and _reserved(name):
+        problems.append(f"{path}: name: {RESERVED} for the file, or give one in it")
+    if problems:
+        raise InputError(*problems)
     return StudyConfig(
         name=name,
         file=composed.file,

@@ -23,6 +23,7 @@ from hpdm_core.plugins import FAMILIES, Plugins
 __all__ = ["lines_of", "validate_cell"]
 
 METRICS: KeyPath = ("evaluation", "metrics")
+STEPS: KeyPath = ("training", "steps")
 KEY_FIRST = re.compile(r"([a-z_]+(?:\.\w+)*): ")
 """How a message begins that says itself which key is wrong."""
 
@@ -168,6 +169,14 @@ def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
         low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
         limits: tuple[KeyPath, ...] = (("diffusion", "sigma_min"), ("diffusion", "sigma_max"))
         problems.append(Problem(limits[0], f"should be below sigma_max {high}, got {low}", limits))
+    steps = config.training.steps
+    problems += [
+        Problem(
+            ("training", "keep", index), f"should be at most training.steps {steps}, got {kept}", (STEPS,)
+        )
+        for index, kept in enumerate(config.training.keep)
+        if kept > steps
+    ]
     try:
         torch.device(config.runtime.device)
     except RuntimeError:

@@ -2,13 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hpdm_core.config.overrides import parse_set
+from hpdm_core.config.problems import MISSING
+from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, did_you_mean, report_errors
 from hpdm_core.plugins.families import FAMILIES
 from hpdm_core.plugins.manager import PluginInfo, Plugins, Registration, build_plugins
@@ -126,12 +129,26 @@ def _meant(plugins: Plugins, name: str) -> tuple[list[Registration], list[Plugin
     return [_split(plugins, text) for text in texts], infos
 
 
+def _refuse_wrong(plugins: Plugins, parts: Sequence[Registration], options: Mapping[str, Any]) -> None:
+    """Raise InputError for options that a part does not have or that have a wrong value; those that are
+    missing are a failed check.
+    """
+    lines = []
+    for part in parts:
+        _, problems = plugins.check(part.family, Part(use=part.name, options=dict(options)), ())
+        wrong = [problem for problem in problems if not problem.message.startswith(MISSING)]
+        lines += [f"--option {problem}" for problem in wrong]
+    if lines:
+        raise InputError(*lines)
+
+
 def _check(plugins: Plugins, name: str, options: Sequence[str]) -> int:
     from hpdm_core.testing import run_conformance
 
     parts, infos = _meant(plugins, name)
     overrides = [parse_set(text, flag="--option") for text in options]
     values = {".".join(str(step) for step in each.path): each.value for each in overrides}
+    _refuse_wrong(plugins, parts, values)
     failed = 0
     for info in infos:
         if info.skipped:

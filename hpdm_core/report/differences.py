@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
+from hpdm_core.config.schema import CellConfig
 from hpdm_core.report.frame import TRAIN_SECTIONS, CellRecord, StudyResults
 
 __all__ = ["configuration_differences", "parameter_differences"]
@@ -107,7 +110,16 @@ def _show(value: Any) -> str:
 
 
 def _lookup(data: Mapping[str, Any], dotted: str) -> Any:
+    """Return what ``data`` gives for a key, else the schema's default."""
     found: Any = data
     for part in dotted.split("."):
         found = found.get(part, _ABSENT) if isinstance(found, Mapping) else _ABSENT
-    return found
+    return _default(dotted) if found == _ABSENT else found
+
+
+def _default(dotted: str) -> Any:
+    section, _, name = dotted.partition(".")
+    field = CellConfig.model_fields.get(section)
+    if field is None or not isinstance(field.default, BaseModel):
+        return _ABSENT
+    return field.default.model_dump(mode="json").get(name, _ABSENT)

@@ -59,7 +59,7 @@ def held_out_loss(
     *,
     patches: Annotated[int, Field(gt=0)] = 64,
     split: Literal["held_out", "train"] = "held_out",
-    sigmas: tuple[Annotated[float, Field(gt=0)], ...] = SIGMAS,
+    sigmas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = SIGMAS,
     self_conditioning: bool = True,
 ) -> HeldOutLoss:
     """Squared error of the denoised estimate on fixed real patches, in data units."""

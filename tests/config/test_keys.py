@@ -86,6 +86,7 @@ def test_what_neither_depends_on_changes_neither(folder, change: str) -> None:
 
 def test_spelling_does_not_matter(folder) -> None:
     assert keys("training.learning_rate=1") == keys("training.learning_rate=1.0")
+    assert keys("sampling.overlap=[h, w]") == keys("sampling.overlap=[w, h]")
     assert (
         keys("model.context_fusion=deep") == keys("model.context_fusion={use: deep, detach: false}") == keys()
     )

@@ -1,5 +1,7 @@
 """What a study file may say, and every way in which it may be wrong: one line each, with its place."""
 
+from pathlib import Path
+
 import pytest
 
 from hpdm_core.config.study_file import BACKENDS, load_study
@@ -104,6 +106,17 @@ def test_only_keeps_the_order_of_the_file(study) -> None:
     assert load_study(file, only=["c", "b"]).selected == ("b", "c")
 
 
+def test_a_file_called_store_needs_a_name(folder, study) -> None:
+    text = Path(study("")).read_text()
+    (folder / "store.yaml").write_text(text)
+    assert lines_of("store.yaml") == [
+        "store.yaml: name: 'store' is where all studies keep their work; choose another name for the file, or "
+        "give one in it"
+    ]
+    (folder / "store.yaml").write_text(text + "name: mine\n")
+    assert load_study("store.yaml").name == "mine"
+
+
 def test_every_problem_of_a_file_at_once(study) -> None:
     file = study(
         """
@@ -146,6 +159,16 @@ backend: slrum
         ("data: {dataset: null}", "study.yaml:2: data.dataset: missing; give one of "),
         ("seeds: [1, 1]", "study.yaml:2: seeds: each seed once, got [1, 1]"),
         ("seeds: [-1]", "study.yaml:2: seeds[0]: should be greater than or equal to 0, got -1"),
+        (
+            "sampling: {overlap: [h, w, h]}",
+            "study.yaml:2: sampling.overlap: should name each axis once, got ['h', 'w', 'h']",
+        ),
+        ("name: store", "study.yaml:2: name: 'store' is where all studies keep their work; choose another"),
+        ("training: {keep: [4, 11]}", "study.yaml:2: training.keep[1]: should be at most training.steps 10"),
+        (
+            "evaluation: {metrics: [{use: held_out_loss, sigmas: []}]}",
+            "study.yaml:2: evaluation.metrics[0].sigmas: should have at least 1 items, got []",
+        ),
         ("seeds: 3", "study.yaml:2: seeds: should be a valid array, got 3"),
         (
             "training: {learning_rate: .inf}",

@@ -60,6 +60,8 @@ def test_why(capsys, file) -> None:
         (["why", "context_fusion/halved"], "'context_fusion' - did you mean 'context_fusions'?"),
         (["check", "haved"], "no part and no plugin is called 'haved' - did you mean 'halved'?"),
         (["check", "halved", "--option", "gain"], "should be KEY=VALUE"),
+        (["check", "halved", "--option", "gian=1"], "--option gian: unknown key - did you mean 'gain'?"),
+        (["check", "halved", "--option", "gain=x"], "--option gain: should be a valid number, got 'x'"),
     ],
 )
 def test_wrong_input(capsys, file, arguments, words: str) -> None:

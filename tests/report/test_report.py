@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from hpdm_core.errors import report_errors
@@ -228,6 +229,14 @@ def test_arms_that_never_ran_differ_by_their_overrides(study: Study) -> None:
         "sampling.overlap: [] -> [h]",
     ]
     assert parameter_differences(results, "no_context") is None
+
+
+def test_a_key_that_only_an_arm_gives_is_compared_with_its_default(study: Study) -> None:
+    folder = study()
+    plan = yaml.safe_load((folder / "study.yaml").read_text())
+    del plan["sampling"]
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    assert "sampling.overlap: [] -> [h]" in configuration_differences(load_results(folder), "no_context")
 
 
 def test_latex_escapes_what_the_user_wrote(study: Study) -> None:
