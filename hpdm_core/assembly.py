@@ -152,9 +152,7 @@ class Assembly:
                 sigma_range=(diffusion.sigma_min, diffusion.sigma_max),
             )
         if torch.device(device).type != "meta":
-            initialise(
-                network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual
-            )
+            initialise(network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual)
         return network
 
     def denoiser(self, model: HPDM) -> Denoiser:

@@ -86,7 +86,7 @@ class ModelConfig(Frozen):
     table_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation that the learned tables (latents, positions, levels, classes) start with; RIN's is 0.02."""
     zero_residual: bool = False
-    """Whether residual branches and the output map start at zero, instead of RIN's Glorot-uniform. Helps small models."""
+    """Whether residual branches and the output map start at zero, not as RIN's (Glorot). Helps small models."""
     backbone: Part = Part(use="rin")
     context_fusion: Part = Part(use="deep")
     computation_allocation: Part = Part(use="linear")

@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpdm_core.model.layers import Initialised
+from hpdm_core.model.layers import MLP, TABLE_STD, Attention, Initialised, Table
 from hpdm_core.randomness import generator
 
 __all__ = ["initialise"]
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, seed: int) -> None:
+def initialise(
+    model: nn.Module, *, seed: int, table_std: float = TABLE_STD, zero_residual: bool = False
+) -> None:
     """Set, in place, every parameter of an `Initialised` module to its start in the stream of its own name.
 
     The stream is (seed, "parameter", full name). Values are drawn on the CPU, so they are the same on every
-    device.
+    device. ``table_std``: standard deviation of learned tables; ``zero_residual``: the last map of every
+    attention and MLP, and the network's output map, start at zero.
     """
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -30,3 +33,14 @@ def initialise(model: nn.Module, *, seed: int) -> None:
         for name, parameter in own.items():
             full = f"{prefix}.{name}" if prefix else name
             parameter.copy_(module.initial(name, generator(seed, "parameter", full)))
+        if isinstance(module, Table):
+            module.rows.mul_(table_std / TABLE_STD)
+    if zero_residual:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.o.weight.zero_()
+            elif isinstance(module, MLP):
+                module.down.weight.zero_()
+        output = getattr(model, "output", None)
+        if isinstance(output, nn.Linear):
+            output.weight.zero_()

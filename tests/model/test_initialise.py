@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hpdm_core.model.fusion import ContextFusion
+from hpdm_core.model.initialise import initialise
 
 
 def parameters(model):
@@ -69,3 +70,19 @@ def test_a_plugins_own_layers_keep_what_they_drew(build):
             nn.init.constant_(self.layer.weight, 7.0)
 
     assert (build(Foreign, scramble=False).fusion.layer.weight == 7).all()
+
+
+def test_the_start_can_be_that_of_small_models(build):
+    usual, small = build(scramble=False), build(scramble=False)
+    initialise(small, seed=0, table_std=0.5, zero_residual=True)
+    initialise(usual, seed=0)
+    for name, parameter in small.named_parameters():
+        if (
+            name.endswith(("attention.o.weight", "mlp.down.weight", "recall.down.weight"))
+            or name == "output.weight"
+        ):
+            assert not parameter.any(), name
+        elif name.endswith("rows"):
+            torch.testing.assert_close(parameter, 25 * usual.get_parameter(name))
+        else:
+            assert torch.equal(parameter, usual.get_parameter(name)), name
