@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpdm_core.config.compose import load_trained
+from hpdm_core.config.keys import parts_in, plugin_hashes
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.files import read_json, whole_or_absent
@@ -157,6 +158,12 @@ class EvaluationContext:
             **data_facts(self.assembly.config),
             "fingerprint": self.data_fingerprint,
             "extractor": self.extractor(part).describe(),
+            # What an extractor says of itself need not name all of its options.
+            "part": part.model_dump(mode="json"),
+            "plugins": plugin_hashes(
+                self.assembly.plugins,
+                [("feature_extractors", part), *parts_in(self.assembly.config, "data")],
+            ),
             "split": split,
             "count": count,
             "corruption": corruption,

@@ -112,7 +112,7 @@ def before_cell_started(cell: Cell) -> None:
 
 @hookspec
 def after_step_finished(cell: Cell, step: int, loss: Tensor) -> None:
-    """After optimizer step ``step`` (from 1); ``loss`` [levels] is detached."""
+    """After optimizer step ``step`` (from 1); ``loss`` [levels] is a detached copy."""
 
 
 @hookspec
@@ -122,7 +122,8 @@ def after_checkpoint_saved(cell: Cell, path: Path) -> None:
 
 @hookspec
 def after_level_sampled(cell: Cell, level: int, videos: Tensor) -> None:
-    """After a batch of videos of one level is finished: ``videos`` [B, C, F, H, W] in [-1, 1]."""
+    """After a batch of videos of one level is finished: ``videos`` [B, C, F, H, W] in [-1, 1], a
+    copy."""
 
 
 @hookspec

@@ -136,6 +136,45 @@ def test_features_of_real_clips_are_computed_once_and_are_the_same_bits(tmp_path
     }
 
 
+EXTRACTOR = """
+import torch
+from hpdm_core import hookimpl
+
+
+class Grey:
+    name, scaling = "grey", "none"
+
+    def __init__(self, *, gain: float = 1.0):
+        self.gain = gain
+
+    def features(self, videos):
+        return videos.double().flatten(1)[:, :3] * self.gain
+
+    def describe(self):
+        return {"name": "grey", "dimension": 3}
+
+
+@hookimpl
+def register_feature_extractors(register):
+    register("grey", Grey, source="this test")
+"""
+
+
+def test_features_follow_the_extractors_options_and_its_plugin_file(tmp_path: Path) -> None:
+    file = tmp_path / "grey.py"
+
+    def features(source: str, **options: Any) -> Any:
+        file.write_text(source)
+        bench = Bench()
+        bench.plugins = build_plugins([str(file)])
+        context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+        return context.real_features(part(use="grey", **options), split="train", count=3)[0]
+
+    once = features(EXTRACTOR, gain=1.0)
+    assert np.array_equal(features(EXTRACTOR, gain=2.0), 2 * once)  # described alike
+    assert np.array_equal(features(EXTRACTOR.replace("* self.gain", "* self.gain * 3"), gain=1.0), 3 * once)
+
+
 def test_a_damaged_feature_file_is_made_again(tmp_path: Path) -> None:
     bench = Bench()
     fakes = write_fakes(tmp_path / "s", bench)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """The lifecycle hooks of ``plugins``, called for ``cell``; with ``cell`` None nothing is called.
+    """The lifecycle hooks of ``plugins``, called for ``cell``; with ``cell`` None those of a cell are not
+    called.
 
     An observer that raises is logged at its first mistake, counted, and called again next time; the others
     are called all the same. `errors` goes into a stage's result.
@@ -36,7 +39,13 @@ class Observers:
         """Call every observer of ``hook`` with ``cell`` and ``arguments``; the last registered first."""
         if self.cell is None:
             return
-        given = {"cell": self.cell, **arguments}
+        self._call(hook, {"cell": self.cell, **arguments})
+
+    def study_finished(self, study: Path) -> None:
+        """Call the observers of ``after_study_finished``, which has no cell."""
+        self._call("after_study_finished", {"study": study})
+
+    def _call(self, hook: str, given: Mapping[str, Any]) -> None:
         observers = getattr(self.plugins.hook, hook).get_hookimpls()  # wrappers are refused when loaded
         for observer in reversed(observers):
             chosen = [given[name] for name in observer.argnames]

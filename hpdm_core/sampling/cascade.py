@@ -149,7 +149,7 @@ def _sample_batch(
                 )
             videos = videos.clamp(-1, 1)
             if observe is not None:
-                observe(level, videos.cpu())
+                observe(level, videos.detach().to("cpu", copy=True))  # theirs: they may write into it
         finished.append(videos.cpu())
         if level + 1 < levels:
             parents.append(

@@ -20,6 +20,7 @@ from typing import Any
 from hpdm_core.cell import Cell, Step
 from hpdm_core.errors import HpdmError, TroubleError
 from hpdm_core.files import disk_trouble, read_json, write_bytes, write_json
+from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.backends import Backend, Handle, adopt, end_all
 from hpdm_core.study.lease import Held, Lease
 from hpdm_core.study.ledger import Ledger, LedgerCell, State
@@ -380,7 +381,7 @@ class Controller:
                 for message in error.messages:
                     self.display.line(f"error: report: {message}")
         if self.tasks:
-            self.tasks[0].cell.plugins.hook.after_study_finished(study=self.folder)
+            Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)
 
 
 def _shared(steps: Sequence[Step]) -> frozenset[Path]:

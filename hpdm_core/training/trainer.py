@@ -161,7 +161,7 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.model)
         self.loss.add(levels)
-        self.observers.call("after_step_finished", step=batch.step, loss=loss.levels)
+        self.observers.call("after_step_finished", step=batch.step, loss=loss.levels.detach().clone())
 
         shown = [None if math.isnan(value) else value for value in levels]
         whole = sum(value for value in shown if value is not None)

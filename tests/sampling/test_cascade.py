@@ -277,6 +277,20 @@ def test_observer_and_progress(make_assembly, make_denoiser):
     assert told[-1] == {"videos": 2, "of": 3, "level": 2, "levels": 3, "call": 2, "calls": 2}
 
 
+def test_an_observer_that_writes_into_what_it_sees_changes_nothing(make_assembly, make_denoiser):
+    assembly = make_assembly()
+    plain = sample(assembly, make_denoiser(through_parents), [0], [-1])
+    watched = sample(
+        assembly,
+        make_denoiser(through_parents),
+        [0],
+        [-1],
+        observe=lambda level, videos: videos.zero_(),
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+    assert plain[0].abs().max() > 0
+
+
 def test_only_the_finished_level_is_clipped(make_assembly, make_denoiser):
     """An answer of 3 is integrated as 3 and clipped to 1 at the end; the parents are the clipped ones."""
     assembly = make_assembly(levels=2, video=(2, 12, 20), context_sigma_eff=0.0)

@@ -13,10 +13,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpdm_core.hookspecs import hookimpl
+from hpdm_core.plugins import build_plugins
 from hpdm_core.study.backends import Inline, InlineOptions
 from hpdm_core.study.controller import Controller
 from hpdm_core.study.progress import PlainDisplay
 from hpdm_core.study.store import Stage, Store
+
+
+@dataclass
+class Listener:
+    """Notes the study that has ended."""
+
+    heard: list[Path]
+
+    @hookimpl
+    def after_study_finished(self, study: Path) -> None:
+        self.heard.append(study)
 
 
 @dataclass
@@ -33,6 +46,7 @@ class FakeCell:
     fails: str = ""
     """The stage that fails."""
     heard: list[Path] = field(default_factory=list)
+    observers: Sequence[Any] = ()
 
     @property
     def name(self) -> str:
@@ -51,9 +65,7 @@ class FakeCell:
 
     @property
     def plugins(self) -> Any:
-        return SimpleNamespace(
-            hook=SimpleNamespace(after_study_finished=lambda study: self.heard.append(study))
-        )
+        return build_plugins(objects=[Listener(self.heard), *self.observers])
 
     def stages(self) -> list[tuple[str, Stage]]:
         store = Store(self.root)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hpdm_core.errors import TroubleError
+from hpdm_core.hookspecs import hookimpl
 from hpdm_core.study import controller as controller_module
 from hpdm_core.study.lease import Lease, Process
 
@@ -207,6 +208,22 @@ def test_the_report_is_shown_and_observers_hear_the_end(study: Any, cell: Any, t
     only = cell("a")
     run = study([only], report=lambda folder: f"table of {folder.name}")
     assert "table of tiny" in run.text and only.heard == [tmp_path / "tiny"]
+
+
+class Raising:
+    @hookimpl
+    def after_study_finished(self) -> None:
+        raise RuntimeError("an observer's own mistake")
+
+
+def test_an_observer_of_the_end_that_raises_is_a_line_and_fails_nothing(
+    study: Any, cell: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    only = cell("a", observers=[Raising()])
+    run = study([only])
+    assert run.code == 0 and only.heard == [tmp_path / "tiny"]
+    (line,) = caplog.messages
+    assert "after_study_finished: RuntimeError: an observer's own mistake" in line and "Raising" in line
 
 
 def test_a_report_that_fails_is_trouble(study: Any, cell: Any) -> None:

@@ -21,6 +21,7 @@ from hpdm_core.hookspecs import hookimpl
 from hpdm_core.training import Trainer, load_ema_model
 from hpdm_core.training.checkpoint import checkpoint_folders
 from hpdm_core.training.schedule import learning_rate
+from hpdm_core.training.step import joint_loss
 
 Make = Callable[..., Assembly]
 
@@ -324,6 +325,22 @@ def test_a_clumsy_observer_fails_nothing_and_changes_no_bit(
     assert len(caplog.messages) == 1
     (message,) = result["observer_errors"]
     assert "after_step_finished: RuntimeError: no step 1 (9x)" in message
+
+
+def test_an_observer_is_handed_a_loss_of_its_own(
+    assemble: Make, watched: Callable[[Assembly], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def noted(*arguments: Any) -> Any:
+        loss = joint_loss(*arguments)
+        made.append(loss.levels)
+        return loss
+
+    monkeypatch.setattr("hpdm_core.training.trainer.joint_loss", noted)
+    assembly = assemble(objects=(Clumsy(),), training={"steps": 1})
+    Trainer(assembly, cell=watched(assembly)).run()
+    assert made[0].abs().sum() > 0  # Clumsy writes zeros
 
 
 def poison(trainer: Trainer, *, level: int, at: int, value: float) -> None:
