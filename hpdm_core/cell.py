@@ -226,7 +226,7 @@ class Cell:
                     **self._provenance(),
                     "wall_seconds": time.monotonic() - started,
                     "attempts": attempt.number,
-                    "observer_errors": [*made.get("observer_errors", []), *self.observers.errors],
+                    "observer_errors": self.observers.errors,  # the stage calls the same ones
                 },
                 files=files,
             )

@@ -10,9 +10,11 @@ when they are stored.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 import zipfile
@@ -32,11 +34,12 @@ from hpdm_core.config.compose import load_trained
 from hpdm_core.config.keys import parts_in, plugin_hashes
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
-from hpdm_core.files import read_json, whole_or_absent
+from hpdm_core.files import read_json, trouble_when_unwritable, whole_or_absent, write_bytes
 from hpdm_core.metrics.corruptions import CORRUPTIONS
 from hpdm_core.metrics.protocol import data_facts, resolution
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator
+from hpdm_core.runtime import prepare_torch
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
@@ -229,9 +232,11 @@ class EvaluationContext:
     def _keep(self, key: str, arrays: list[Features]) -> None:
         if self._cache is None:
             return
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with whole_or_absent(self._cache / f"{key}.npz") as handle:
-            np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
+        # Only a cache: where it cannot be written, such as in a store of somebody else's, it is done without.
+        with contextlib.suppress(OSError):
+            self._cache.mkdir(parents=True, exist_ok=True)
+            with whole_or_absent(self._cache / f"{key}.npz") as handle:
+                np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
 
 
 def evaluate_metric(
@@ -323,10 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE", help="write the results with their protocols as JSON"
     )
     given = parser.parse_args(arguments)
+    if given.out is not None:
+        _check_out(given.out)
     assembly, spec = load_trained(given.cell)
     parts = [assembly.plugins.validate("metrics", _part(text)) for text in given.metric]
     store = given.cell.resolve().parent.parent
     samples = given.samples or store / "samples" / str(spec.get("keys", {}).get("samples"))
+    prepare_torch(assembly.config.runtime)
     results = []
     for part in parts or assembly.config.evaluation.metrics:
         result = evaluate_metric(
@@ -342,8 +350,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\t".join(f"{name}={value}" for name, value in row.items() if value is not None))
         print(f"protocol of {result['metric']}: {json.dumps(result['protocol'], sort_keys=True)}", flush=True)
     if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with trouble_when_unwritable(given.out):
+            write_bytes(given.out, (json.dumps(results, indent=1) + "\n").encode())
     return 0
+
+
+def _check_out(file: Path) -> None:
+    """Raise InputError, before anything is computed, where ``file`` cannot be written."""
+    if file.is_dir():
+        raise InputError(f"--out {file}: is a folder; allowed is a file")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(f"--out {file}: allowed is a file in a folder that exists and may be written to")
 
 
 def _part(text: str) -> Part:

@@ -136,6 +136,14 @@ def test_features_of_real_clips_are_computed_once_and_are_the_same_bits(tmp_path
     }
 
 
+def test_features_are_done_without_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    (tmp_path / "store").write_text("no folder")
+    folder = tmp_path / "store" / "evaluations" / "k"
+    assert evaluate_metric(bench, part(use="frechet"), samples_folder=fakes, store_folder=folder)["rows"]  # type: ignore[arg-type]
+
+
 EXTRACTOR = """
 import torch
 from hpdm_core import hookimpl
@@ -232,6 +240,13 @@ def test_throughput_is_the_training_results_own() -> None:
         evaluate_metric(Bench(), part(use="throughput"), train_result={})  # type: ignore[arg-type]
 
 
+def test_throughput_says_where_it_was_taken_by_the_training_result() -> None:
+    told = FIGURES | {"device": "cuda:1", "threads": 3, "peak_memory_bytes": None}
+    result = evaluate_metric(Bench(), part(use="throughput"), train_result=told)  # type: ignore[arg-type]
+    assert (result["protocol"]["device"], result["protocol"]["threads"]) == ("cuda:1", 3)
+    assert len(result["rows"]) == len(FIGURES) - 1  # a system that cannot tell the memory
+
+
 def test_a_value_that_is_not_finite_is_stored_as_none() -> None:
     bench = Bench()
     metric = SimpleNamespace(
@@ -252,13 +267,18 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
         _ = context.denoiser
 
 
-def test_the_command_measures_a_train_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_a_train_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cell = tmp_path / "store" / "train" / "k"
     cell.mkdir(parents=True)
     spec = {"config": Bench().config.model_dump(mode="json"), "plugins": []}
     (cell / "spec.json").write_text(json.dumps(spec))
     (cell / "result.json").write_text(json.dumps(FIGURES))
+    prepared: list[int | None] = []
+    monkeypatch.setattr("hpdm_core.evaluate.prepare_torch", lambda runtime: prepared.append(runtime.threads))
     assert main([str(cell), "--metric", "throughput", "--out", str(tmp_path / "out.json")]) == 0
+    assert prepared == [None]
     assert "metric=throughput.videos_per_second\tvalue=3.5" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "out.json").read_text())
     assert result["metric"] == "throughput"
@@ -269,6 +289,8 @@ def test_the_command_measures_a_train_stage(tmp_path: Path, capsys: pytest.Captu
     [
         (["--metric", "throughputs"], "did you mean 'throughput'"),
         (["--metric", "[1]"], "is not a part"),
+        (["--out", "/nope/x.json"], "--out /nope/x.json: allowed is a file in a folder that exists"),
+        (["--out", "/"], "--out /: is a folder; allowed is a file"),
         (["--metric", "{use: frechet, extractor: statistic}"], "did you mean 'statistics'"),
     ],
 )

@@ -16,10 +16,13 @@ __all__ = ["Throughput"]
 FIGURES = {
     "videos_per_second": "training videos per second of optimizer steps",
     "seconds": "seconds of training, all attempts",
-    "peak_memory_bytes": "largest memory of the process (CPU) or allocated (GPU)",
+    "peak_memory_bytes": "peak during training: the whole process's memory, with Python and libraries (CPU, "
+    "Linux), or what PyTorch had allocated (GPU)",
     "parameters": "trainable parameters",
     "flops_per_step": "floating-point operations of one optimizer step, counted on the meta device",
 }
+UNTOLD = ("peak_memory_bytes",)
+"""Figures that not every system can tell: None in the result, and then no row."""
 
 
 class Throughput:
@@ -29,17 +32,25 @@ class Throughput:
     needs: Need = "training"
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return what each figure is, and on what device it was taken."""
-        return {"metric": self.name, "figures": FIGURES, "device": assembly.config.runtime.device}
+        """Return what each figure is. Where it was taken is no part of the key: ``device`` and ``threads`` are
+        found in the training result.
+        """
+        return {"metric": self.name, "figures": FIGURES}
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return the rows; raises TroubleError when the train stage has no such figure."""
         result = context.train_result
-        missing = [name for name in FIGURES if not isinstance(result.get(name), int | float)]
+        context.facts.update({name: result.get(name) for name in ("device", "threads")})
+        untold = [name for name in UNTOLD if name in result and result[name] is None]
+        missing = [
+            name for name in FIGURES if name not in untold and not isinstance(result.get(name), int | float)
+        ]
         if missing:
             raise TroubleError(
                 f"throughput: the training result has no {', '.join(missing)}; train the cell first"
             )
         return [
-            {"metric": f"{self.name}.{name}", "level": None, "value": float(result[name])} for name in FIGURES
+            {"metric": f"{self.name}.{name}", "level": None, "value": float(result[name])}
+            for name in FIGURES
+            if name not in untold
         ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from hpdm_core.files import write_bytes
+from hpdm_core.errors import TroubleError
+from hpdm_core.files import disk_trouble, write_bytes
 from hpdm_core.report.differences import configuration_differences, parameter_differences
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
-from hpdm_core.report.text import HOLE, to_latex, to_markdown
+from hpdm_core.report.text import HOLE, Table, to_latex, to_markdown
 
 __all__ = ["load_results", "write_report"]
 
@@ -22,18 +24,12 @@ def write_report(folder: Path) -> str:
     """Write results.{parquet,csv}, table.{md,tex} and arms.png into ``folder``/report and return the tables
     as text.
 
-    ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is none; what is missing is shown
-    as a hole.
+    ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is none, TroubleError when
+    nothing can be written there; what is missing is shown as a hole.
     """
     results = load_results(folder)
     target = folder / "report"
-    target.mkdir(exist_ok=True)
-    parquet = io.BytesIO()
-    results.frame.to_parquet(parquet, index=False)
-    write_bytes(target / "results.parquet", parquet.getvalue())
-    write_bytes(target / "results.csv", results.frame.to_csv(index=False).encode())
-    tables = metric_tables(results)
-    lead = _lead(results)
+    lead, tables = _lead(results), metric_tables(results)
     text = "\n\n".join(
         [
             lead[0],
@@ -44,8 +40,28 @@ def write_report(folder: Path) -> str:
             *_provenance(results),
         ]
     )
+    try:
+        with disk_trouble(target):  # a full disk has a line of its own
+            _write_files(target, results, text, tables, first=lead[0])
+    except OSError as error:
+        raise TroubleError(f"{target}: the report cannot be written: {error.strerror or error}") from error
+    wrapped = "\n".join(
+        line if line.startswith(("|", " ")) else textwrap.fill(line, _WIDTH, break_long_words=False)
+        for line in text.splitlines()
+    )
+    return f"{wrapped}\n\nreport: {target}"
+
+
+def _write_files(
+    target: Path, results: StudyResults, text: str, tables: Sequence[Table], *, first: str
+) -> None:
+    target.mkdir(exist_ok=True)
+    parquet = io.BytesIO()
+    results.frame.to_parquet(parquet, index=False)
+    write_bytes(target / "results.parquet", parquet.getvalue())
+    write_bytes(target / "results.csv", results.frame.to_csv(index=False).encode())
     write_bytes(target / "table.md", (text + "\n").encode())
-    latex = [f"% {line}" for line in lead[0].splitlines()]
+    latex = [f"% {line}" for line in first.splitlines()]
     latex += ["% needs: \\usepackage{booktabs}", "", *(to_latex(table) for table in tables)]
     write_bytes(target / "table.tex", ("\n".join(latex) + "\n").encode())
     picture = arms_figure(results)
@@ -53,11 +69,6 @@ def write_report(folder: Path) -> str:
         (target / "arms.png").unlink(missing_ok=True)  # of samples that are there no more
     else:
         write_bytes(target / "arms.png", picture)
-    wrapped = "\n".join(
-        line if line.startswith(("|", " ")) else textwrap.fill(line, _WIDTH, break_long_words=False)
-        for line in text.splitlines()
-    )
-    return f"{wrapped}\n\nreport: {target}"
 
 
 def _lead(results: StudyResults) -> list[str]:

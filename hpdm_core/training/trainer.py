@@ -9,9 +9,7 @@ processes are not handled here.
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -85,7 +83,7 @@ class Trainer:
         self.last_good: Path | None = None
         self.resumed_from: list[int] = []
         self.loss = _RunningMean(assembly.pyramid.levels, halflife=self.halflife)
-        self.before: dict[str, Any] = {"seconds": 0.0, "videos_per_second": None, "peak_memory_bytes": 0}
+        self.before: dict[str, Any] = {"seconds": 0.0, "videos_per_second": None, "peak_memory_bytes": None}
         """Figures of earlier attempts."""
         self.durations: list[float] = []
         self.started = time.perf_counter()
@@ -254,10 +252,11 @@ class Trainer:
         speed = (
             self.config.batch / statistics.median(settled) if settled else self.before["videos_per_second"]
         )
+        peaks = [peak for peak in (self.before["peak_memory_bytes"], self.memory.peak()) if peak is not None]
         return {
             "seconds": self.before["seconds"] + time.perf_counter() - self.started,
             "videos_per_second": speed,
-            "peak_memory_bytes": max(self.before["peak_memory_bytes"], self.memory.peak()),
+            "peak_memory_bytes": max(peaks, default=None),
         }
 
     def _result(self) -> dict[str, Any]:
@@ -265,6 +264,8 @@ class Trainer:
             "steps": self.config.steps,
             "loss": self.loss.values(),
             **self._figures(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
             "parameters": cost.count_parameters(self.assembly),
             "flops_per_step": cost.training_flops(self.assembly),
             "resumed_from": self.resumed_from,
@@ -311,21 +312,36 @@ class _RunningMean:
 
 
 class _MemoryMeter:
-    """Peak memory since it was made: of CUDA's allocator, or the growth of the process's high-water mark on
-    the CPU."""
+    """Peak memory since it was made: what CUDA's allocator held, or what the whole process had in RAM.
+
+    On the CPU that takes Linux, where the kernel's high-water mark can be set back: the mark that every system
+    has is of the process's whole life, and says nothing of the second cell in it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
         if self.cuda is not None:
             torch.cuda.reset_peak_memory_stats(self.cuda)
-        self.start = _high_water_bytes()
+        self.resettable = self.cuda is None and _reset_high_water()
 
-    def peak(self) -> int:
+    def peak(self) -> int | None:
+        """Return bytes, or None where they cannot be told."""
         if self.cuda is not None:
             return int(torch.cuda.max_memory_allocated(self.cuda))
-        return _high_water_bytes() - self.start
+        return _high_water_bytes() if self.resettable else None
 
 
-def _high_water_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_bytes() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -289,6 +289,17 @@ def test_a_folder_that_is_no_study_is_one_line(tmp_path: Path, capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
+def test_a_report_that_cannot_be_written_is_one_line(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = study()
+    (folder / "report").write_text("no folder")
+    assert report_errors(main, [str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / 'report'}: the report cannot be written: ")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("text", ["", "arm,seed\na,b\n", "arm,seed,train,samples,evaluations,state\n"])
 def test_an_index_that_is_none_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str

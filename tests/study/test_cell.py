@@ -184,6 +184,27 @@ def test_observers_hear_of_a_cell_and_cannot_fail_it(tiny: Path, store: Path) ->
     assert watcher.heard == ["before", *levels, *levels, sorted(ALL)]
 
 
+class Stumbling:
+    @hookimpl
+    def after_step_finished(self, step: int) -> None:
+        raise RuntimeError(f"step {step}")
+
+
+def test_an_observers_error_stands_once_in_the_result(tiny: Path, tmp_path: Path) -> None:
+    planned = cell_of(tiny, tmp_path / "store", "training.steps=2", "evaluation.metrics=[throughput]")
+    cell = Cell(planned.config, build_plugins(objects=[Stumbling()]), store=planned.store.root, arm="default")
+    (line,) = cell.run()["train"]["observer_errors"]
+    assert line.endswith("after_step_finished: RuntimeError: step 1 (2x)")
+
+
+def test_the_device_is_in_no_key(tiny: Path, tmp_path: Path) -> None:
+    plain, other = (
+        cell_of(tiny, tmp_path, "evaluation.metrics=[throughput, held_out_loss]", f"runtime.device={device}")
+        for device in ("cpu", "cuda")
+    )
+    assert plain.keys == other.keys
+
+
 def test_observers_hear_of_an_error(tiny: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def vanish(*arguments: Any, **options: Any) -> None:
         raise TroubleError("the data folder has vanished")

@@ -22,6 +22,7 @@ from hpdm_core.training import Trainer, load_ema_model
 from hpdm_core.training.checkpoint import checkpoint_folders
 from hpdm_core.training.schedule import learning_rate
 from hpdm_core.training.step import joint_loss
+from hpdm_core.training.trainer import _MemoryMeter
 
 Make = Callable[..., Assembly]
 
@@ -245,6 +246,8 @@ def test_result(straight: Any, assemble: Make) -> None:
         "seconds",
         "videos_per_second",
         "peak_memory_bytes",
+        "device",
+        "threads",
         "parameters",
         "flops_per_step",
         "resumed_from",
@@ -255,6 +258,30 @@ def test_result(straight: Any, assemble: Make) -> None:
     assert result["parameters"] == sum(p.numel() for p in assemble().build_model().parameters())
     assert result["flops_per_step"] > 1e6
     assert json.loads(json.dumps(result)) == result
+
+
+def test_peak_memory_is_that_of_this_cell_and_not_of_the_one_before() -> None:
+    def peak_of(meter: _MemoryMeter) -> int:
+        found = meter.peak()
+        if found is None:
+            pytest.skip("the high-water mark cannot be set back here")
+        return found
+
+    first = _MemoryMeter(torch.device("cpu"))
+    ballast = b"x" * 200_000_000
+    del ballast
+    high = peak_of(first)
+    second = _MemoryMeter(torch.device("cpu"))
+    low = peak_of(second)
+    assert high - low > 150_000_000
+    ballast = b"x" * 200_000_000
+    del ballast
+    assert peak_of(second) - low > 150_000_000
+
+
+def test_peak_memory_is_unknown_where_the_mark_cannot_be_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpdm_core.training.trainer._reset_high_water", lambda: False)
+    assert _MemoryMeter(torch.device("cpu")).peak() is None
 
 
 def test_training_learns(assemble: Make) -> None:
