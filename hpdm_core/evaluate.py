@@ -185,9 +185,10 @@ class EvaluationContext:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """SHA-256 of what the dataset says of its files."""
+        """SHA-256 of what the dataset says of its files. Notes that, its name and the stride of its clips."""
         described = self.assembly.dataset.describe()
         self.facts["dataset"] = described.get("name", self.assembly.config.data.dataset.use)
+        self.facts["stride"] = described.get("stride", 1)
         self.facts["data_fingerprint"] = _sha256(described)
         return str(self.facts["data_fingerprint"])
 

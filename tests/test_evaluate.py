@@ -47,6 +47,11 @@ class Noise:
         return {"name": "noise"}
 
 
+class Strided(Noise):
+    def describe(self) -> dict[str, Any]:
+        return {"name": "noise", "stride": 3}
+
+
 class Bench:
     """What a metric needs of an assembly, on `Noise`."""
 
@@ -113,6 +118,13 @@ def test_every_number_carries_its_protocol(tmp_path: Path) -> None:
     assert found["downsampling"] == "area"
     assert len(found["data_fingerprint"]) == 64
     json.dumps(found)
+
+
+@pytest.mark.parametrize(("dataset", "stride"), [(Noise(), 1), (Strided(), 3)])
+def test_the_stride_is_the_datas_own(tmp_path: Path, dataset: Noise, stride: int) -> None:
+    bench = Bench(dataset)
+    fakes = write_fakes(tmp_path / "s", bench)
+    assert evaluate_metric(bench, part(use="kvd"), samples_folder=fakes)["protocol"]["stride"] == stride  # type: ignore[arg-type]
 
 
 def test_fakes_that_are_missing_are_named(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class ClipDataset(Protocol):
         """Return where the clips come from, as JSON.
 
         ``name``; ``splits``: per split the numbers of clips and windows; ``files``: names with a fingerprint
-        of their content; ``skipped``: files that cannot be used, each with the reason.
+        of their content; ``skipped``: files that cannot be used, each with the reason; ``stride``: every
+        so-many-th frame is in a clip, where that is not every one.
         """
 
 

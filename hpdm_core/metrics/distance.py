@@ -45,7 +45,9 @@ class FeatureDistance:
         self.settings = settings
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return extractor with weights hash, numbers of clips, splits, sizes and scaling."""
+        """Return extractor with weights hash, numbers of clips, splits, sizes and scaling. The stride of the
+        clips is found in the data (`EvaluationContext.data_fingerprint`).
+        """
         extractor: FeatureExtractor = assembly.make("feature_extractors", self.extractor)
         described = extractor.describe()
         evaluation = assembly.config.evaluation
@@ -67,7 +69,6 @@ class FeatureDistance:
             "reference": "real clips of the training split",
             "floor": f"{evaluation.samples} real clips of the held-out split against the reference",
             "downsampling": assembly.config.data.downsampling,
-            "stride": 1,
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:

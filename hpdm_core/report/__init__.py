@@ -9,7 +9,11 @@ from pathlib import Path
 
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import disk_trouble, write_bytes
-from hpdm_core.report.differences import configuration_differences, parameter_differences
+from hpdm_core.report.differences import (
+    configuration_differences,
+    pair_lines,
+    parameter_differences,
+)
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
@@ -96,7 +100,7 @@ def _lead(results: StudyResults) -> list[str]:
 
 
 def _arms(results: StudyResults) -> list[str]:
-    """Return what each arm changes, as paragraphs."""
+    """Return what each arm changes, and in what every other pair differs, as paragraphs."""
     others = [arm for arm in results.arms if arm != results.baseline]
     if not others:
         return []
@@ -105,6 +109,10 @@ def _arms(results: StudyResults) -> list[str]:
         lines = configuration_differences(results, arm) or ["no difference found in the configuration"]
         lines.append(parameter_differences(results, arm) or f"parameters: {HOLE} (no weights to compare)")
         paragraphs.append("\n".join([f"{arm}:", "", *(f"- {line}" for line in lines)]))
+    pairs = pair_lines(results)
+    if pairs:
+        paragraphs.append("## In what the other pairs of arms differ")
+        paragraphs.append("\n".join(f"- {line}" for line in pairs))
     return paragraphs
 
 

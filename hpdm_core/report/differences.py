@@ -7,6 +7,7 @@ may differ in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,16 @@ from pydantic import BaseModel
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.report.frame import TRAIN_SECTIONS, CellRecord, StudyResults
 
-__all__ = ["configuration_differences", "parameter_differences"]
+__all__ = ["configuration_differences", "pair_lines", "parameter_differences"]
 
 _ABSENT = "(absent)"
 _NAMES_SHOWN = 3
 
 
-def configuration_differences(results: StudyResults, arm: str) -> list[str]:
-    """Return lines ``key: baseline's value -> arm's value``."""
-    old, new = _spec(results, results.baseline), _spec(results, arm)
+def configuration_differences(results: StudyResults, arm: str, *, against: str | None = None) -> list[str]:
+    """Return lines ``key: value of against -> value of arm``; ``against`` None is the baseline."""
+    against = results.baseline if against is None else against
+    old, new = _spec(results, against), _spec(results, arm)
     if old is not None and new is not None:
         lines = [
             line
@@ -35,7 +37,7 @@ def configuration_differences(results: StudyResults, arm: str) -> list[str]:
         lines, skip = [], ()
     overrides = results.plan.get("arms")
     if isinstance(overrides, Mapping):
-        given_old, given_new = overrides.get(results.baseline) or {}, overrides.get(arm) or {}
+        given_old, given_new = overrides.get(against) or {}, overrides.get(arm) or {}
         for key in dict.fromkeys([*given_old, *given_new]):
             if key.split(".")[0] not in skip:
                 default = _lookup(results.plan, key)
@@ -43,11 +45,13 @@ def configuration_differences(results: StudyResults, arm: str) -> list[str]:
     return lines
 
 
-def parameter_differences(results: StudyResults, arm: str) -> str | None:
-    """Return one line on the parameters that differ from the baseline's; None where weights are missing."""
+def parameter_differences(results: StudyResults, arm: str, *, against: str | None = None) -> str | None:
+    """Return one line on the parameters that differ from those of ``against`` (None: the baseline); None
+    where weights are missing.
+    """
     pairs = [
         (cell.parameters, other.parameters)
-        for cell in results.of_arm(results.baseline)
+        for cell in results.of_arm(results.baseline if against is None else against)
         for other in results.of_arm(arm)
         if cell.parameters is not None and other.parameters is not None
     ]
@@ -67,6 +71,18 @@ def parameter_differences(results: StudyResults, arm: str) -> str | None:
     if not parts:
         return f"parameters: the same {len(old)} names and shapes"
     return f"parameters: {_total(old):,} -> {_total(new):,}; " + "; ".join(parts)
+
+
+def pair_lines(results: StudyResults) -> list[str]:
+    """Return one line per pair of arms without the baseline: the keys and the parameters that differ."""
+    lines = []
+    others = [arm for arm in results.arms if arm != results.baseline]
+    for old, new in itertools.combinations(others, 2):
+        changes = configuration_differences(results, new, against=old)
+        keys = ", ".join(line.partition(": ")[0] for line in changes) or "no key"
+        sizes = parameter_differences(results, new, against=old) or "parameters: no weights to compare"
+        lines.append(f"{old} -> {new}: {keys}; {sizes}")
+    return lines
 
 
 def _total(shapes: Mapping[str, tuple[int, ...]]) -> int:

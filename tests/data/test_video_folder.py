@@ -71,6 +71,7 @@ def test_clips_are_crops_of_consecutive_frames(tmp_path, frames, write, pyav):
     made = frames(9, 12, 20)
     write(tmp_path / "only.mkv", made)
     dataset = video_folder(ClipShape(3, 12, 15), pyav, root=tmp_path, held_out=0, stride=2, flip=False)
+    assert dataset.describe()["stride"] == 2
     scaled = made.permute(3, 0, 1, 2).float() / 127.5 - 1
     found = set()
     for clip in draws(dataset, "train", 60):

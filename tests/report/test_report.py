@@ -231,6 +231,15 @@ def test_arms_that_never_ran_differ_by_their_overrides(study: Study) -> None:
     assert parameter_differences(results, "no_context") is None
 
 
+def test_every_pair_of_arms_is_compared(study: Study) -> None:
+    folder = study(arms=("default", "no_context", "third"))
+    text = write_report(folder).replace("\n", " ")
+    assert "## In what the other pairs of arms differ" in text
+    same = "parameters: the same 1 names and shapes"
+    assert f"- no_context -> third: sampling.overlap; {same}" in text
+    assert "default -> third" not in text  # stands above, in full
+
+
 def test_a_key_that_only_an_arm_gives_is_compared_with_its_default(study: Study) -> None:
     folder = study()
     plan = yaml.safe_load((folder / "study.yaml").read_text())
