@@ -163,10 +163,7 @@ class EvaluationContext:
             "extractor": self.extractor(part).describe(),
             # What an extractor says of itself need not name all of its options.
             "part": part.model_dump(mode="json"),
-            "plugins": plugin_hashes(
-                self.assembly.plugins,
-                [("feature_extractors", part), *parts_in(self.assembly.config, "data")],
-            ),
+            "plugins": {} if self._cache is None else self._sources(part),
             "split": split,
             "count": count,
             "corruption": corruption,
@@ -174,14 +171,18 @@ class EvaluationContext:
         }
         key = _sha256(asked)
         if key not in self._features:
-            found = self._cached(key) if corruption is None else None
+            found = self._cached(key)
             if found is None:
                 found = self._extract_reals(part, split=split, count=count, corruption=corruption)
-                if corruption is None:
-                    self._keep(key, found)
+                self._keep(key, found)
             self._features[key] = found[:-1]
             self.facts[f"labels_of_reals_{split}"] = _counted(found[-1].astype(int).tolist())
         return self._features[key]
+
+    def _sources(self, part: Part) -> dict[str, str]:
+        """Return the hashes of the plugin files that make the features of real clips."""
+        parts = [("feature_extractors", part), *parts_in(self.assembly.config, "data")]
+        return plugin_hashes(self.assembly.plugins, parts)
 
     @cached_property
     def data_fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """The evaluate stage, with a small dataset of its own and no model."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,39 @@ def test_corruptions_are_measured_in_floors_from_the_data_alone() -> None:
         assert row["value"] == pytest.approx(row["distance"] / row["floor"])
     frozen = [row["value"] for row in result["rows"] if row["corruption"] == "freeze"]
     assert frozen[-1] > 3  # noise that stands still, at the finest level
+
+
+def test_an_unbiased_distance_has_a_unit_that_chance_does_not_make_small() -> None:
+    """A floor near 0 would make every corruption seem seen."""
+    rng = np.random.default_rng(3)
+    distance = Bench().make("metrics", part(use="kvd", extractor="statistics"))
+    same = [rng.normal(size=(40, 5)) for _ in range(12)]
+    units, floors = [], []
+    for first, second in itertools.pairwise(same):  # two draws of one law: the true floor is 0
+        floor = distance.measure(first, second)
+        floors.append(floor)
+        units.append(distance._unit(lambda features: features, first, second, floor))
+    assert min(map(abs, floors)) < 0.2 * np.std(floors)
+    assert min(units) > 0.2 * np.std(floors) and min(floors) < 0
+    assert all(unit >= abs(floor) for unit, floor in zip(units, floors, strict=True))
+    assert distance._unit(lambda features: features, same[0], same[1][:3], -0.5) == 0.5  # too few for blocks
+
+
+def test_corruptions_are_shown_to_every_distance_by_one_look(tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "evaluations" / "k"
+    first, second = Bench(), Bench()
+    evaluate_metric(first, part(use="sensitivity", extractor="statistics"), store_folder=folder)  # type: ignore[arg-type]
+    result = evaluate_metric(
+        second,  # type: ignore[arg-type]
+        part(use="sensitivity", distance="kvd", extractor="statistics"),
+        store_folder=folder,
+    )
+    assert second.dataset.draws == 1  # whether there is a held-out split
+    assert "standard error" in result["protocol"]["unit"]
+    assert {row["metric"] for row in result["rows"]} == {"kvd[statistics].sensitivity"}
+    for row in result["rows"]:
+        assert row["value"] == pytest.approx(row["distance"] / row["unit"])
+        assert row["unit"] >= abs(row["floor"])
 
 
 def test_throughput_is_the_training_results_own() -> None:

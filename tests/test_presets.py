@@ -63,3 +63,17 @@ def test_the_presets_are_found() -> None:
     sizes = ("s", "m", "l")
     names = {f"hpdm_{size}" for size in sizes} | {f"ucf101_hpdm_{size}" for size in sizes} | {"tiny_clips"}
     assert set(presets(build_plugins())) == names
+
+
+@pytest.mark.parametrize("name", ["tiny_clips", "ucf101_hpdm_s", "ucf101_hpdm_m", "ucf101_hpdm_l"])
+def test_every_distance_of_a_preset_is_checked_for_what_it_does_not_see(name: str) -> None:
+    metrics = load_cell(name).config.evaluation.metrics
+    judged = {
+        (part.use, part.options["extractor"]["use"]) for part in metrics if part.use in ("frechet", "kvd")
+    }
+    checked = {
+        (part.options["distance"], part.options["extractor"]["use"])
+        for part in metrics
+        if part.use == "sensitivity"
+    }
+    assert checked == judged != set()

@@ -8,6 +8,8 @@ saw are as far away.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["CorruptionCheck", "FeatureDistance"]
 
 
+BLOCKS = 8
+UNIT = "the floor"
+UNBIASED_UNIT = f"the larger of |floor| and the standard error of the floor over {BLOCKS} blocks of its clips"
+
+
 class FeatureDistance:
     """The metric ``distance[extractor]``, such as ``frechet[random3d]``."""
 
@@ -37,12 +44,15 @@ class FeatureDistance:
         extractor: Part,
         dimensions: int | None,
         settings: dict[str, Any],
+        unbiased: bool = False,
     ) -> None:
         self.name = f"{distance}[{extractor.use}]"
         self.measure = measure
         self.extractor = extractor
         self.dimensions = dimensions
         self.settings = settings
+        self.unbiased = unbiased
+        """Whether the floor may come out at 0 or below: then it is no unit by itself."""
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
         """Return extractor with weights hash, numbers of clips, splits, sizes and scaling. The stride of the
@@ -104,13 +114,22 @@ class FeatureDistance:
     def _between(self, project: Projection, reference: Features, judged: Features) -> float:
         return self.measure(project(reference), project(judged))
 
+    def _unit(self, project: Projection, reference: Features, held_out: Features, floor: float) -> float:
+        """Return what a corruption's effect is counted in; see `UNIT` and `UNBIASED_UNIT`."""
+        blocks = min(BLOCKS, len(held_out) // 2)  # an unbiased distance needs two clips
+        if not self.unbiased or blocks < 2:
+            return abs(floor)
+        values = [self._between(project, reference, held_out[start::blocks]) for start in range(blocks)]
+        return max(abs(floor), statistics.stdev(values) / math.sqrt(blocks))
+
 
 class CorruptionCheck:
     """What a distance sees: how many floors away corrupted real clips are. Depends on the data alone.
 
     The held-out clips of the floor are corrupted on each level (`hpdm_core.metrics.corruptions`), and their
-    distance to the same reference is divided by the floor. Below 3 the distance is blind to that corruption
-    on that level.
+    distance to the same reference is counted in floors. Below 3 the distance is blind to that corruption on
+    that level. The floor of an unbiased distance may come out near 0 by chance, which would make it see
+    everything: the unit is then the floor's own standard error.
     """
 
     needs: Need = "data"
@@ -125,11 +144,12 @@ class CorruptionCheck:
             **self.distance.protocol(assembly),
             "metric": self.name,
             "corruptions": sorted(CORRUPTIONS),
+            "unit": UNBIASED_UNIT if self.distance.unbiased else UNIT,
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return a row per corruption and level; ``value`` in floors, with ``distance`` and ``floor``
-        beside it.
+        """Return a row per corruption and level; ``value`` in floors, with ``distance``, ``floor``
+        and ``unit`` beside it.
         """
         count = context.assembly.config.evaluation.samples
         references, held_out = self.distance._real(context)
@@ -143,16 +163,17 @@ class CorruptionCheck:
             for level, reference in enumerate(references):
                 project = self.distance._projection(context, reference, count)
                 floor = self.distance._between(project, reference, held_out[level])
+                unit = self.distance._unit(project, reference, held_out[level], floor)
                 moved = self.distance._between(project, reference, spoiled[level])
                 rows.append(
                     {
                         "metric": self.name,
                         "level": level,
-                        # An unbiased floor may be negative: its size is the unit then.
-                        "value": moved / abs(floor) if floor else float("inf"),
+                        "value": moved / unit if unit else float("inf"),
                         "corruption": corruption,
                         "distance": moved,
                         "floor": floor,
+                        "unit": unit,
                     }
                 )
         return rows

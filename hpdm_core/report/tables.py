@@ -280,7 +280,8 @@ def _sensitivity(results: StudyResults) -> Table | None:
         cells=_table(cells),
         caption=(
             "Distance of corrupted real held-out clips from the real training clips, in floors (the "
-            "distance of the same clips uncorrupted). " + protocol_text(rows["protocol"])
+            "distance of the same clips uncorrupted; see unit in the protocol). "
+            + protocol_text(rows["protocol"])
         ),
     )
 

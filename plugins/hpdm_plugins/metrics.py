@@ -43,6 +43,7 @@ def kvd(*, extractor: Extractor = RANDOM3D, dimensions: Limit = None) -> Feature
         extractor=extractor,
         dimensions=dimensions,
         settings={"kernel": "(x.y/d + 1)^3"},
+        unbiased=True,
     )
 
 
