@@ -22,6 +22,7 @@ from hpdm_core.report.text import HOLE, Table, to_latex, to_markdown
 __all__ = ["load_results", "write_report"]
 
 _WIDTH = 110
+_NAMED = 12  # cells that a sentence names
 
 
 def write_report(folder: Path) -> str:
@@ -79,8 +80,8 @@ def _lead(results: StudyResults) -> list[str]:
     """Return the paragraphs before the tables: what is missing, the headline, what the metrics do not see."""
     total, missing = len(results.cells), results.missing
     if missing:
-        named = ", ".join(f"{cell.arm} seed {cell.seed} ({cell.state})" for cell in missing[:12])
-        more = f", and {len(missing) - 12} more" if len(missing) > 12 else ""
+        named = ", ".join(f"{cell.arm} seed {cell.seed} ({cell.state})" for cell in missing[:_NAMED])
+        more = f", and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         first = f"{len(missing)} of {total} cells missing: {named}{more}. Holes are shown as {HOLE}."
     else:
         seeds = ", ".join(map(str, results.seeds))
@@ -90,6 +91,15 @@ def _lead(results: StudyResults) -> list[str]:
     if mixed:
         listed = "; ".join(f"{name} {', '.join(sorted(found))}" for name, found in mixed.items())
         paragraphs.append(f"Cells were computed with different versions: {listed}.")
+    stale = [cell for cell in results.cells if cell.stale]
+    if stale:
+        named = ", ".join(f"{cell.arm} seed {cell.seed}" for cell in stale[:_NAMED])
+        more = f", and {len(stale) - _NAMED} more" if len(stale) > _NAMED else ""
+        changes = "; ".join(dict.fromkeys(change for cell in stale for change in cell.stale))
+        paragraphs.append(
+            f"{len(stale)} of {total} cells are stale, computed with other versions than the study was last "
+            f"planned with ({changes}): {named}{more}."
+        )
     lines = headline(results)
     if len(lines) > 1:
         paragraphs.append("\n".join(["```", *lines, "```"]))

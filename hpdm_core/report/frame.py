@@ -1,7 +1,8 @@
 """A study's result files as one tidy table: a row per number, with its protocol and keys.
 
-Reads ``index.csv`` and ``study.yaml`` of the study's folder, and results, specs and weights' headers of the
-store beside it; nothing else, and no plugin. What is missing or not readable is a hole, never an error.
+Reads ``index.csv``, ``study.yaml`` and ``versions.json`` of the study's folder, and results, specs and
+weights' headers of the store beside it; nothing else, and no plugin. What is missing or not readable is a
+hole, never an error.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ COLUMNS = (
     "train_key",
     "sample_key",
     "evaluation_key",
+    "stale",
 )
-"""Columns of every table; metrics may add their own."""
+"""Columns of every table; metrics may add their own. ``stale``: computed with other versions of hpdm or of an
+installed plugin than the study was last planned with; other plugin files give other keys."""
 
 TRAIN_SECTIONS = ("model", "diffusion", "data", "training")
 
@@ -57,6 +60,8 @@ class CellRecord:
     evaluations: Mapping[str, Mapping[str, Any]]
     weights: Path
     samples: Path
+    stale: tuple[str, ...] = ()
+    """What was computed with other versions than the study was last planned with: ``NAME OLD, now NEW``."""
 
     @property
     def complete(self) -> bool:
@@ -128,7 +133,8 @@ def load_results(folder: Path) -> StudyResults:
         with index.open(newline="", encoding="utf-8") as handle:
             lines = list(csv.DictReader(handle))
         store = folder.resolve().parent / "store"
-        cells = tuple(_cell(store, line) for line in lines)
+        planned = _versions(read_json(folder / "versions.json"))
+        cells = tuple(_cell(store, line, planned) for line in lines)
     except OSError as error:
         raise InputError(
             f"{folder}: not a study's results ({index.name}: {error.strerror}); "
@@ -152,10 +158,12 @@ def load_results(folder: Path) -> StudyResults:
     )
 
 
-def _cell(store: Path, line: Mapping[str, str]) -> CellRecord:
+def _cell(store: Path, line: Mapping[str, str], planned: Mapping[str, str]) -> CellRecord:
     keys = tuple(key for key in line["evaluations"].split(";") if key)
     train = store / "train" / line["train"]
     found = {key: read_json(store / "evaluations" / key / "result.json") for key in keys}
+    result = read_json(train / "result.json")
+    used = [_versions((made or {}).get("versions")) for made in (result, *found.values())]
     return CellRecord(
         arm=line["arm"],
         seed=int(line["seed"]),
@@ -163,12 +171,37 @@ def _cell(store: Path, line: Mapping[str, str]) -> CellRecord:
         train_key=line["train"],
         sample_key=line["samples"],
         evaluation_keys=keys,
-        train=read_json(train / "result.json"),
+        train=result,
         spec=read_json(train / "spec.json"),
         evaluations={key: result for key, result in found.items() if result is not None},
         weights=train / "model.safetensors",
         samples=store / "samples" / line["samples"],
+        stale=tuple(dict.fromkeys(change for each in used for change in _changes(each, planned))),
     )
+
+
+def _versions(data: Any) -> dict[str, str]:
+    """Return the versions of hpdm and of installed plugins in a result's ``versions``, or in versions.json."""
+    if not isinstance(data, Mapping):
+        return {}
+    plugins = data.get("plugins")
+    found = {**(plugins if isinstance(plugins, Mapping) else {}), "hpdm": data.get("hpdm")}
+    return {
+        name: version
+        for name, version in found.items()
+        if isinstance(version, str) and not version.startswith("sha256:")  # a file's hash is in the keys
+    }
+
+
+def _changes(used: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
+    own = (used.get("hpdm"), planned.get("hpdm"))
+    return [
+        f"{name} {old}, now {planned[name]}"
+        for name, old in used.items()
+        if planned.get(name, old) != old
+        # What comes with hpdm changes with it: that is one change.
+        and (name == "hpdm" or (old, planned[name]) != own)
+    ]
 
 
 def _rows(study: str, cell: CellRecord) -> Iterator[dict[str, Any]]:
@@ -187,6 +220,7 @@ def _rows(study: str, cell: CellRecord) -> Iterator[dict[str, Any]]:
                 "train_key": cell.train_key,
                 "sample_key": cell.sample_key,
                 "evaluation_key": key,
+                "stale": bool(cell.stale),
             }
 
 

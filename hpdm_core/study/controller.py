@@ -3,7 +3,7 @@
 It keeps no state of its own. What is done is read from the store, what runs from the job folders; so it may
 be killed at any moment and started again, and adopts the workers that outlived it.
 
-    results/<study>/   study.yaml  journal.log  index.csv  controller.lock  report/
+    results/<study>/   study.yaml  versions.json  journal.log  index.csv  controller.lock  report/
                        jobs/<cell>/{spec.json,job.json,worker.json,error.json,log/}
 """
 
@@ -25,6 +25,7 @@ from hpdm_core.study.backends import Backend, Handle, adopt, end_all
 from hpdm_core.study.lease import Held, Lease
 from hpdm_core.study.ledger import Ledger, LedgerCell, State
 from hpdm_core.study.progress import Display, Row, seconds_left, span
+from hpdm_core.study.provenance import versions
 
 __all__ = ["Controller", "Task"]
 
@@ -115,6 +116,9 @@ class Controller:
                 self.trouble = True
                 self.display.line(notice)
             write_bytes(self.folder / "study.yaml", self.source.encode())
+            for task in self.tasks[:1]:  # the report tells older results from these
+                planned = {**versions(), "plugins": task.cell.plugins.versions()}
+                write_json(self.folder / "versions.json", planned)
             self._end_strangers()
             self._plan()
             ledger.sync([(task.entry, task.state, self._work(task)) for task in self.tasks])

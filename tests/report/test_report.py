@@ -210,6 +210,26 @@ def test_different_versions_are_said(study: Study) -> None:
     assert "different versions: torch 2.13, 2.6." in write_report(folder)
 
 
+def test_cells_of_other_versions_than_planned_are_stale(study: Study) -> None:
+    folder = study()
+    assert "stale" not in write_report(folder)
+    cell = load_results(folder).cells[1]
+    path = folder.parent / "store" / "evaluations" / cell.evaluation_keys[0] / "result.json"
+    plugins = {"hpdm_plugins.noise": "1.0", "theirs": "3", "file": "sha256:ab"}
+    result = json.loads(path.read_text()) | {"versions": {"hpdm": "1.0", "torch": "2.13", "plugins": plugins}}
+    path.write_text(json.dumps(result))
+    plugins = {"hpdm_plugins.noise": "1.1", "theirs": "4", "file": "sha256:cd", "new": "1"}
+    planned = {"hpdm": "1.1", "torch": "2.14", "plugins": plugins}
+    (folder / "versions.json").write_text(json.dumps(planned))
+    text = write_report(folder).replace("\n", " ")
+    assert (
+        "1 of 6 cells are stale, computed with other versions than the study was last planned with "
+        "(theirs 3, now 4; hpdm 1.0, now 1.1): default seed 1." in text
+    )
+    frame = load_results(folder).frame
+    assert set(frame[frame["stale"]]["seed"]) == {1} and set(frame[frame["stale"]]["arm"]) == {"default"}
+
+
 def test_arms_differ_in_configuration_and_parameters(study: Study) -> None:
     results = load_results(study())
     assert configuration_differences(results, "no_context") == [

@@ -210,6 +210,12 @@ def test_the_report_is_shown_and_observers_hear_the_end(study: Any, cell: Any, t
     assert "table of tiny" in run.text and only.heard == [tmp_path / "tiny"]
 
 
+def test_the_versions_that_a_study_is_planned_with_are_kept(study: Any, cell: Any, tmp_path: Path) -> None:
+    study([cell("a")])
+    kept = json.loads((tmp_path / "tiny" / "versions.json").read_text())
+    assert {"python", "hpdm", "torch"} <= set(kept) and "hpdm_plugins.fusions" in kept["plugins"]
+
+
 class Raising:
     @hookimpl
     def after_study_finished(self) -> None:
