@@ -35,10 +35,13 @@ FOLLOWING = 1_000_000
 
 
 def psnr(videos: Tensor, targets: Tensor) -> Tensor:
-    """Return the PSNR [n, m] of each of ``videos`` [n, C, F, H, W] against each of ``targets`` [m, C, F, H, W]."""
+    """Return the PSNR [n, m] of each of ``videos`` [n, C, F, H, W] against each of ``targets`` [m, C, F, H, W].
+
+    In dB, at most 106: equal videos have a finite one.
+    """
     differences = videos[:, None].double() - targets[None].double()
     error = reduce(differences.square(), "n m c f h w -> n m", "mean")
-    return 10 * torch.log10(4 / error)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
 class Memorisation:
