@@ -8,9 +8,10 @@ them).
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from hpdm_core.errors import InputError
@@ -18,6 +19,8 @@ from hpdm_core.model.backbone import Backbone
 from hpdm_core.model.layers import MLP, Attention, LayerNorm, Table
 
 __all__ = ["RIN", "RINBlock"]
+
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Gather(nn.Module):
@@ -93,7 +96,8 @@ class RIN(Backbone):
     """``blocks`` RIN blocks over tokens of width ``token_dim``, with latent self-conditioning.
 
     The width of the latents' self-attention is ``latent_heads * latent_head_dim``, whatever ``latent_dim``;
-    reads and writes have inner width ``token_dim`` in ``heads`` heads. Raises `InputError` when the heads do
+    reads and writes have inner width ``token_dim`` in ``heads`` heads. The defaults are
+    HPDM-S; ``latent_dim`` 512 and 1024 are M and L. Raises `InputError` when the heads do
     not divide it.
     """
 
@@ -102,14 +106,14 @@ class RIN(Backbone):
         token_dim: int,
         blocks: int,
         *,
-        latent_dim: int = 256,
-        latents: int = 768,
-        latent_layers: int = 4,
-        latent_heads: int = 24,
-        latent_head_dim: int = 128,
-        heads: int = 16,
-        latent_mlp_ratio: int = 4,
-        token_mlp_ratio: int = 2,
+        latent_dim: Positive = 256,
+        latents: Positive = 768,
+        latent_layers: Positive = 4,
+        latent_heads: Positive = 24,
+        latent_head_dim: Positive = 128,
+        heads: Positive = 16,
+        latent_mlp_ratio: Positive = 4,
+        token_mlp_ratio: Positive = 2,
     ) -> None:
         super().__init__()
         if token_dim % heads:
