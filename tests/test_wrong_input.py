@@ -309,6 +309,25 @@ WRONG = [
         [("tiny.yaml:20: storage: 'nonsense://...' is no storage", "sqlite:///")],
         text=TINY + "storage: nonsense://me:secret@host\n",
     ),
+    *(
+        Wrong(
+            f"storage: {name}",
+            [(f"storage: 'sqlite:///{file}' cannot be opened: ", reason, "allowed is null for a journal")],
+            text=TINY + f"storage: sqlite:///{file}\n",
+            files=(("notes.txt", "no database at all, though it is long enough to be looked into\n" * 40),),
+        )
+        for name, file, reason in (
+            ("missing folder", "missing/ledger.db", "No such file or directory"),
+            ("no database", "notes.txt", "file is not a database"),
+            ("below a file", "notes.txt/ledger.db", "Not a directory"),
+            ("a folder", ".", "unable to open database file"),
+        )
+    ),
+    Wrong(
+        "storage: nobody answers",
+        [("storage: 'redis://***@localhost:1/0' cannot be opened: ",)],
+        text=TINY + "storage: redis://me:secret@localhost:1/0\n",
+    ),
     Wrong(
         "several problems",
         [

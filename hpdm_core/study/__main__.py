@@ -121,6 +121,7 @@ def run_study(
     from hpdm_core.study.cells import cells_of
     from hpdm_core.study.controller import Controller
     from hpdm_core.study.progress import make_display
+    from hpdm_core.study.storage import check_storage
 
     use, options = study.backend.use, study.backend.options
     if backend is not None and backend != use:
@@ -130,6 +131,7 @@ def run_study(
     chosen.check()
     check_writable(results)
     results = results.resolve()
+    check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
     console = Console()
     controllers.append(

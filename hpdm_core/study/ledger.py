@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.files import disk_trouble, write_bytes
+from hpdm_core.study.storage import without_password
 
 __all__ = ["Ledger", "LedgerCell", "State", "mend_journal"]
 
@@ -82,7 +83,7 @@ class Ledger:
                 self._storage = optuna.storages.get_storage(url)
             except Exception as error:
                 first = str(error).strip().partition("\n")[0]
-                raise InputError(f"storage: '{_without_password(url)}' cannot be opened: {first}") from error
+                raise InputError(f"storage: '{without_password(url)}' cannot be opened: {first}") from error
         with _as_trouble(self._journal):
             sampler = optuna.samplers.RandomSampler(seed=0)
             try:
@@ -239,8 +240,3 @@ def _as_trouble(path: Path | None) -> Iterator[None]:
     except StorageInternalError as error:
         first = str(error.__cause__ or error).strip().partition("\n")[0]
         raise TroubleError(f"storage: {first}; the work done is kept, give the same command again") from error
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
