@@ -67,6 +67,8 @@ class Plugins:
         """Every plugin found, in order of registration, skipped ones among them."""
         self.preset_folders: tuple[Path, ...] = ()
         """The ``presets`` folders of plugins that are packages."""
+        self.protocol_folders: tuple[Path, ...] = ()
+        """Their ``protocols`` folders (`hpdm_core.metrics.protocol_records`)."""
         self._registrations: dict[str, dict[str, Registration]] = {family: {} for family in FAMILIES}
         self._manager = pluggy.PluginManager("hpdm")
         self._manager.add_hookspecs(hookspecs)
@@ -252,12 +254,12 @@ class Plugins:
             raise RuleError(f"{family.hook} raised {type(error).__name__}: {error}") from error
 
 
-def _presets(candidates: Iterable[loading.Candidate]) -> tuple[Path, ...]:
-    """Return the ``presets`` folders beside the modules of packages, each once."""
+def _folders(candidates: Iterable[loading.Candidate], name: str) -> tuple[Path, ...]:
+    """Return the folders called ``name`` beside the modules of packages, each once."""
     folders: dict[Path, None] = {}
     for candidate in candidates:
         if getattr(candidate.plugin, "__package__", "") and candidate.file is not None:
-            folder = candidate.file.parent / "presets"
+            folder = candidate.file.parent / name
             if folder.is_dir():
                 folders[folder] = None
     return tuple(folders)
@@ -312,7 +314,8 @@ def build_plugins(names: Sequence[str] = (), *, objects: Sequence[Any] = ()) -> 
             problems.append(f"plugin '{candidate.name}'{place}: {error}")
     if problems:
         raise InputError(*problems)
-    plugins.preset_folders = _presets([*found, *asked])
+    plugins.preset_folders = _folders([*found, *asked], "presets")
+    plugins.protocol_folders = _folders([*found, *asked], "protocols")
     return plugins
 
 
