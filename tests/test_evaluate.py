@@ -1,7 +1,7 @@
 """The evaluate stage, with a small dataset of its own and no model."""
 
-import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,8 @@ from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.data.dataset import Clip
 from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.evaluate import EvaluationContext, evaluate_metric, main
+from hpdm_core.metrics.distance import floor_spread
+from hpdm_core.metrics.kernel import kernel_distance
 from hpdm_core.plugins import build_plugins
 from hpdm_core.pyramid import Pyramid, downsample
 from hpdm_core.sampling.files import write_sample
@@ -244,20 +246,38 @@ def test_corruptions_are_measured_in_floors_from_the_data_alone() -> None:
     assert frozen[-1] > 3  # noise that stands still, at the finest level
 
 
-def test_an_unbiased_distance_has_a_unit_that_chance_does_not_make_small() -> None:
-    """A floor near 0 would make every corruption seem seen."""
+@pytest.mark.parametrize(("shift", "most"), [(1.0, 1.25), (0.0, 2.0)])
+def test_the_floors_spread_is_that_of_other_draws_of_real_clips(shift: float, most: float) -> None:
+    """Against the standard deviation over fresh draws; where both sides have one law it may be too large."""
     rng = np.random.default_rng(3)
-    distance = Bench().make("metrics", part(use="kvd", extractor="statistics"))
-    same = [rng.normal(size=(40, 5)) for _ in range(12)]
-    units, floors = [], []
-    for first, second in itertools.pairwise(same):  # two draws of one law: the true floor is 0
-        floor = distance.measure(first, second)
-        floors.append(floor)
-        units.append(distance._unit(lambda features: features, first, second, floor))
-    assert min(map(abs, floors)) < 0.2 * np.std(floors)
-    assert min(units) > 0.2 * np.std(floors) and min(floors) < 0
-    assert all(unit >= abs(floor) for unit, floor in zip(units, floors, strict=True))
-    assert distance._unit(lambda features: features, same[0], same[1][:3], -0.5) == 0.5  # too few for blocks
+    floors, spreads = [], []
+    for _ in range(60):
+        first, second = rng.normal(size=(60, 5)), rng.normal(size=(24, 5)) + shift
+        floors.append(kernel_distance(first, second))
+        spreads.append(floor_spread(kernel_distance, first, second))
+        assert spreads[-1] == floor_spread(kernel_distance, first, second)
+    assert 0.8 < np.mean(spreads) / np.std(floors) < most
+    assert np.std(spreads) < 0.6 * np.mean(spreads)
+    if not shift:
+        assert min(floors) < 0  # no unit
+
+
+def test_too_few_clips_have_no_spread() -> None:
+    clips = np.random.default_rng(0).normal(size=(4, 2))
+    assert floor_spread(kernel_distance, clips, clips + 1) > 0
+    assert math.isnan(floor_spread(kernel_distance, clips[:3], clips))
+    assert math.isnan(floor_spread(kernel_distance, clips, clips[:3]))
+
+
+def test_an_unbiased_distance_has_the_spread_beside_its_floor(tmp_path: Path) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    for name in ("kvd", "frechet"):
+        result = evaluate_metric(bench, part(use=name, extractor="statistics"), samples_folder=fakes)  # type: ignore[arg-type]
+        for row in result["rows"]:
+            assert ("spread" in row) == (name == "kvd" and row["metric"].endswith(".floor"))
+            assert row.get("spread", 1.0) > 0
+        assert ("floor_spread" in result["protocol"]) == (name == "kvd")
 
 
 def test_corruptions_are_shown_to_every_distance_by_one_look(tmp_path: Path) -> None:
@@ -270,11 +290,11 @@ def test_corruptions_are_shown_to_every_distance_by_one_look(tmp_path: Path) -> 
         store_folder=folder,
     )
     assert second.dataset.draws == 1  # whether there is a held-out split
-    assert "standard error" in result["protocol"]["unit"]
+    assert "random halves" in result["protocol"]["unit"]
     assert {row["metric"] for row in result["rows"]} == {"kvd[statistics].sensitivity"}
     for row in result["rows"]:
-        assert row["value"] == pytest.approx(row["distance"] / row["unit"])
-        assert row["unit"] >= abs(row["floor"])
+        assert row["value"] == pytest.approx((row["distance"] - row["floor"]) / row["unit"])
+        assert row["unit"] != pytest.approx(abs(row["floor"]))
 
 
 def test_throughput_is_the_training_results_own() -> None:

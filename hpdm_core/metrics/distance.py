@@ -4,17 +4,23 @@ Reference: ``evaluation.reals`` real clips of the training split. Judged: ``eval
 videos. Floor (rows ``NAME.floor``): as many held-out real clips as there are generated videos, so that both
 carry the same bias of a finite set. A value near the floor means nothing: real clips that the model never
 saw are as far away.
+
+What "near" is: an unbiased distance has a floor that may come out at 0 or below, so that multiples of it mean
+nothing; it is told from its floor by the spread that the floor has by chance (`floor_spread`). Any other
+distance is told from it in multiples of the floor.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hpdm_core.metrics.corruptions import CORRUPTIONS
 from hpdm_core.metrics.projection import FEW, Projection, dimensions_used, fit_projection
+from hpdm_core.randomness import generator
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
@@ -23,12 +29,36 @@ if TYPE_CHECKING:
     from hpdm_core.metrics.frechet import Features
     from hpdm_core.metrics.protocol import FeatureExtractor, Need, Row
 
-__all__ = ["CorruptionCheck", "FeatureDistance"]
+__all__ = ["CorruptionCheck", "FeatureDistance", "floor_spread"]
 
-
-BLOCKS = 8
+HALVES = 32
+SPREAD = f"root mean square change of the floor over {HALVES} random halves of its real clips, on both sides"
 UNIT = "the floor"
-UNBIASED_UNIT = f"the larger of |floor| and the standard error of the floor over {BLOCKS} blocks of its clips"
+UNBIASED_UNIT = f"the floor's spread ({SPREAD}); the value is the distance less the floor"
+
+
+def floor_spread(
+    measure: Callable[[Features, Features], float], reference: Features, held_out: Features
+) -> float:
+    """Return the standard error of ``measure(reference, held_out)`` that comes from which real clips were
+    drawn.
+
+    The delete-half jackknife (Shao & Wu 1989): the distance between random halves of both sides, against that
+    between the whole. Right where the two sides differ; where they do not, the distance's chance is quadratic,
+    and this is up to sqrt(3) times too large. NaN with fewer than 4 clips on a side. The same clips give the
+    same value.
+    """
+    if min(len(reference), len(held_out)) < 4:
+        return math.nan
+    whole = measure(reference, held_out)
+    stream = generator("evaluation", "floor_spread")
+    changes = []
+    for _ in range(HALVES):
+        halves = [
+            torch.randperm(len(side), generator=stream)[: len(side) // 2] for side in (reference, held_out)
+        ]
+        changes.append(measure(reference[halves[0].numpy()], held_out[halves[1].numpy()]) - whole)
+    return math.sqrt(sum(change**2 for change in changes) / HALVES)
 
 
 class FeatureDistance:
@@ -78,11 +108,14 @@ class FeatureDistance:
             "reals": evaluation.reals,
             "reference": "real clips of the training split",
             "floor": f"{evaluation.samples} real clips of the held-out split against the reference",
+            **({"floor_spread": SPREAD} if self.unbiased else {}),
             "downsampling": assembly.config.data.downsampling,
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return one row per level, and one ``.floor`` row per level where the data have a held-out split."""
+        """Return one row per level, and one ``.floor`` row per level where the data have a held-out split; an
+        unbiased distance's floors have their ``spread`` beside the value.
+        """
         samples = context.assembly.config.evaluation.samples
         fakes = context.fake_features(self.extractor)
         references, held_out = self._real(context)
@@ -94,7 +127,10 @@ class FeatureDistance:
             )
             if held_out:
                 floor = self._between(project, reference, held_out[level])
-                rows.append({"metric": f"{self.name}.floor", "level": level, "value": floor})
+                row: dict[str, Any] = {"metric": f"{self.name}.floor", "level": level, "value": floor}
+                if self.unbiased:
+                    row["spread"] = self._spread(project, reference, held_out[level])
+                rows.append(row)
         return rows
 
     def _real(self, context: EvaluationContext) -> tuple[Sequence[Features], Sequence[Features]]:
@@ -114,22 +150,17 @@ class FeatureDistance:
     def _between(self, project: Projection, reference: Features, judged: Features) -> float:
         return self.measure(project(reference), project(judged))
 
-    def _unit(self, project: Projection, reference: Features, held_out: Features, floor: float) -> float:
-        """Return what a corruption's effect is counted in; see `UNIT` and `UNBIASED_UNIT`."""
-        blocks = min(BLOCKS, len(held_out) // 2)  # an unbiased distance needs two clips
-        if not self.unbiased or blocks < 2:
-            return abs(floor)
-        values = [self._between(project, reference, held_out[start::blocks]) for start in range(blocks)]
-        return max(abs(floor), statistics.stdev(values) / math.sqrt(blocks))
+    def _spread(self, project: Projection, reference: Features, held_out: Features) -> float | None:
+        spread = floor_spread(self.measure, project(reference), project(held_out))
+        return None if math.isnan(spread) else spread
 
 
 class CorruptionCheck:
-    """What a distance sees: how many floors away corrupted real clips are. Depends on the data alone.
+    """What a distance sees: how far away corrupted real clips are. Depends on the data alone.
 
     The held-out clips of the floor are corrupted on each level (`hpdm_core.metrics.corruptions`), and their
-    distance to the same reference is counted in floors. Below 3 the distance is blind to that corruption on
-    that level. The floor of an unbiased distance may come out near 0 by chance, which would make it see
-    everything: the unit is then the floor's own standard error.
+    distance to the same reference is counted in floors (`UNIT`), or, for an unbiased distance, from the floor
+    on in its spreads (`UNBIASED_UNIT`). Below 3 the distance is blind to that corruption on that level.
     """
 
     needs: Need = "data"
@@ -148,8 +179,8 @@ class CorruptionCheck:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return a row per corruption and level; ``value`` in floors, with ``distance``, ``floor``
-        and ``unit`` beside it.
+        """Return a row per corruption and level; ``value`` in units, with ``distance``, ``floor`` and ``unit``
+        beside it. ``value`` is infinite where the unit is 0 or, with too few clips, unknown (None).
         """
         count = context.assembly.config.evaluation.samples
         references, held_out = self.distance._real(context)
@@ -163,13 +194,17 @@ class CorruptionCheck:
             for level, reference in enumerate(references):
                 project = self.distance._projection(context, reference, count)
                 floor = self.distance._between(project, reference, held_out[level])
-                unit = self.distance._unit(project, reference, held_out[level], floor)
                 moved = self.distance._between(project, reference, spoiled[level])
+                unit: float | None = abs(floor)
+                effect = moved
+                if self.distance.unbiased:
+                    unit = self.distance._spread(project, reference, held_out[level])
+                    effect = moved - floor
                 rows.append(
                     {
                         "metric": self.name,
                         "level": level,
-                        "value": moved / unit if unit else float("inf"),
+                        "value": effect / unit if unit else math.inf,
                         "corruption": corruption,
                         "distance": moved,
                         "floor": floor,

@@ -1,7 +1,7 @@
 """Tables of a study: arms as rows, levels as resolutions, mean and spread over seeds, differences paired by
 seed.
 
-One block per metric. A hole is shown as one and counted; a value below three floors and a table without a
+One block per metric. A hole is shown as one and counted; a value near its floor and a table without a
 difference beyond chance say so. Every table carries its protocol.
 """
 
@@ -21,7 +21,8 @@ from hpdm_core.report.text import HOLE, MARK, Table, number, protocol_text, show
 __all__ = ["FLOORS", "blind_spots", "headline", "metric_tables"]
 
 FLOORS = 3
-"""A distance below this many floors means nothing; a corruption that moves it by less goes unseen."""
+"""A distance below this many floors means nothing; a corruption that moves it by less goes unseen. A distance
+whose floor has a ``spread`` (it may be 0 or negative) is counted from the floor on, in spreads."""
 _FLOOR, _SENSITIVITY = ".floor", ".sensitivity"
 _HEADLINE = "held_out_loss"
 _NO_LEVEL = "value"
@@ -80,7 +81,7 @@ def headline(results: StudyResults) -> list[str]:
 
 
 def blind_spots(results: StudyResults) -> list[str]:
-    """Return a line per distance: the corruptions that move it by less than three floors, with the levels."""
+    """Return a line per distance: the corruptions that move it by less than three units, with the levels."""
     lines = []
     rows = results.frame[results.frame["metric"].str.endswith(_SENSITIVITY)]
     for metric, found in rows.groupby("metric", sort=False):
@@ -156,18 +157,22 @@ def _values(results: StudyResults, block: _Block) -> Table:
     floor = {
         level: float(_at(floors, level)["value"].mean()) for level, _ in columns if len(_at(floors, level))
     }
+    spread = {level: _spread(_at(floors, level)) for level in floor}
     cells: dict[str, dict[str, str]] = {}
     marked = False
     for arm in results.arms:
         line = {}
         for level, name in columns:
             found = _summary(block.rows, arm, level)
-            low = level in floor and found.n > 0 and found.mean < FLOORS * abs(floor[level])
+            low = level in floor and found.n > 0 and _near(found.mean, floor[level], spread[level])
             marked |= low
             line[name] = show(found, planned=len(results.of_arm(arm))) + (MARK if low else "")
         cells[arm] = {**line, **_cost(results, arm)}
     if floor:
-        line = {name: number(floor[level]) if level in floor else HOLE for level, name in columns}
+        line = {
+            name: _floor_text(floor[level], spread[level]) if level in floor else HOLE
+            for level, name in columns
+        }
         cells["floor (real held-out clips)"] = {**line, "videos/s": "", "parameters": ""}
     remarks = [
         f"Mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}; "
@@ -176,13 +181,34 @@ def _values(results: StudyResults, block: _Block) -> Table:
         else f"One seed ({results.seeds[0]}): no spread."
     ]
     if marked:
-        remarks.append(f"{MARK} below {FLOORS} times the floor: such a value means nothing.")
+        limit = (
+            f"{FLOORS} times the floor"
+            if all(map(math.isnan, spread.values()))
+            else f"the floor plus {FLOORS} times its spread (the number after its ±)"
+        )
+        remarks.append(f"{MARK} below {limit}: such a value means nothing.")
     return Table(
         title=block.name,
         first=_first_line(results, block, columns),
         cells=_table(cells),
         caption=" ".join([*remarks, protocol_text(block.rows["protocol"])]),
     )
+
+
+def _spread(floors: pd.DataFrame) -> float:
+    return float(pd.to_numeric(floors["spread"]).mean()) if "spread" in floors else math.nan
+
+
+def _near(value: float, floor: float, spread: float) -> bool:
+    """Whether ``value`` means nothing beside ``floor``; ``spread`` is NaN where the floor is a unit itself."""
+    return value < FLOORS * abs(floor) if math.isnan(spread) else value < floor + FLOORS * spread
+
+
+def _floor_text(floor: float, spread: float) -> str:
+    if math.isnan(spread):
+        return number(floor)
+    larger = max(abs(floor), spread)
+    return f"{number(floor, like=larger)} ± {number(spread, like=larger)}"
 
 
 def _differences(results: StudyResults, block: _Block) -> Table:
@@ -276,12 +302,13 @@ def _sensitivity(results: StudyResults) -> Table | None:
         cells[f"{str(metric).removesuffix(_SENSITIVITY)}, {corruption}"] = line
     return Table(
         title="What the distances see",
-        first=f"{MARK} blind: moved by less than {FLOORS} floors." if rows["value"].min() < FLOORS else "",
+        first=f"{MARK} blind: moved by less than {FLOORS} units." if rows["value"].min() < FLOORS else "",
         cells=_table(cells),
         caption=(
-            "Distance of corrupted real held-out clips from the real training clips, in floors (the "
-            "distance of the same clips uncorrupted; see unit in the protocol). "
-            + protocol_text(rows["protocol"])
+            "Distance of corrupted real held-out clips from the real training clips. The floor is the "
+            "distance of the same clips uncorrupted. A distance that cannot be negative is given in floors; "
+            "an unbiased one, whose floor may be near 0, as its difference to the floor in spreads of the "
+            "floor. See unit in the protocol. " + protocol_text(rows["protocol"])
         ),
     )
 

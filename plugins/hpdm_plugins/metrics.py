@@ -50,7 +50,9 @@ def kvd(*, extractor: Extractor = RANDOM3D, dimensions: Limit = None) -> Feature
 def sensitivity(
     *, distance: Literal["frechet", "kvd"] = "frechet", extractor: Extractor = RANDOM3D
 ) -> CorruptionCheck:
-    """How many floors away corrupted real clips are, by ``distance`` on ``extractor``. Once per study."""
+    """How far away corrupted real clips are, by ``distance`` on ``extractor``, in floors (frechet) or spreads
+    of the floor (kvd). Once per study.
+    """
     return CorruptionCheck(
         frechet(extractor=extractor) if distance == "frechet" else kvd(extractor=extractor)
     )

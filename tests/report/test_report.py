@@ -161,6 +161,23 @@ def test_the_floor_has_a_row_and_marks_what_is_near_it(study: Study) -> None:
     assert "† below 3 times the floor" in made.caption
 
 
+@pytest.mark.parametrize("floor", [-1.0, 0.0, 1.0])
+def test_a_floor_with_a_spread_marks_by_the_spread(study: Study, floor: float) -> None:
+    """An unbiased floor may be 0 or negative: multiples of it mean nothing."""
+    folder = study()
+    for cell in load_results(folder).cells:
+        path = folder.parent / "store" / "evaluations" / cell.evaluation_keys[1] / "result.json"
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            if row["metric"].endswith(".floor"):
+                row |= {"value": floor, "spread": 15.0}
+        path.write_text(json.dumps(result))
+    made = table(folder, "frechet[random3d]")
+    assert made.cells.loc["floor (real held-out clips)"].tolist()[:3] == [f"{floor:.2f} ± 15.00"] * 3
+    assert made.cells.loc["default"].tolist()[:3] == ["20.00 ± 0.00†", "60.00 ± 0.00", "100.0 ± 0.0"]
+    assert "† below the floor plus 3 times its spread" in made.caption
+
+
 def test_blind_spots_are_named_with_their_levels(study: Study) -> None:
     folder = study()
     assert blind_spots(load_results(folder)) == ["frechet[random3d] is blind to: shuffle (2x6x8, 4x12x16)."]
