@@ -1,5 +1,8 @@
 """Where cells run: in this process, in processes of this machine, or on a SLURM cluster.
 
+The interface that backends follow from now on (submit, poll, cancel; attempt ids; an injected clock) stands in
+`hpdm_core.study.jobs`, the states and classes of failure in `hpdm_core.study.states`.
+
 A job is a path to a spec file (`hpdm_core.cell.run_cell`). A backend starts jobs and can tell whether one
 still lives; whether a cell is done, failed or was interrupted is read from the store, never from a backend.
 So a job may be killed, outlive its controller and be adopted by the next one.
