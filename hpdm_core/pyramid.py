@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -52,11 +52,13 @@ class CoordinateSampler(Protocol):
 class Coords:
     """Where a batch of patches of one level lies in its videos; whole video = 1 on every axis.
 
-    ``offset`` [B, 3] is the lower corner, ``scale`` [3] the extent.
+    ``offset`` [B, 3] is the lower corner, ``scale`` [3] the extent, ``extent`` the same as plain numbers where
+    they are known: shapes that hang on them need not wait for a device.
     """
 
     offset: Tensor
     scale: Tensor
+    extent: tuple[float, float, float] | None = None
 
     def centres(self, grid: Triple) -> Tensor:
         """Return the centres of the patch's cells [B, 3, n], n = f*h*w row-major; whole video = [-1, 1]."""
@@ -82,13 +84,20 @@ class Coords:
         )
         return f, h, w
 
+    def share_of(self, other: Coords) -> tuple[float, float, float] | None:
+        """Return how much of ``other`` this patch covers per axis, scale / scale', if both know it."""
+        if self.extent is None or other.extent is None:
+            return None
+        f, h, w = (mine / theirs for mine, theirs in zip(self.extent, other.extent, strict=True))
+        return f, h, w
+
     def take(self, rows: Tensor) -> Coords:
         """Return the given rows (int64), in that order; a row may be taken more than once."""
-        return Coords(offset=self.offset[rows], scale=self.scale)
+        return replace(self, offset=self.offset[rows])
 
     def to(self, device: torch.device | str) -> Coords:
         """Return a copy on ``device``."""
-        return Coords(offset=self.offset.to(device), scale=self.scale.to(device))
+        return replace(self, offset=self.offset.to(device), scale=self.scale.to(device))
 
     def _axes(self, grid: Triple) -> list[Tensor]:
         """Cell centres per axis as fractions of the whole video, each [B, cells of the axis]."""
@@ -241,6 +250,7 @@ class Pyramid:
         return Coords(
             offset=pixels / torch.tensor(self.size(level), dtype=torch.float32, device=device),
             scale=torch.tensor(self.scale(level), dtype=torch.float32, device=device),
+            extent=self.scale(level),
         )
 
     def _check(self, level: int) -> None:

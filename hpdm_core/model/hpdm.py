@@ -85,7 +85,7 @@ class Encoded:
         first = parts[0]
         return cls(
             level=first.level,
-            coords=Coords(offset=torch.cat([part.coords.offset for part in parts]), scale=first.coords.scale),
+            coords=replace(first.coords, offset=torch.cat([part.coords.offset for part in parts])),
             sigma=torch.cat([part.sigma for part in parts]),
             sigma_embedding=torch.cat([part.sigma_embedding for part in parts]),
             noisy=torch.cat([part.noisy for part in parts]),

@@ -2,13 +2,18 @@
 
 Equal to `torch.nn.functional.grid_sample` (align_corners=False, padding "border") at u -> 2u - 1, but written
 for tokens, channels last: the grid is separable, so the work is three small matrix products over the part of
-the parent that the child covers, and no gather.
+the parent that the child covers. Sampling is linear and its weights sum to one: whatever is linear in the
+features, such as a map of their width, may be applied to the few covered cells instead of the many samples.
+
+How many cells are covered follows from the two patches' extents alone, which are plain numbers: nothing is
+waited for on an accelerator, and shapes are the same at every step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -16,92 +21,110 @@ from torch import Tensor
 
 from hpdm_core.pyramid import Triple
 
-__all__ = ["sample_cells", "sample_tokens"]
+__all__ = ["Cover", "cover", "sample_cells", "sample_tokens"]
+
+ROUNDING = 1e-5
+"""Cells: a sample this near to a cell's centre counts as lying on it."""
 
 
-def sample_tokens(tokens: Tensor, grid: Triple, positions: Sequence[Tensor]) -> Tensor:
-    """Return tokens [B, N, D] of a patch of ``grid`` cells interpolated at ``positions``: [B, n, D].
+@dataclass(frozen=True)
+class Cover:
+    """The box of a patch's cells that each row's samples need, and the samples' weights over it.
+
+    ``rows`` [B * count] are the box's cells among all B * N of the batch, row-major; None for the whole
+    patch. ``weights``: per axis [B, n, count of the axis], each row summing to one.
+    """
+
+    rows: Tensor | None
+    counts: Triple
+    weights: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def cells(self) -> int:
+        """Cells of a row's box."""
+        return math.prod(self.counts)
+
+    def cut(self, cells: Tensor) -> Tensor:
+        """Cut each row's box out of the patches' cells [B, N, D]: [B, count, D]."""
+        if self.rows is None:
+            return cells
+        batch, _, width = cells.shape
+        return cells.reshape(-1, width).index_select(0, self.rows).view(batch, -1, width)
+
+    def sample(self, box: Tensor) -> Tensor:
+        """Interpolate what was cut, [B, count, D], at the samples: [B, n_f * n_h * n_w, D]."""
+        f, h, w = (weights.to(box.dtype) for weights in self.weights)
+        width = box.shape[-1]
+        cells = rearrange(box, "b (f h w) d -> b f h w d", f=self.counts[0], h=self.counts[1])
+        # Width first and frames last: the largest product is then one wide matrix per row of the batch.
+        cells = torch.matmul(w[:, None, None], cells)  # [B, F, H, n_w, D]
+        lines = rearrange(cells, "b f h w d -> b f h (w d)")
+        lines = torch.matmul(h[:, None], lines)  # [B, F, n_h, n_w D]
+        planes = rearrange(lines, "b f h x -> b f (h x)")
+        return torch.bmm(f, planes).view(len(box), -1, width)  # [B, n_f n_h n_w, D]
+
+
+def cover(positions: Sequence[Tensor], grid: Triple, extent: Sequence[float] | None = None) -> Cover:
+    """Return what samples at ``positions`` need of a patch of ``grid`` cells.
 
     ``positions``: per axis (f, h, w) a tensor [B, n_axis] in the patch's unit frame (0 = lower face, 1 =
-    upper face), as `Coords.within` gives them. Gradients flow to the tokens, not to the positions.
+    upper face), evenly spread and rising, as `Coords.within` gives them. ``extent``: how much of the patch
+    the samples' own patch covers per axis, 1 for all of it; None looks for it in the positions, for which an
+    accelerator has to be waited for.
     """
-    f, h, w = grid
-    cells = rearrange(tokens, "b (f h w) d -> b f h w d", f=f, h=h, w=w)
-    return rearrange(sample_cells(cells, positions), "b f h w d -> b (f h w) d")
-
-
-def sample_cells(cells: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Return ``cells`` [B, F, H, W, D] at ``positions`` (per axis [B, n_axis]): [B, n_f, n_h, n_w, D]."""
-    sizes = cells.shape[1:4]
     starts, counts, weights = [], [], []
-    for axis, size in zip(positions, sizes, strict=True):
-        start, count = _covered(axis, size)
-        starts.append(start)
+    for index, (axis, size) in enumerate(zip(positions, grid, strict=True)):
+        places = (axis.detach() * size - 0.5).clamp(0, size - 1)  # in cells; beyond the border: on it
+        count = _count(places, size, None if extent is None else extent[index], axis.shape[1])
+        start = (places[:, 0] + ROUNDING).floor().clamp(max=size - count)  # [B]
+        steps = torch.arange(count, device=axis.device, dtype=axis.dtype)
+        hats = (1 - (places[:, :, None] - (start[:, None] + steps)[:, None, :]).abs()).clamp(min=0)
+        starts.append(start.long())
         counts.append(count)
-        weights.append(_hat(axis, size, start, count).to(cells.dtype))
-    cells = _cut(cells, starts, counts)
-    f, h, w = weights
-    # Width first and frames last: the largest product is then one wide matrix per row of the batch.
-    cells = torch.matmul(w[:, None, None], cells)  # [B, F, H, n_w, D]
-    rows = rearrange(cells, "b f h w d -> b f h (w d)")
-    rows = torch.matmul(h[:, None], rows)  # [B, F, n_h, n_w D]
-    planes = rearrange(rows, "b f h x -> b f (h x)")
-    planes = torch.bmm(f, planes)  # [B, n_f, n_h n_w D]
-    return rearrange(planes, "b f (h w d) -> b f h w d", h=h.shape[1], w=w.shape[1], d=cells.shape[-1])
+        weights.append(hats)
+    whole = tuple(counts) == tuple(grid)
+    made = (counts[0], counts[1], counts[2])
+    return Cover(
+        rows=None if whole else _rows(starts, made, grid),
+        counts=made,
+        weights=(weights[0], weights[1], weights[2]),
+    )
 
 
-def _continuous(positions: Tensor, size: int) -> Tensor:
-    """Positions in cells, centres at whole numbers, clamped to the outermost centres ("border")."""
-    return (positions * size - 0.5).clamp(0, size - 1)
+def _count(places: Tensor, size: int, extent: float | None, samples: int) -> int:
+    """Return how many cells from the first one on serve every row's ``samples``."""
+    if extent is None:
+        first = (places[:, 0] + ROUNDING).floor()
+        count = int((places[:, -1] - ROUNDING).ceil().sub(first).max()) + 1
+    else:
+        span = extent * size * (samples - 1) / samples  # from the first sample to the last
+        count = math.ceil(span - 2 * ROUNDING) + 2  # wherever between two cells the first one lies
+    return min(count, size)
 
 
-def _covered(positions: Tensor, size: int) -> tuple[list[int], int]:
-    """First cell that each row of ``positions`` [B, n] needs, and how many cells from there serve every row.
+def _rows(starts: Sequence[Tensor], counts: Triple, grid: Triple) -> Tensor:
+    """Return the numbers of the boxes' cells among all cells of the batch, row-major."""
+    index = torch.arange(len(starts[0]), device=starts[0].device)[:, None]
+    for start, count, size in zip(starts, counts, grid, strict=True):
+        along = start[:, None] + torch.arange(count, device=start.device)  # [B, count]
+        index = (index[:, :, None] * size + along[:, None, :]).flatten(1)
+    return index.flatten()
 
-    Only on the CPU: elsewhere the numbers would have to be waited for, and the whole axis costs less than the
-    wait.
+
+def sample_tokens(
+    tokens: Tensor, grid: Triple, positions: Sequence[Tensor], extent: Sequence[float] | None = None
+) -> Tensor:
+    """Return tokens [B, N, D] of a patch of ``grid`` cells interpolated at ``positions``: [B, n, D].
+
+    See `cover` for ``positions`` and ``extent``. Gradients flow to the tokens, not to the positions.
     """
-    if positions.device.type != "cpu":
-        return [0] * positions.shape[0], size
-    places = _continuous(positions.detach(), size)
-    first = places.amin(dim=1).floor().long()
-    last = places.amax(dim=1).ceil().long()
-    count = int((last - first).max()) + 1
-    return first.clamp(max=size - count).tolist(), count
+    found = cover(positions, grid, extent)
+    return found.sample(found.cut(tokens))
 
 
-def _hat(positions: Tensor, size: int, starts: Sequence[int], count: int) -> Tensor:
-    """Weights [B, n, count] of linear interpolation over the ``count`` cells from each row's start."""
-    places = _continuous(positions, size)
-    first = torch.tensor(starts, device=places.device, dtype=places.dtype)
-    cells = first[:, None] + torch.arange(count, device=places.device, dtype=places.dtype)
-    return (1 - (places[:, :, None] - cells[:, None, :]).abs()).clamp(min=0)
-
-
-def _cut(cells: Tensor, starts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-    """Cut each row's box out of ``cells`` [B, F, H, W, D]."""
-    if tuple(counts) == tuple(cells.shape[1:4]):
-        return cells
-    boxes = [
-        tuple(slice(start, start + count) for start, count in zip(corner, counts, strict=True))
-        for corner in zip(*starts, strict=True)
-    ]
-    cut: Tensor = _Boxes.apply(cells, boxes)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return cut
-
-
-class _Boxes(torch.autograd.Function):
-    """Stack one box per row. Slices would do, but their gradient fills a patch with zeros once per axis."""
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, boxes: Sequence[tuple[slice, ...]]) -> Tensor:
-        ctx.shape, ctx.boxes = cells.shape, boxes
-        return torch.stack([row[box] for row, box in zip(cells, boxes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        whole = gradient.new_zeros(ctx.shape)
-        for row, box, part in zip(whole, ctx.boxes, gradient, strict=True):
-            row[box] = part
-        return whole, None
+def sample_cells(cells: Tensor, positions: Sequence[Tensor], extent: Sequence[float] | None = None) -> Tensor:
+    """Return ``cells`` [B, F, H, W, D] at ``positions`` (per axis [B, n_axis]): [B, n_f, n_h, n_w, D]."""
+    f, h, w = cells.shape[1:4]
+    sampled = sample_tokens(rearrange(cells, "b f h w d -> b (f h w) d"), (f, h, w), positions, extent)
+    shape = {"f": positions[0].shape[1], "h": positions[1].shape[1]}
+    return rearrange(sampled, "b (f h w) d -> b f h w d", **shape)

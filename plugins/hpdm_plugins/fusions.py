@@ -6,7 +6,8 @@ before the same blocks, so that an arm changes one thing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
-from hpdm_core.model.interpolation import sample_cells, sample_tokens
+from hpdm_core.model.interpolation import Cover, cover, sample_cells
 from hpdm_core.pyramid import Coords
 
 __all__ = ["DeepFusion", "NoFusion", "ShallowConcat"]
@@ -43,13 +44,16 @@ class FusionLinear(nn.Linear):
         weight[:, :width] = torch.eye(width, device="cpu")
         return weight
 
-    def own(self, tokens: Tensor) -> Tensor:
-        """Apply the part of the map that the own features see, without bias."""
-        return F.linear(tokens, self.weight[:, : self.out_features])
+    def part(self, features: Tensor, first: int) -> Tensor:
+        """Apply, without bias, the part of the map that sees its inputs from number ``first`` on.
 
-    def rest(self, context: Tensor) -> Tensor:
-        """Apply the part that context and coordinates see, with the bias. own(a) + rest(c) = self([a, c])."""
-        return F.linear(context, self.weight[:, self.out_features :], self.bias)
+        self([a, b]) = part(a, 0) + part(b, width of a) + bias: nothing needs to be concatenated.
+        """
+        return F.linear(features, self.weight[:, first : first + features.shape[-1]])
+
+    def constant(self, places: Tensor, first: int) -> Tensor:
+        """Return `part` of ``places`` with the bias."""
+        return F.linear(places, self.weight[:, first : first + places.shape[-1]], self.bias)
 
 
 def _linears(shape: FusionShape, extra: int) -> nn.ModuleDict:
@@ -79,8 +83,9 @@ class NoFusion(ContextFusion):
         """See `ContextFusion`."""
         if self.maps is None:
             return tokens
-        fused: Tensor = self.maps[str(block)](torch.cat([tokens, _coordinates(coords, self.shape)], dim=-1))
-        return fused
+        layer = _map(self.maps, block)
+        places = _coordinates(coords, self.shape).to(tokens.dtype)
+        return layer.part(tokens, 0) + layer.constant(places, self.shape.token_dim)
 
 
 class ShallowConcat(NoFusion):
@@ -98,7 +103,9 @@ class ShallowConcat(NoFusion):
         """See `ContextFusion`."""
         parent = sources[-1]
         cells = rearrange(parent.noisy, "b c f h w -> b f h w c")
-        sampled = sample_cells(cells, coords.within(parent.coords, self.shape.patch))
+        sampled = sample_cells(
+            cells, coords.within(parent.coords, self.shape.patch), coords.share_of(parent.coords)
+        )
         return rearrange(sampled, "b f h w c -> b c f h w")
 
     def token_context(
@@ -120,8 +127,12 @@ class DeepFusion(ContextFusion):
     """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
 
     The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over
-    levels. With ``detach`` no gradient flows into the parents. The part of the map that sees context and
-    coordinates is applied when the context is made, so that a denoising step pays for Linear(D -> D) only.
+    levels. With ``detach`` no gradient flows into the parents.
+
+    The map is applied part by part. What context and coordinates give is made with the context, so that a
+    denoising step pays for Linear(D -> D) only; and the context's part is applied to the parents' covered
+    cells before they are sampled, wherever these are fewer than the child's tokens, as they are in a pyramid
+    (about a quarter of them).
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
@@ -134,12 +145,16 @@ class DeepFusion(ContextFusion):
         self, block: int, level: int, coords: Coords, sources: Sequence[Source]
     ) -> Tensor | None:
         """See `ContextFusion`."""
-        context = self.mean(coords, sources)
+        layer, width = _map(self.maps, block), self.shape.token_dim
+        covers = self._covers(coords, sources)
+        if sum(found.cells for found, _ in covers) < math.prod(self.shape.grid):
+            mapped = _total(found.sample(layer.part(found.cut(tokens), width)) for found, tokens in covers)
+        else:
+            mapped = layer.part(_total(found.sample(found.cut(tokens)) for found, tokens in covers), width)
+        rest: Tensor = layer.bias
         if self.coordinates:
-            context = torch.cat([context, _coordinates(coords, self.shape).to(context.dtype)], dim=-1)
-        layer = self.maps[str(block)]
-        assert isinstance(layer, FusionLinear), "the maps are made by this module"
-        return layer.rest(context)
+            rest = layer.constant(_coordinates(coords, self.shape).to(mapped.dtype), 2 * width)
+        return torch.add(rest, mapped, alpha=1 / len(sources))
 
     def fuse(
         self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
@@ -147,22 +162,39 @@ class DeepFusion(ContextFusion):
         """See `ContextFusion`."""
         if context is None:
             raise ValueError("deep fusion was given no context")
-        layer = self.maps[str(block)]
-        assert isinstance(layer, FusionLinear), "the maps are made by this module"
-        return layer.own(tokens) + context
+        return _map(self.maps, block).part(tokens, 0) + context
 
     def mean(self, coords: Coords, sources: Sequence[Source]) -> Tensor:
         """Return the parents' features at the child's token centres, averaged over levels (Eq 7)."""
-        total: Tensor | None = None
+        covers = self._covers(coords, sources)
+        return _total(found.sample(found.cut(tokens)) for found, tokens in covers) / len(sources)
+
+    def _covers(self, coords: Coords, sources: Sequence[Source]) -> list[tuple[Cover, Tensor]]:
+        """Return what the child needs of each source, and the source's tokens [B, N, D]."""
+        if not sources:
+            raise ValueError("deep fusion was given no sources")
+        made = []
         for source in sources:
             if source.tokens is None:
                 raise ValueError(f"deep fusion was given no tokens of level {source.level}")
-            tokens = source.tokens.detach() if self.detach else source.tokens
-            sampled = sample_tokens(tokens, self.shape.grid, coords.within(source.coords, self.shape.grid))
-            total = sampled if total is None else total + sampled
-        if total is None:
-            raise ValueError("deep fusion was given no sources")
-        return total / len(sources)
+            positions = coords.within(source.coords, self.shape.grid)
+            found = cover(positions, self.shape.grid, coords.share_of(source.coords))
+            made.append((found, source.tokens.detach() if self.detach else source.tokens))
+        return made
+
+
+def _map(maps: nn.ModuleDict, block: int) -> FusionLinear:
+    layer = maps[str(block)]
+    assert isinstance(layer, FusionLinear), "the maps are made by this module"
+    return layer
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one or more tensors."""
+    first, *others = parts
+    for each in others:
+        first = first + each
+    return first
 
 
 @hookimpl

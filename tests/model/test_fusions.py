@@ -142,7 +142,9 @@ def test_no_fusion_tells_the_place_or_nothing():
     tokens = torch.randn(3, 240, 8)
     fusion = scrambled(NoFusion(SHAPE))
     expected = fusion.maps["1"](torch.cat([tokens, places(1)], dim=-1))
-    assert torch.equal(fusion.fuse(1, 1, tokens, None, coords(1), torch.ones(3)), expected)
+    torch.testing.assert_close(
+        fusion.fuse(1, 1, tokens, None, coords(1), torch.ones(3)), expected, atol=1e-5, rtol=1e-5
+    )
     for nothing in (NoFusion(SHAPE, coordinates=False), ContextFusion()):
         assert torch.equal(nothing.fuse(1, 1, tokens, None, coords(1), torch.ones(3)), tokens)
         assert nothing.token_context(1, 1, coords(1), [source(0)]) is None

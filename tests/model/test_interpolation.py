@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpdm_core.model import interpolation
-from hpdm_core.model.interpolation import sample_tokens
+from hpdm_core.model.interpolation import cover, sample_tokens
 
 GRID, CHILD = (4, 6, 10), (3, 5, 7)
 
@@ -30,15 +29,14 @@ def case(extent, *, seed=0):
     return tokens, positions, torch.randn(3, 3 * 5 * 7, 11, generator=start)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["covered part", "whole parent"])
-@pytest.mark.parametrize("extent", [1.0, 0.5, 0.25, 1.2])
-def test_agrees_with_the_library_in_value_and_gradient(extent, whole, monkeypatch):
-    """``whole`` is the way of accelerators, where the covered part is not looked for."""
-    if whole:
-        monkeypatch.setattr(interpolation, "_covered", lambda axis, size: ([0] * axis.shape[0], size))
-    tokens, positions, upstream = case(extent)
+@pytest.mark.parametrize("told", [False, True], ids=["extent looked for", "extent told"])
+@pytest.mark.parametrize("extent", [1.0, 0.5, 0.25, 0.3, 1.2])
+@pytest.mark.parametrize("seed", range(5))
+def test_agrees_with_the_library_in_value_and_gradient(extent, told, seed):
+    tokens, positions, upstream = case(extent, seed=seed)
     ours, theirs = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
-    value, expected = sample_tokens(ours, GRID, positions), by_grid_sample(theirs, positions)
+    value = sample_tokens(ours, GRID, positions, (extent,) * 3 if told else None)
+    expected = by_grid_sample(theirs, positions)
     torch.testing.assert_close(value, expected, atol=1e-5, rtol=0)
     value.backward(upstream)
     expected.backward(upstream)
@@ -59,3 +57,25 @@ def test_rows_do_not_mix():
     for row in range(3):
         alone = sample_tokens(tokens[row, None], GRID, [axis[row, None] for axis in positions])
         torch.testing.assert_close(alone[0], expected[row])
+
+
+@pytest.mark.parametrize("extent", [0.5, 0.25, 0.3])
+@pytest.mark.parametrize("phase", [0.0, 1e-7, -1e-7, 0.25, 0.5, 0.75, 0.99999])
+def test_the_told_extent_covers_every_sample_wherever_it_begins(extent, phase):
+    """Each sample's weights sum to one, so none of the cells that it needs lies outside the box."""
+    size, samples = 16, 16
+    first = (2 + phase + 0.5) / size  # the first sample, in the parent's unit frame
+    axis = (first + extent * torch.arange(samples) / samples)[None]
+    found = cover([axis] * 3, (size,) * 3, (extent,) * 3)
+    assert found.cells < (extent * size + 3) ** 3
+    for weights in found.weights:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, samples), atol=2e-5, rtol=0)
+
+
+def test_a_linear_map_may_be_applied_before_sampling():
+    tokens, positions, _ = case(0.5)
+    layer = torch.nn.Linear(11, 7)
+    found = cover(positions, GRID, (0.5,) * 3)
+    assert found.cells < 4 * 6 * 10
+    expected = layer(sample_tokens(tokens, GRID, positions))
+    torch.testing.assert_close(found.sample(layer(found.cut(tokens))), expected, atol=1e-5, rtol=0)
