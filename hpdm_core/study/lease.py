@@ -1,18 +1,20 @@
 """Who is working on what: process identities, and leases that outlive no process.
 
-A lease is a file that names its holder (host, pid, start of the process) and that the holder touches every
-few seconds. It is free when the process is dead (same host) or has not touched it for a while (another host).
+A lease is a file that names its holder (host, pid, start of the process) and holds a counter that the holder
+moves on every few seconds. It is free when the process is dead (same host), or when its counter has not moved
+for a while on the monotonic clock of the one who looks (another host): clocks of two hosts are never compared.
 The same class locks a stage of the store against a second worker and a study against a second controller.
 """
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,12 +22,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpdm_core.errors import TroubleError
-from hpdm_core.files import read_json, write_json
+from hpdm_core.files import read_json
 
-__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "Held", "Lease", "Process"]
+__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "Held", "Lease", "LeaseLost", "Process", "Watch"]
 
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 90.0  # above the 60 s for which a network file system may show old attributes
+STALE_SECONDS = 90.0  # above the 60 s for which a network file system may show an old file
+EMPTY_SECONDS = 2 * HEARTBEAT_SECONDS
+DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +74,49 @@ class Process:
         return f"process {self.pid} on {self.host.partition(':')[0]}"
 
 
+class Watch:
+    """For how long things have not changed, on this process's own clock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[Any, float]] = {}
+
+    def silent(self, name: str, value: Any) -> float:
+        """Return for how many seconds ``name`` has had this ``value``; 0 when it is seen for the first time."""
+        now = self._clock()
+        before = self._seen.get(name)
+        if before is None or before[0] != value:
+            self._seen[name] = (value, now)
+            return 0.0
+        return now - before[1]
+
+    def forget(self, name: str) -> None:
+        """Begin again with ``name``."""
+        self._seen.pop(name, None)
+
+
 class Held(Exception):
-    """The lease belongs to another living process."""
+    """The lease belongs to another process that lives, or of which it is not known yet that it does not."""
 
     def __init__(self, holder: Process | None) -> None:
         super().__init__(f"held by {holder or 'another process'}")
         self.holder = holder
 
 
+class LeaseLost(TroubleError):
+    """Another process has taken the work over."""
+
+
 class Lease:
     """The right to work behind ``path``, while the block lasts.
 
-    Entering raises `Held` when a living process has it. A thread touches the file; `check` raises a
-    `TroubleError` once the lease was taken over, which happens to a machine that slept longer than
-    `STALE_SECONDS`.
+    Entering raises `Held` when a living process has it. A holder on another host is alive until it has been
+    watched for `STALE_SECONDS` without a move of its counter: whoever wants to know tries again. A thread
+    moves the counter; `check` raises `LeaseLost` once the lease was taken over, which happens to a machine
+    that slept longer than that.
     """
+
+    _watch = Watch()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,16 +124,17 @@ class Lease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @staticmethod
-    def holder(path: Path) -> Process | None:
+    @classmethod
+    def holder(cls, path: Path) -> Process | None:
         """Return the living holder of the lease at ``path``, or None when it is free."""
         data = read_json(path)
-        if data is None:
-            return None
         process = Process.read(data)
-        alive = None if process is None else process.alive()
+        if data is None or process is None:
+            return None
+        alive = process.alive()
         if alive is None:
-            alive = _age(path) < STALE_SECONDS
+            counter = (data.get("token"), data.get("beat"))
+            alive = cls._watch.silent(str(path), counter) < STALE_SECONDS
         return process if alive else None
 
     def __enter__(self) -> Self:
@@ -111,20 +144,14 @@ class Lease:
                 holder = self.holder(self.path)
                 if holder is not None:
                     raise Held(holder)
-                if read_json(self.path) is None and _age(self.path) < HEARTBEAT_SECONDS:
+                if read_json(self.path) is None and self._unfilled():
                     raise Held(None)  # created by another host a moment ago, not yet filled
                 self.path.unlink(missing_ok=True)
-            try:
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-            except FileExistsError:
-                raise Held(self.holder(self.path)) from None
-            try:
-                write_json(self.path, {**Process.here().to_json(), "token": self._token}, durable=False)
-            except BaseException:  # a full disk: an empty lease must not stay
-                self.path.unlink(missing_ok=True)
-                raise
-        self.check()
-        self._thread = threading.Thread(target=self._beat, name=f"lease {self.path.name}", daemon=True)
+            self._watch.forget(str(self.path))
+            counter = self._create()
+        self._thread = threading.Thread(
+            target=self._beat, args=counter, name=f"lease {self.path.name}", daemon=True
+        )
         self._thread.start()
         return self
 
@@ -144,19 +171,56 @@ class Lease:
         return data is not None and data.get("token") == self._token
 
     def check(self) -> None:
-        """Raise a `TroubleError` when another process has taken the lease over."""
+        """Raise `LeaseLost` when another process has taken the lease over."""
         if not self.mine():
-            raise TroubleError(
+            raise LeaseLost(
                 f"{self.path}: another process has taken this work over (this one was silent for more than "
                 f"{STALE_SECONDS:.0f} s); what it did is left to the other"
             )
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            if not self.mine():
-                return
+    def _unfilled(self) -> bool:
+        return self._watch.silent(str(self.path), "unfilled") < EMPTY_SECONDS
+
+    def _create(self) -> tuple[int, int]:
+        """Make the file, whole, unless there is one; return its descriptor and where its counter stands."""
+        data = {**Process.here().to_json(), "token": self._token, "beat": "0" * DIGITS}
+        text = json.dumps(data).encode()
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        try:
+            os.write(descriptor, text)
+            os.fsync(descriptor)
+            try:
+                os.link(temporary, self.path)
+            except FileExistsError:
+                raise Held(self.holder(self.path)) from None
+            except OSError:  # a file system without hard links
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                temporary.replace(self.path)
+        except FileExistsError:
+            os.close(descriptor)
+            raise Held(self.holder(self.path)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return descriptor, text.rindex(b'"' + b"0" * DIGITS) + 1
+
+    def _beat(self, descriptor: int, offset: int) -> None:
+        """Move the counter on, in our own file: one that has replaced it is not touched."""
+        beat = 0
+        try:
+            while not self._stop.wait(HEARTBEAT_SECONDS):
+                if not self.mine():
+                    return
+                beat += 1
+                with contextlib.suppress(OSError):
+                    os.pwrite(descriptor, f"{beat:0{DIGITS}}".encode(), offset)
+                    os.fsync(descriptor)
+        finally:
             with contextlib.suppress(OSError):
-                os.utime(self.path)
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -175,15 +239,6 @@ def _exclusive(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _age(path: Path) -> float:
-    """Seconds since ``path`` was touched; infinite when it is gone."""
-    try:
-        with path.open("rb") as handle:  # opening makes a network file system ask its server
-            return max(0.0, time.time() - os.fstat(handle.fileno()).st_mtime)
-    except OSError:
-        return float("inf")
 
 
 @cache

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from hpdm_core.errors import TroubleError
 from hpdm_core.study import lease as lease_module
-from hpdm_core.study.lease import Held, Lease, Process
+from hpdm_core.study.lease import Held, Lease, Process, Watch
 
 
 def dead_process() -> Process:
@@ -66,21 +67,58 @@ def test_a_dead_holder_is_replaced(tmp_path: Path) -> None:
         assert Lease.holder(path) == Process.here()
 
 
-@pytest.mark.parametrize(("silent", "taken"), [(10.0, True), (lease_module.STALE_SECONDS + 10, False)])
-def test_a_holder_on_another_host_is_judged_by_its_silence(
-    tmp_path: Path, silent: float, taken: bool
-) -> None:
+class Hands:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
+    made = Hands()
+    monkeypatch.setattr(Lease, "_watch", Watch(made))
+    return made
+
+
+def elsewhere(path: Path, beat: int) -> None:
+    data = {"host": "elsewhere", "pid": 1, "start": "x", "token": "old", "beat": beat}
+    path.write_text(json.dumps(data))
+
+
+def test_a_holder_on_another_host_lives_while_its_counter_moves(tmp_path: Path, hands: Hands) -> None:
     path = tmp_path / "lease"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "token": "old"}))
-    touched = time.time() - silent
-    os.utime(path, (touched, touched))
-    assert (Lease.holder(path) is not None) is taken
-    if taken:
+    for beat in range(5):
+        elsewhere(path, beat)
+        hands.now += lease_module.STALE_SECONDS - 1
         with pytest.raises(Held, match="process 1 on elsewhere"), Lease(path):
             pass
-    else:
-        with Lease(path):
-            pass
+
+
+def test_a_silent_holder_on_another_host_is_replaced_whatever_its_clock_says(
+    tmp_path: Path, hands: Hands
+) -> None:
+    path = tmp_path / "lease"
+    elsewhere(path, 7)
+    os.utime(path, (4e9, 4e9))  # that host's clock is decades ahead
+    with pytest.raises(Held), Lease(path):
+        pass
+    hands.now += lease_module.STALE_SECONDS + 1
+    with Lease(path):
+        assert Lease.holder(path) == Process.here()
+
+
+def test_a_lease_without_content_is_given_time_and_then_replaced(tmp_path: Path, hands: Hands) -> None:
+    path = tmp_path / "lease"
+    path.touch()
+    with pytest.raises(Held), Lease(path):
+        pass
+    hands.now += lease_module.EMPTY_SECONDS + 1
+    with Lease(path):
+        assert Lease.holder(path) == Process.here()
 
 
 def test_a_lease_that_was_taken_over_is_noticed_and_left_alone(tmp_path: Path) -> None:
@@ -93,15 +131,41 @@ def test_a_lease_that_was_taken_over_is_noticed_and_left_alone(tmp_path: Path) -
     assert json.loads(path.read_text())["token"] == "another"
 
 
-def test_the_holder_touches_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_holder_moves_its_counter_and_leaves_another_lease_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
     path = tmp_path / "lease"
+
+    def beat() -> int:
+        return int(json.loads(path.read_text())["beat"])
+
     with Lease(path):
-        os.utime(path, (1.0, 1.0))
         deadline = time.monotonic() + 5
-        while path.stat().st_mtime < 2 and time.monotonic() < deadline:
+        while beat() < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert path.stat().st_mtime > 2
+        assert beat() >= 3
+        path.unlink()
+        elsewhere(path, 0)
+        time.sleep(0.1)
+        assert beat() == 0
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_system_without_links_has_leases_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+
+        def refuse(*paths: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", refuse)
+    with Lease(tmp_path / "lease"):
+        assert Lease.holder(tmp_path / "lease") == Process.here()
+        with pytest.raises(Held), Lease(tmp_path / "lease"):
+            pass
+    assert not list(tmp_path.glob("*lease")) and not list(tmp_path.glob(".*.tmp"))
 
 
 def _race(path: str, start: float, wins: str) -> None:
