@@ -1,12 +1,13 @@
 """The ledger: one Optuna trial per cell, an index for people and dashboards. The store stays the truth.
 
-Trials are asked and told, never optimized; they carry attributes only (cell, arm, seed, state), no
-parameters, so that arms can be added later. A cell that is run again after a failure gets a new trial with
-``retry_of``. The trial's value is the seconds of work in its stages. The controller is the only writer, under
-its lock; the default storage is a journal file beside the study.
+Trials carry attributes only (cell, arm, seed, state), no parameters, so that arms can be added later; the trials of
+a search stand in studies of their own beside them (`hpdm_core.study.search`). A cell that is run again after a failure
+gets a new trial with ``retry_of``. The trial's value is the seconds of work in its stages. The controller is the only
+writer, under its lock: what it has written it knows, so a change costs the same whether the study has ten cells or ten
+thousand. Within `Ledger.batch` changes are written together.
 
-Not here: samplers (`GridSampler` and its like raise at the last cell, see `optuna.study.Study.tell`),
-heartbeats (the leases of the store are that).
+Not here: Optuna's ask and tell, which look through all trials at each call, and its heartbeats (the leases of the store
+are that).
 """
 
 import contextlib
@@ -16,13 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.files import disk_trouble, write_bytes
-from hpdm_core.study.storage import without_password
+from hpdm_core.errors import TroubleError
+from hpdm_core.files import write_bytes
+from hpdm_core.study.storage import JOURNAL, Storage, open_storage, storage_trouble
 
 __all__ = ["Ledger", "LedgerCell", "State", "mend_journal"]
 
-State = Literal["waiting", "running", "done", "failed", "interrupted"]
+State = Literal["planned", "waiting", "queued", "running", "interrupted", "done", "failed", "cancelled"]
+
+TRIAL_STATES: Mapping[State, str] = {
+    "planned": "WAITING",
+    "waiting": "WAITING",
+    "queued": "WAITING",
+    "running": "RUNNING",
+    "done": "COMPLETE",
+    "failed": "FAIL",
+    "interrupted": "FAIL",
+    "cancelled": "FAIL",
+}
+"""A cell's state -> the name of its trial's state."""
+PLAIN_STATES: Mapping[str, State] = {
+    "WAITING": "planned",
+    "RUNNING": "running",
+    "COMPLETE": "done",
+    "FAIL": "failed",
+    "PRUNED": "cancelled",
+}
+"""What a trial's state says of its cell when the trial says no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,150 +55,192 @@ class LedgerCell:
     seed: int
 
 
-class Ledger:
-    """The trials of one study in ``storage`` (any Optuna URL), or in ``folder``/journal.log when that is
-    None.
+@dataclass
+class _Record:
+    """The newest trial of a cell."""
 
-    ``notices`` holds a line for each thing that a person should know: damage that was mended.
+    trial_id: int
+    optuna: str
+    state: State
+    cause: str | None
+
+    @property
+    def closed(self) -> bool:
+        return self.optuna not in ("WAITING", "RUNNING")
+
+
+class Ledger:
+    """The trials of one study in ``storage`` (any Optuna URL), or in ``folder``/journal.log when that is None.
+
+    ``notices`` holds a line for each thing that a person should know: damage that was mended. Raises InputError when
+    the storage cannot be opened, TroubleError when it fails later.
     """
 
     def __init__(self, folder: Path, *, study: str, storage: str | None = None) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.notices: list[str] = []
-        self._journal = None if storage is not None else folder / "journal.log"
         self._study_name = study
-        if self._journal is None:
-            self._open(storage)
+        if storage is not None:
+            self.storage = open_storage(storage, folder)
+            self._load()
             return
-        notice = mend_journal(self._journal)
+        journal = folder / JOURNAL
+        notice = mend_journal(journal)
         if notice is not None:
             self.notices.append(notice)
         try:
-            self._open(None)
-            self._trials()
+            self.storage = open_storage(None, folder)
+            self._load()
         except OSError as error:
-            raise TroubleError(
-                f"{self._journal}: {error.strerror or error}; the work done is kept"
-            ) from error
+            raise TroubleError(f"{journal}: {error.strerror or error}; the work done is kept") from error
         except (
             Exception
         ) as error:  # lines that are JSON and make no sense: Optuna raises what it stumbles upon
-            kept = _set_aside(self._journal)
-            self.notices.append(_damage(self._journal, f"{type(error).__name__}: {error}", kept))
-            self._open(None)
+            kept = _set_aside(journal)
+            self.notices.append(_damage(journal, f"{type(error).__name__}: {error}", kept))
+            self.storage = open_storage(None, folder)
+            self._load()
 
-    def _open(self, url: str | None) -> None:
-        import optuna
-        from optuna.storages import BaseStorage, JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+    storage: Storage
+    """Open for others too: a search keeps its proposals in it."""
 
-        if self._journal is not None:
-            # Ours alone (the controller's lock): a lock that a killed controller left would cost 30 s.
-            self._journal.with_name(self._journal.name + ".lock").unlink(missing_ok=True)
-            self._storage: BaseStorage = JournalStorage(JournalFileBackend(str(self._journal)))
-        else:
-            assert url is not None
+    def _load(self) -> None:
+        optuna = self.storage.optuna
+        with storage_trouble(self.storage.journal):
             try:
-                self._storage = optuna.storages.get_storage(url)
-            except Exception as error:
-                first = str(error).strip().partition("\n")[0]
-                raise InputError(f"storage: '{without_password(url)}' cannot be opened: {first}") from error
-        with _as_trouble(self._journal):
-            sampler = optuna.samplers.RandomSampler(seed=0)
-            try:
-                self._study = optuna.load_study(
-                    storage=self._storage, study_name=self._study_name, sampler=sampler
-                )
+                self._study_id = optuna.get_study_id_from_name(self._study_name)
             except KeyError:
-                self._study = optuna.create_study(
-                    storage=self._storage, study_name=self._study_name, sampler=sampler
-                )
-        self._study_id = self._storage.get_study_id_from_name(self._study_name)
+                from optuna.study import StudyDirection
+
+                self._study_id = optuna.create_new_study([StudyDirection.MINIMIZE], self._study_name)
+            self._records: dict[str, _Record] = {}
+            for trial in self._trials():  # in the order of their numbers: the newest of a cell stays
+                if "cell" in trial.user_attrs:
+                    name, attributes = trial.state.name, trial.user_attrs
+                    self._records[attributes["cell"]] = _Record(
+                        trial._trial_id, name, _label(name, attributes), attributes.get("cause")
+                    )
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Changes made in the block are written together, at its end."""
+        with storage_trouble(self.storage.journal), self.storage.batch():
+            yield
 
     def sync(self, cells: Sequence[tuple[LedgerCell, State, float]]) -> None:
         """Bring the ledger to what the store says: (cell, state, seconds of work).
 
-        Missing cells are enqueued; records that a killed controller left running are taken over.
+        Cells that are missing get their records in this order; records that a killed controller left running are
+        taken over.
         """
-        known = self._latest()
-        for cell, _, _ in cells:
-            trial = known.get(cell.identity)
-            if trial is None:
-                self._enqueue(cell)
-        for cell, state, seconds in cells:
-            if state != "waiting":
-                self.set(cell, state, seconds=seconds)
+        with self.batch():
+            for cell, state, seconds in cells:
+                known = self._records.get(cell.identity)
+                if known is None:
+                    self._create(cell, state, seconds)
+                elif TRIAL_STATES[state] != "WAITING":
+                    self.set(cell, state, seconds=seconds)
 
-    def set(self, cell: LedgerCell, state: State, *, seconds: float = 0.0) -> None:
-        """Record that ``cell`` is now in ``state``; a closed record is followed by a new one, a retry."""
-        from optuna.trial import TrialState
+    def set(self, cell: LedgerCell, state: State, *, seconds: float = 0.0, cause: str | None = None) -> None:
+        """Record that ``cell`` is now in ``state``, for ``cause``; a closed record is followed by a new one, a retry.
 
-        with _as_trouble(self._journal):
-            trial = self._latest().get(cell.identity)
-            closed = {"done": TrialState.COMPLETE, "failed": TrialState.FAIL, "interrupted": TrialState.FAIL}
+        ``seconds`` of work count where the state is done.
+        """
+        with self.batch():
+            target = TRIAL_STATES[state]
+            if cause == "pruned":
+                target = "PRUNED"
+            record = self._records.get(cell.identity)
             if (
-                trial is not None
-                and trial.state == closed.get(state)
-                and trial.user_attrs.get("state") == state
+                record is not None
+                and (record.state, record.cause) == (state, cause)
+                and record.optuna == target
             ):
                 return
-            if trial is None or trial.state.is_finished():
-                trial = self._enqueue(cell, retry_of=None if trial is None else trial.number)
-            if trial.state == TrialState.WAITING:
-                self._start(trial.number)
-            number = trial.number
+            if record is None or record.closed:
+                record = self._create(cell, "planned", 0.0, retry_of=record)
             # Attributes cannot be set once a trial is told: they go first.
-            self._attribute(number, "state", state)
-            if state == "done":
-                self._study.tell(number, seconds)
-            elif state in ("failed", "interrupted"):
-                self._study.tell(number, state=TrialState.FAIL)
+            if PLAIN_STATES[target] != state:
+                self._attribute(record, "state", state)
+            if cause is not None:
+                self._attribute(record, "cause", cause)
+            if record.optuna == "WAITING" and target != "WAITING":
+                self._tell(record, "RUNNING")
+            if target not in ("WAITING", "RUNNING"):
+                self._tell(record, target, [seconds] if target == "COMPLETE" else None)
+            record.state, record.cause = state, cause
 
     def states(self) -> dict[str, State]:
         """Return cell hash -> state of its newest record."""
-        return {
-            identity: trial.user_attrs.get("state", "waiting") for identity, trial in self._latest().items()
-        }
+        return {identity: record.state for identity, record in self._records.items()}
 
     def records(self) -> list[Mapping[str, Any]]:
-        """Return every record's attributes, oldest first, with its Optuna state's name under ``optuna``."""
-        return [{**trial.user_attrs, "optuna": trial.state.name} for trial in self._trials()]
+        """Return every record's attributes and state, oldest first, with its Optuna state's name under ``optuna``."""
+        return [
+            {
+                **trial.user_attrs,
+                "state": _label(trial.state.name, trial.user_attrs),
+                "optuna": trial.state.name,
+            }
+            for trial in self._trials()
+        ]
+
+    def close(self) -> None:
+        """Let go of the storage."""
+        self.storage.close()
 
     def _trials(self) -> list[Any]:
-        return list(self._study.get_trials(deepcopy=False))
+        return self.storage.optuna.get_all_trials(self._study_id, deepcopy=False)
 
-    def _latest(self) -> dict[str, Any]:
-        return {
-            trial.user_attrs["cell"]: trial for trial in self._trials() if "cell" in trial.user_attrs
-        }  # trials come in the order of their numbers: the newest of a cell stays
+    def _create(
+        self, cell: LedgerCell, state: State, seconds: float, *, retry_of: _Record | None = None
+    ) -> _Record:
+        """Write a new record, whole: one that is done already takes no second step."""
+        from optuna.trial import TrialState, create_trial
 
-    def _enqueue(self, cell: LedgerCell, *, retry_of: int | None = None) -> Any:
-        attributes: dict[str, Any] = {
-            "cell": cell.identity,
-            "arm": cell.arm,
-            "seed": cell.seed,
-            "state": "waiting",
-        }
+        target = TRIAL_STATES[state]
+        if target == "RUNNING":  # a worker that outlived the ledger
+            target, state = "WAITING", "planned"
+        attributes: dict[str, Any] = {"cell": cell.identity, "arm": cell.arm, "seed": cell.seed}
+        if PLAIN_STATES[target] != state:
+            attributes["state"] = state
         if retry_of is not None:
-            attributes["retry_of"] = retry_of
-        with _as_trouble(self._journal):
-            self._study.enqueue_trial({}, user_attrs=attributes)
-        return self._latest()[cell.identity]
+            attributes["retry_of"] = self.storage.optuna.get_trial(retry_of.trial_id).number
+        template = create_trial(
+            state=TrialState[target],
+            value=seconds if target == "COMPLETE" else None,
+            user_attrs=attributes,
+        )
+        if target == "WAITING":
+            template.datetime_start = None
+        with storage_trouble(self.storage.journal):
+            trial_id = self.storage.optuna.create_new_trial(self._study_id, template_trial=template)
+        record = _Record(trial_id, target, state, None)
+        self._records[cell.identity] = record
+        return record
 
-    def _start(self, number: int) -> None:
-        """Make the waiting trial ``number`` a running one. Asking hands out the oldest, so others start with
-        it.
-        """
+    def _attribute(self, record: _Record, name: str, value: Any) -> None:
+        with storage_trouble(self.storage.journal):
+            self.storage.optuna.set_trial_user_attr(record.trial_id, name, value)
+
+    def _tell(self, record: _Record, target: str, values: Sequence[float] | None = None) -> None:
         from optuna.trial import TrialState
 
-        while any(trial.number == number and trial.state == TrialState.WAITING for trial in self._trials()):
-            self._study.ask()
+        with storage_trouble(self.storage.journal):
+            self.storage.optuna.set_trial_state_values(record.trial_id, TrialState[target], values)
+        record.optuna = target
 
-    def _attribute(self, number: int, name: str, value: Any) -> None:
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        self._storage.set_trial_user_attr(trial_id, name, value)
+
+def _label(optuna: str, attributes: Mapping[str, Any]) -> State:
+    """Return the state of the cell whose trial is in state ``optuna``.
+
+    What the trial says itself counts when it agrees: a kill may come between the two.
+    """
+    said: Any = attributes.get("state")
+    agrees = said in TRIAL_STATES and (
+        TRIAL_STATES[said] == optuna or (optuna, said) == ("PRUNED", "cancelled")
+    )
+    state: State = said if agrees else PLAIN_STATES[optuna]
+    return state
 
 
 def mend_journal(path: Path) -> str | None:
@@ -198,7 +261,7 @@ def mend_journal(path: Path) -> str | None:
     if not bad:
         return None
     if bad == [len(lines)]:
-        with _as_trouble(path):
+        with storage_trouble(path):
             write_bytes(path, b"".join(lines[:-1]))
         return None
     kept = _set_aside(path)
@@ -227,16 +290,3 @@ def _damage(path: Path, what: str, kept: Path) -> str:
     first = what.partition("\n")[0]
     kept_as = f"the old file is kept as {kept.name}"
     return f"{path}: damaged ({first}); the ledger is rebuilt from the store, {kept_as}"
-
-
-@contextlib.contextmanager
-def _as_trouble(path: Path | None) -> Iterator[None]:
-    """A disk or a database that fails, as one line."""
-    from optuna.exceptions import StorageInternalError
-
-    try:
-        with disk_trouble(path or "storage"):
-            yield
-    except StorageInternalError as error:
-        first = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise TroubleError(f"storage: {first}; the work done is kept, give the same command again") from error
