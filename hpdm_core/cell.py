@@ -1,15 +1,14 @@
 """One cell: a configuration, trained once, sampled, evaluated. Its stages live in the store and are shared by
 key.
 
-`Cell.run` does what is missing and nothing else. It may be killed at any moment and run again. A worker's
-whole job is `run_cell`, a path to a spec file, so that a queue of jobs survives upgrades of this package.
+`Cell.run` does what is missing and nothing else. It may be killed at any moment and run again. What a worker
+process does around it stands in `hpdm_core.study.job`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 from hpdm_core.config.keys import canonical_json, data_key, evaluation_key, sample_key, train_key
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
-from hpdm_core.files import clear_temporaries, read_json, write_json
+from hpdm_core.files import clear_temporaries, write_json
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.lease import Held, Process
-from hpdm_core.study.store import Attempt, Stage, Store, describe
-from hpdm_core.study.worker import Progress, Reporter, ended_by_sigterm
+from hpdm_core.study.store import Attempt, Stage, Store
+from hpdm_core.study.worker import Progress, Reporter
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Cell", "Keys", "Step", "run_cell"]
+__all__ = ["Cell", "Keys", "Step"]
 
 WAIT_SECONDS = 0.5
 SHEET_ROWS = 8
@@ -363,31 +362,3 @@ class Cell:
                 "planned; run the study again"
             )
         return cell
-
-
-def run_cell(path: str, progress: Progress | None = None) -> None:
-    """Run the cell in the spec file ``path``: all that a worker process does.
-
-    Beside the spec, ``worker.json`` says which process runs it, and ``error.json`` why it failed. SIGTERM
-    ends it as Ctrl-C would, leaving its stage free at once. With ``progress`` it runs in the caller's
-    process, and prints there.
-    """
-    spec_file = Path(path)
-    folder = spec_file.parent
-    with ended_by_sigterm():
-        if progress is None:
-            write_json(folder / "worker.json", Process.here().to_json(), durable=False)
-        try:
-            spec = read_json(spec_file)
-            if spec is None:
-                raise TroubleError(f"{spec_file}: no readable spec of a cell")
-            for name, value in spec.get("environment", {}).items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            Cell.from_spec(spec).run(progress, own_output=progress is None)
-        except Exception as error:
-            with contextlib.suppress(OSError):
-                write_json(folder / "error.json", describe(error))
-            raise

@@ -8,7 +8,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["HpdmError", "InputError", "TroubleError", "did_you_mean", "report_errors"]
+__all__ = ["DivergedError", "HpdmError", "InputError", "TroubleError", "did_you_mean", "report_errors"]
 
 
 class HpdmError(Exception):
@@ -34,6 +34,10 @@ class TroubleError(HpdmError):
     """Something went wrong while running; the work done so far is kept. Exit code 1."""
 
     exit_code = 1
+
+
+class DivergedError(TroubleError):
+    """A loss, a gradient or a weight is no number any more: the same again would end the same way."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

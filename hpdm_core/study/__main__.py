@@ -117,9 +117,9 @@ def run_study(
     again: str = "",
 ) -> int:
     """Run ``study`` with its results under ``results`` and return the exit code."""
-    from hpdm_core.cell import run_cell
     from hpdm_core.study.cells import cells_of
     from hpdm_core.study.controller import Controller
+    from hpdm_core.study.job import run_job
     from hpdm_core.study.progress import make_display
     from hpdm_core.study.storage import check_storage
 
@@ -127,7 +127,7 @@ def run_study(
     if backend is not None and backend != use:
         use, options = backend, {}
     controllers: list[Controller] = []
-    chosen = make_backend(use, options, job=run_cell, tick=lambda: controllers[0].tick(), slots=max_parallel)
+    chosen = make_backend(use, options, job=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
     chosen.check()
     check_writable(results)
     results = results.resolve()

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 from hpdm_core.errors import HpdmError
 from hpdm_core.files import of_the_disk, publish, read_json, write_json
+from hpdm_core.study.failures import kind_of
 from hpdm_core.study.lease import Lease, Process
 
 __all__ = ["Attempt", "Kind", "Stage", "Store", "describe"]
@@ -169,12 +170,13 @@ class Attempt:
 def describe(error: BaseException) -> dict[str, Any]:
     """Return the JSON form of an error: class, a message of one line per problem, traceback.
 
-    ``passing``: the disk was full or failed, which is no fault of the cell.
+    ``kind`` is its class of failure; ``passing``: the disk was full or failed, which is no fault of the cell.
     """
     first = str(error).strip().partition("\n")[0]  # torch's own messages go on with a stack; that is below
     message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {first}"
     return {
         "class": type(error).__name__,
+        "kind": kind_of(error),
         "message": message,
         "passing": of_the_disk(error),
         "traceback": "".join(traceback.format_exception(error)),

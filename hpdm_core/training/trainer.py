@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpdm_core import cost
+from hpdm_core import cost, interruption
 from hpdm_core.config.schema import SCHEMA_VERSION
-from hpdm_core.errors import TroubleError
+from hpdm_core.errors import DivergedError
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.runtime import prepare_torch
@@ -106,7 +106,7 @@ class Trainer:
         source: Iterator[Batch] = (
             prefetched(TrainingBatches(self.assembly), steps, ahead=ahead) if steps else (_ for _ in ())
         )
-        with closing(source):  # type: ignore[type-var]  # both are generators
+        with interruption.deferred(), closing(source):  # type: ignore[type-var]  # both are generators
             tick = time.perf_counter()
             for batch in source:
                 row = self._step(batch)
@@ -185,7 +185,7 @@ class Trainer:
         active = {slot.level for slot, rows in zip(slots, batch.in_loss, strict=True) if bool(rows.any())}
         bad = [str(level) for level in sorted(active) if not math.isfinite(levels[level])]
         what = f"the loss of level {', '.join(bad)}" if bad else "the gradient"
-        raise TroubleError(
+        raise DivergedError(
             f"training: {what} is not finite at step {batch.step} (seed {self.assembly.config.seed}); "
             f"{self._where_good()}; try a lower training.learning_rate or a longer training.warmup"
         )
@@ -202,15 +202,18 @@ class Trainer:
             self.log.write(row)
         if progress is not None:
             progress({**row, "steps": self.config.steps})
-        if last or step % runtime.checkpoint_every == 0 or step in self.config.keep:
+        end = interruption.requested()
+        if last or step % runtime.checkpoint_every == 0 or step in self.config.keep or end is not None:
             self._save(step)
+        if end is not None and not last:
+            raise interruption.Interrupted(end)
 
     def _save(self, step: int) -> None:
         if self.folder is None:
             return
         for name, tensor in self.model.state_dict().items():
             if not bool(torch.isfinite(tensor).all()):
-                raise TroubleError(
+                raise DivergedError(
                     f"training: the weight '{name}' is not finite after step {step}; {self._where_good()}; "
                     "try a lower training.learning_rate or a longer training.warmup"
                 )

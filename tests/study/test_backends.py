@@ -31,10 +31,10 @@ def sleeper() -> Callable[..., None]:
         from pathlib import Path
 
         from hpdm_core.files import write_json
+        from hpdm_core.interruption import watched
         from hpdm_core.study.lease import Process
-        from hpdm_core.study.worker import ended_by_sigterm
 
-        with ended_by_sigterm():
+        with watched():
             folder = Path(path).parent
             (folder / "gpus").write_text(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
             write_json(folder / "worker.json", Process.here().to_json())

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from hpdm_core import hookimpl
-from hpdm_core.cell import Cell, run_cell
+from hpdm_core.cell import Cell
 from hpdm_core.config.study_file import load_study
 from hpdm_core.errors import TroubleError
 from hpdm_core.plugins import build_plugins
 from hpdm_core.study.cells import cells_of
+from hpdm_core.study.job import run_job
 
 
 def cell_of(file: Path, store: Path, *sets: str) -> Cell:
@@ -132,7 +133,7 @@ def test_a_spec_whose_keys_have_changed_is_refused(tiny: Path, store: Path) -> N
 
 def test_a_job_says_why_it_failed(tmp_path: Path) -> None:
     with pytest.raises(TroubleError):
-        run_cell(str(tmp_path / "spec.json"))
+        run_job(str(tmp_path / "spec.json"))
     assert "no readable spec" in json.loads((tmp_path / "error.json").read_text())["message"]
 
 
