@@ -13,6 +13,7 @@ from hpdm_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.config.compose import load_cell
+    from hpdm_core.config.content import Content
     from hpdm_core.config.schema import CellConfig, Part
     from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
     from hpdm_core.plugins import Plugins, build_plugins
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Assembly",
     "CellConfig",
+    "Content",
     "ContextFusion",
     "Coords",
     "FusionShape",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "Assembly": "assembly",
     "CellConfig": "config.schema",
+    "Content": "config.content",
     "ContextFusion": "model.fusion",
     "Coords": "pyramid",
     "FusionShape": "model.fusion",

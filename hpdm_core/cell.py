@@ -16,10 +16,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpdm_core.config.keys import canonical_json, data_key, evaluation_key, sample_key, train_key
+from hpdm_core.config.keys import (
+    canonical_json,
+    data_key,
+    evaluation_key,
+    places_in,
+    sample_key,
+    train_key,
+)
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
-from hpdm_core.files import clear_temporaries, write_json
+from hpdm_core.files import clear_temporaries, read_json, write_json
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.lease import Held, Process
@@ -57,11 +64,19 @@ class Cell:
     """One model with one seed: three stages, train -> sample -> evaluate each metric.
 
     ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
-    store.
+    store. ``contents``: what lay at the places that the configuration names (`places_in`), for those that
+    are gone; without it what the store remembers of them, so that done work is still known.
     """
 
     def __init__(
-        self, config: CellConfig, plugins: Plugins, *, store: Path, arm: str = "run", study: str = ""
+        self,
+        config: CellConfig,
+        plugins: Plugins,
+        *,
+        store: Path,
+        arm: str = "run",
+        study: str = "",
+        contents: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.plugins = plugins
@@ -69,6 +84,7 @@ class Cell:
         self.seed = config.seed
         self.study = study
         self.store = Store(store)
+        self.contents = dict(contents or {})
         self.observers = Observers(plugins, self)
 
     @property
@@ -86,8 +102,8 @@ class Cell:
     @cached_property
     def keys(self) -> Keys:
         """The keys of the stages."""
-        train = train_key(self.config, self.plugins)
-        samples = sample_key(train, self.config, self.plugins)
+        train = train_key(self.config, self.plugins, self._known)
+        samples = sample_key(train, self.config, self.plugins, self._known)
         made = tuple(self._evaluation_key(part, train, samples) for part in self.config.evaluation.metrics)
         return Keys(train=train, samples=samples, evaluations=made)
 
@@ -97,9 +113,22 @@ class Cell:
         metric = self.plugins.make("metrics", part)
         base = {"training": train, "model": train, "samples": samples}.get(metric.needs)
         if base is None:
-            base = data_key(data_facts(self.config), self.config, self.plugins)
+            base = data_key(data_facts(self.config, self.plugins, self._known), self.config, self.plugins)
         protocol = {**metric.protocol(self.assembly), "metric": metric.name}
         return evaluation_key(base, protocol, part=part, plugins=self.plugins)
+
+    def _known(self, place: str) -> str | None:
+        """Return the fingerprint of what lay at ``place``, now gone: as given, or as last trained on."""
+        if place in self.contents:
+            return self.contents[place]
+        with contextlib.suppress(OSError):  # another process may clear up
+            files = sorted(
+                self.store.root.glob("train/*/spec.json"), key=lambda file: file.stat().st_mtime, reverse=True
+            )
+            for remembered in ((read_json(file) or {}).get("contents", {}) for file in files):
+                if place in remembered:
+                    return str(remembered[place])
+        return None
 
     @cached_property
     def identity(self) -> str:
@@ -334,6 +363,7 @@ class Cell:
                 "samples": self.keys.samples,
                 "evaluations": list(self.keys.evaluations),
             },
+            "contents": places_in(self.config, self.plugins, self._known),
             "arm": self.arm,
             "study": self.study,
             "store": str(self.store.root.resolve()),
@@ -355,10 +385,11 @@ class Cell:
             store=Path(spec["store"]),
             arm=spec["arm"],
             study=spec["study"],
+            contents=spec.get("contents"),
         )
         if cell.spec()["keys"] != spec["keys"]:
             raise TroubleError(
-                f"{cell.name}: a plugin's source or a metric's protocol has changed since the cell was "
-                "planned; run the study again"
+                f"{cell.name}: the data, a plugin's source or a metric's protocol has changed since the cell "
+                "was planned; run the study again"
             )
         return cell

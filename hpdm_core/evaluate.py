@@ -158,7 +158,7 @@ class EvaluationContext:
         asked for.
         """
         asked = {
-            **data_facts(self.assembly.config),
+            **data_facts(self.assembly.config, self.assembly.plugins),
             "fingerprint": self.data_fingerprint,
             "extractor": self.extractor(part).describe(),
             # What an extractor says of itself need not name all of its options.

@@ -573,6 +573,27 @@ def test_a_data_folder_that_vanished_is_one_line_and_the_work_is_kept(
     assert not (kept.parent / "attempts" / "2").exists()
 
 
+def test_a_data_folder_that_moved_trains_nothing_and_another_folder_does(
+    command: Command, tmp_path: Path
+) -> None:
+    """Where data lie is no part of a key, what lies there is."""
+    write_videos(tmp_path / "videos")
+    text = changed("dataset: synthetic", "dataset: {use: video_folder, root: videos, held_out: 0.5}")
+    (tmp_path / "tiny.yaml").write_text(text.replace("  bare: {model.context_fusion: none}\n", ""))
+    assert command().code == 0
+    (kept,) = trained(tmp_path / "results")
+    shutil.move(tmp_path / "videos", tmp_path / "elsewhere")
+    there = ("--set", f"data.dataset.root={tmp_path / 'elsewhere'}")
+    assert "1 of 1 cells done" in command(*there).out
+    assert trained(tmp_path / "results") == [kept] and not (kept.parent / "attempts" / "2").exists()
+    shutil.copy(tmp_path / "elsewhere" / "0.mkv", tmp_path / "elsewhere" / "2.mkv")
+    assert "0 models to train" not in command(*there, "--dry-run").out
+    assert command(*there).code == 0
+    assert len(trained(tmp_path / "results")) == 2
+    (tmp_path / "elsewhere" / "2.mkv").unlink()
+    assert "0 models to train" in command(*there, "--dry-run").out
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""

@@ -1,7 +1,8 @@
 """The three keys under which work is stored: SHA-256 of the canonical JSON of what a stage depends on.
 
 Outside all of them: study and arm names, storage, backend, folders, versions, and ``runtime``. Inside: the
-SHA-256 of every plugin file that is used, so that editing it makes its cells new.
+SHA-256 of every plugin file that is used, so that editing it makes its cells new; and, for options that say
+where something lies, a fingerprint of what lies there (`hpdm_core.config.content`).
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hpdm_core.config.content import Known, contents_of, keyed_part
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.plugins import FAMILIES, Plugins
 
@@ -18,7 +20,9 @@ __all__ = [
     "canonical_json",
     "data_key",
     "evaluation_key",
+    "keyed_section",
     "parts_in",
+    "places_in",
     "plugin_hashes",
     "sample_key",
     "train_key",
@@ -57,6 +61,26 @@ def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
             yield family.name, getattr(getattr(config, section), field)
 
 
+def keyed_section(
+    config: CellConfig, section: str, plugins: Plugins, known: Known | None = None
+) -> dict[str, Any]:
+    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.config.content.keyed_part`."""
+    data: dict[str, Any] = getattr(config, section).model_dump(mode="json")
+    for family in FAMILIES.values():
+        top, _, field = family.path.partition(".")
+        if top == section and "*" not in field:
+            data[field] = keyed_part(plugins, family.name, getattr(getattr(config, section), field), known)
+    return data
+
+
+def places_in(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, str]:
+    """Return place -> fingerprint of all that the keys of ``config`` take by its content."""
+    found: dict[str, str] = {}
+    for family, part in parts_in(config, "model", "diffusion", "data", "training", "sampling"):
+        found.update(contents_of(plugins, family, part, known))
+    return found
+
+
 def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[str, str]:
     """Return FAMILY/KEY -> SHA-256 of the plugin's source, for parts of plugins without a version."""
     found = {}
@@ -68,14 +92,17 @@ def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[s
     return found
 
 
-def train_key(config: CellConfig, plugins: Plugins) -> str:
-    """Return the key of the trained weights: everything that they depend on, and the seed."""
+def train_key(config: CellConfig, plugins: Plugins, known: Known | None = None) -> str:
+    """Return the key of the trained weights: everything that they depend on, and the seed.
+
+    ``known`` tells what lay where nothing lies now.
+    """
     sections = ("model", "diffusion", "data", "training")
     return _digest(
         {
             "schema": SCHEMA_VERSION,
             "seed": config.seed,
-            **{section: getattr(config, section) for section in sections},
+            **{section: keyed_section(config, section, plugins, known) for section in sections},
             "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
         }
     )
@@ -86,12 +113,12 @@ def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> 
     return _digest({"data": dict(facts), "plugins": plugin_hashes(plugins, parts_in(config, "data"))})
 
 
-def sample_key(train_key: str, config: CellConfig, plugins: Plugins) -> str:
+def sample_key(train_key: str, config: CellConfig, plugins: Plugins, known: Known | None = None) -> str:
     """Return the key of the samples drawn from the weights ``train_key``. Their number is not part of it."""
     return _digest(
         {
             "train": train_key,
-            "sampling": config.sampling,
+            "sampling": keyed_section(config, "sampling", plugins, known),
             "plugins": plugin_hashes(plugins, parts_in(config, "sampling")),
         }
     )

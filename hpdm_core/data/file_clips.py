@@ -162,7 +162,6 @@ class FileClips:
         """Return the files with their fingerprints, counts per split, and the files skipped so far."""
         return {
             "name": self._name,
-            "root": str(self._root),
             "classes": list(self.classes),
             "stride": self._stride,
             "crop": self._crop,

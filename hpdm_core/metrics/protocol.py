@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from hpdm_core.config.keys import keyed_section
 from hpdm_core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hpdm_core.assembly import Assembly
+    from hpdm_core.config.content import Known
     from hpdm_core.config.schema import CellConfig
     from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.plugins import Plugins
 
 __all__ = ["FeatureExtractor", "Metric", "Need", "Row", "Scaling", "colour", "data_facts", "resolution"]
 
@@ -82,13 +85,13 @@ def resolution(size: tuple[int, int, int]) -> str:
     return "x".join(str(side) for side in size)
 
 
-def data_facts(config: CellConfig) -> dict[str, Any]:
+def data_facts(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, Any]:
     """Return the part of ``config`` that real clips on every level depend on: the base of a key for ``needs
-    == "data"``.
+    == "data"``. Where the clips lie is no part of it, what lies there is; ``known``: as in `train_key`.
     """
     model = config.model
     return {
-        "data": config.data.model_dump(mode="json"),
+        "data": keyed_section(config, "data", plugins, known),
         "video": list(model.video),
         "patch": list(model.patch),
         "token": list(model.token),

@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from hpdm_core.config.content import marked, mentions_path
 from hpdm_core.config.problems import check
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError
@@ -164,6 +165,20 @@ class Case:
         text = expect_json(once.model_dump(mode="json"), "validated options")
         again, _ = check(model, json.loads(text))
         expect(again == once, f"options change when written to a file and read back: {text}")
+
+    def test_places(self) -> None:
+        """An option that is a path is marked ``Annotated[Path, Content()]``: keys take what lies there, not
+        where.
+        """
+        if FAMILIES[self.family].path.startswith("evaluation."):
+            return  # those are keyed by what they say of themselves
+        model = self._model()
+        unmarked = sorted(mentions_path(model) - set(marked(model)))
+        expect(
+            not unmarked,
+            f"the path in option {', '.join(unmarked)} would be part of the key, so that moving what lies there "
+            "would train anew: write Annotated[Path, Content()]",
+        )
 
     def _part(self) -> Part:
         return Part(use=self.key or "", options=dict(self.options))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import av
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from hpdm_core.config.content import marked
+from hpdm_core.config.problems import check
 from hpdm_core.config.schema import DataConfig, Part
 from hpdm_core.data.dataset import NO_LABEL, ClipShape, Split
 from hpdm_core.data.readers import ReadError
@@ -166,6 +169,8 @@ class DatasetCases(Case):
     reader: VideoReader | None = None
     """The reader that is handed over; None for the default of data.reader, from ``plugins``."""
     draws = 6
+    copied_bytes = 2**26
+    """Where a marked option points at this much or less, it is copied, to see that a change there shows."""
 
     def _dataset(self, *, seed: int = 0) -> ClipDataset:
         """Return a dataset; opened once per seed, as opening may decode every file."""
@@ -181,6 +186,19 @@ class DatasetCases(Case):
             reader = self.plugins.make("video_readers", default)
         made: ClipDataset = self.make(self.clip, reader, seed=seed)
         return made
+
+    def _places(self) -> dict[str, tuple[Any, Path]]:
+        """Return option -> its mark and its path, of the marked options that are one existing path each."""
+        model = self._model()
+        made, _ = check(model, dict(self.options))
+        found = {
+            name: (mark, getattr(made, name)) for name, mark in marked(model).items() if made is not None
+        }
+        return {
+            name: (mark, path)
+            for name, (mark, path) in found.items()
+            if isinstance(path, Path) and path.exists()
+        }
 
     @staticmethod
     def _same(one: Clip, other: Clip) -> bool:
@@ -272,6 +290,62 @@ class DatasetCases(Case):
             expect_json(self._dataset(seed=1).describe(), "describe") == before,
             "describe differs for an equal dataset",
         )
+
+    def test_elsewhere(self) -> None:
+        """What a marked option points at has the same fingerprint, clips and description wherever it lies."""
+        for name, (mark, path) in self._places().items():
+            here = mark.fingerprint(path)
+            expect(
+                isinstance(here, str), f"fingerprint of option {name}: {type(here).__name__}, wanted a text"
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                elsewhere = Path(folder) / "elsewhere"
+                elsewhere.symlink_to(path.absolute(), target_is_directory=path.is_dir())
+                same = mark.fingerprint(elsewhere) == here
+                expect(same, f"fingerprint of option {name}: another for the same content at another place")
+                given = self.options
+                try:
+                    self.options = {**given, name: str(elsewhere)}
+                    moved = self._open(seed=0)
+                finally:
+                    self.options = given
+                for split in SPLITS:
+                    one, two = (
+                        dataset.draw(split, generator(0, "clip", 0)) for dataset in (self._dataset(), moved)
+                    )
+                    expect(
+                        self._same(one, two), f"{split}: option {name} at another place gives another clip"
+                    )
+                told = [expect_json(dataset.describe(), "describe") for dataset in (self._dataset(), moved)]
+                expect(told[0] == told[1], f"describe: tells where option {name} lies; tell what lies there")
+
+    def test_changes_show(self) -> None:
+        """The fingerprint of a marked option's content changes when files there change, or are missing."""
+        for name, (mark, path) in self._places().items():
+            files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+            if sum(file.stat().st_size for file in files) > self.copied_bytes:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / path.name
+                shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
+                here = mark.fingerprint(path)
+                expect(mark.fingerprint(copy) == here, f"fingerprint of option {name}: another for a copy")
+                copies = [copy / file.relative_to(path) for file in files]
+                for file in copies:
+                    data = bytearray(file.read_bytes())
+                    if data:
+                        data[-1] ^= 1
+                    file.write_bytes(data)
+                changed = mark.fingerprint(copy) != here
+                expect(changed, f"fingerprint of option {name}: the same when every file there has changed")
+                if not path.is_dir():
+                    continue
+                for file in copies:
+                    file.unlink()
+                expect(
+                    mark.fingerprint(copy) != here,
+                    f"fingerprint of option {name}: the same when every file there is gone",
+                )
 
     def test_clips_are_the_callers(self) -> None:
         """A clip may be changed in place without changing what is drawn next, and may be pickled."""

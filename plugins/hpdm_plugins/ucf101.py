@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hpdm_core.config.content import Content, fingerprint_files
 from hpdm_core.data.dataset import ClipShape, Split, require_rgb
 from hpdm_core.data.file_clips import Crop, FileClips
 from hpdm_core.data.files import Skipped, SourceFile, existing_folder, probe_all
@@ -29,11 +30,17 @@ LISTS = "ucfTrainTestlist"
 LISTED: dict[Split, str] = {"train": "trainlist", "held_out": "testlist"}
 
 
+def content(root: Path) -> str:
+    """Return the fingerprint of the lists and of all files in class folders, by name and content."""
+    files = [*(root / LISTS).glob("*.txt"), *(root / VIDEOS).glob("*/*")]
+    return fingerprint_files((file.relative_to(root).as_posix(), file) for file in files)
+
+
 def ucf101(
     clip: ClipShape,
     reader: VideoReader,
     *,
-    root: Path,
+    root: Annotated[Path, Content(content)],
     fold: Literal[1, 2, 3] = 1,
     stride: Annotated[int, Field(gt=0)] = 1,
     crop: Crop = "random",

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from hpdm_core.config.content import Content, fingerprint_files
 from hpdm_core.data.dataset import NO_LABEL, ClipShape, Split, require_rgb
 from hpdm_core.data.file_clips import Crop, FileClips
 from hpdm_core.data.files import SUFFIXES, Skipped, SourceFile, existing_folder, probe_all, video_files
@@ -24,11 +25,23 @@ __all__ = ["register_datasets", "video_folder"]
 NAME = "video_folder"
 
 
+def content(root: Path) -> str:
+    """Return the fingerprint of the video files in ``root`` and right in its folders, by name and content."""
+    places = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    files = [
+        file
+        for place in places
+        if not place.name.startswith(".") or place == root
+        for file in video_files(place)
+    ]
+    return fingerprint_files((file.relative_to(root).as_posix(), file) for file in files)
+
+
 def video_folder(
     clip: ClipShape,
     reader: VideoReader,
     *,
-    root: Path,
+    root: Annotated[Path, Content(content)],
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2,
     stride: Annotated[int, Field(gt=0)] = 1,
     crop: Crop = "random",

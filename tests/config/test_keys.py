@@ -161,7 +161,7 @@ def test_the_data_key_follows_the_dataset_and_its_plugin_file_alone(folder) -> N
 
     def key(*sets: str) -> str:
         cell = load_cell("base.yaml", sets=("data.dataset=mine", *sets), plugins=["mine.py"])
-        return data_key(data_facts(cell.config), cell.config, cell.plugins)
+        return data_key(data_facts(cell.config, cell.plugins), cell.config, cell.plugins)
 
     before = key()
     assert key("training.steps=9") == before

@@ -1,12 +1,14 @@
 """Each conformance check is held against a part that breaks what it guards, and must say so."""
 
 import itertools
+from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 from torch import nn
 
-from hpdm_core import ContextFusion
+from hpdm_core import Content, ContextFusion
 from hpdm_core.config.schema import DataConfig
 from hpdm_core.data.dataset import Clip
 from hpdm_core.data.readers import ReadError, VideoInfo
@@ -771,6 +773,80 @@ def test_sound_parts_pass(cases, factory):
 def test_broken_parts_are_found(cases, factory, check, message):
     with pytest.raises(AssertionError, match=message):
         getattr(case_of(cases, factory), f"test_{check}")()
+
+
+class Folder(Data):
+    """Clips that hang on the bytes of the files in a folder."""
+
+    def __init__(self, clip, reader, *, root: Annotated[Path, Content()]):
+        super().__init__(clip, reader)
+        self.root = root
+        self.seed = sum(sum(file.read_bytes()) for file in root.iterdir())
+
+    def draw(self, split, generator):
+        clip = super().draw(split, generator)
+        return Clip(clip.video * (self.seed % 97 / 97), clip.label)
+
+
+class Unmarked(Folder):
+    def __init__(self, clip, reader, *, root: Path):
+        super().__init__(clip, reader, root=root)
+
+
+class KeyedByPlace(Folder):
+    def __init__(self, clip, reader, *, root: Annotated[Path, Content(str)]):
+        super().__init__(clip, reader, root=root)
+
+
+class KeyedByNothing(Folder):
+    def __init__(self, clip, reader, *, root: Annotated[Path, Content(lambda path: "always")]):
+        super().__init__(clip, reader, root=root)
+
+
+def names(path):
+    return " ".join(sorted(file.name for file in path.iterdir()))
+
+
+class KeyedByNames(Folder):
+    def __init__(self, clip, reader, *, root: Annotated[Path, Content(names)]):
+        super().__init__(clip, reader, root=root)
+
+
+class TellsItsPlace(Folder):
+    def describe(self):
+        return {"name": "data", "root": str(self.root)}
+
+
+class DrawsByItsPlace(Folder):
+    def __init__(self, clip, reader, *, root: Annotated[Path, Content()]):
+        super().__init__(clip, reader, root=root)
+        self.seed = sum(str(root).encode())
+
+
+@pytest.mark.parametrize(
+    ("factory", "check", "message"),
+    [
+        (Folder, None, ""),
+        (Unmarked, "places", "the path in option root would be part of the key"),
+        (KeyedByPlace, "elsewhere", "another for the same content"),
+        (KeyedByNothing, "changes_show", "every file there has changed"),
+        (KeyedByNames, "changes_show", "every file there has changed"),
+        (TellsItsPlace, "elsewhere", "describe: tells where option root lies"),
+        (DrawsByItsPlace, "elsewhere", "at another place gives another clip"),
+    ],
+)
+def test_a_dataset_that_lies_somewhere(tmp_path, factory, check, message):
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "folder" / name).write_bytes(name.encode() * 7)
+    case = case_of(DatasetCases, factory)
+    case.options = {"root": str(tmp_path / "folder")}
+    if check is None:
+        for each in case.checks():
+            getattr(case, each)()
+        return
+    with pytest.raises(AssertionError, match=message):
+        getattr(case, f"test_{check}")()
 
 
 def test_run_conformance_reports_each_failure_in_one_line(tmp_path):
