@@ -13,6 +13,10 @@ COMMANDS = {
     "plugins": ("hpdm_core.plugins.__main__", "list plugins, say where a part comes from, check one"),
     "sample": ("hpdm_core.sample", "draw videos from a trained cell"),
     "evaluate": ("hpdm_core.evaluate", "measure a trained cell"),
+    "weights": (
+        "hpdm_core.metrics.weights_command",
+        "say which files of weights are known, and what is here",
+    ),
     "report": ("hpdm_core.report.__main__", "rebuild the report of a study"),
 }
 

@@ -20,10 +20,10 @@ from hpdm_core.metrics.protocol import Scaling, colour
 from hpdm_core.metrics.weights import (
     WeightIdentity,
     identify,
-    is_torchscript,
     load_into,
     load_torchscript,
     locate,
+    uninitialised,
 )
 
 __all__ = ["C3DDetector", "I3DDetector", "InputRange", "reference_arithmetic"]
@@ -103,15 +103,15 @@ class I3DDetector:
     @cached_property
     def _network(self) -> tuple[nn.Module, bool]:
         file = locate(self.weights, of=self.name)
-        if is_torchscript(file):
+        if identify(file).format == "torchscript":
             return load_torchscript(file, trust=self.trust_weights)[0], True
-        network = i3d.I3D(epsilon=self.epsilon)
+        network = uninitialised(lambda: i3d.I3D(epsilon=self.epsilon))
         load_into(network, file, kind="i3d")
         return network.requires_grad_(False), False
 
     def describe(self) -> dict[str, Any]:
         """Return name, dimension, layer, preprocessing and the weights' hashes. Raises MissingWeights."""
-        scripted = is_torchscript(locate(self.weights, of=self.name))
+        scripted = self.identity.format == "torchscript"
         return {
             "extractor": self.name,
             "dimension": i3d.LOGITS,
@@ -179,13 +179,13 @@ class C3DDetector:
     @cached_property
     def _network(self) -> tuple[nn.Module, Tensor | None]:
         file = locate(self.weights, of=self.name)
-        if is_torchscript(file):
+        if identify(file).format == "torchscript":
             if self.layer != "logits":
                 raise InputError(
                     f"c3d: '{file}' is TorchScript and returns probabilities only, no {self.layer}"
                 )
             return load_torchscript(file, trust=self.trust_weights)[0], None
-        network = c3d.C3D()
+        network = uninitialised(c3d.C3D)
         load_into(network, file, kind="c3d")
         if self.mean_crop == "constant":
             return network.requires_grad_(False), c3d.constant_mean()
@@ -194,7 +194,7 @@ class C3DDetector:
 
     def describe(self) -> dict[str, Any]:
         """Return name, dimension, layer, preprocessing and the hashes of both files. Raises MissingWeights."""
-        scripted = is_torchscript(locate(self.weights, of=self.name))
+        scripted = self.identity.format == "torchscript"
         made: dict[str, Any] = {
             "extractor": self.name,
             "dimension": 4096 if self.layer == "fc7" else c3d.CLASSES,

@@ -120,15 +120,17 @@ C3D_NAMINGS: dict[str, Naming] = {
 
 
 def file_format(data: bytes, file: Path) -> Format:
-    """Return what ``data``, the content of ``file``, is. Raises InputError for a cut-off archive and for an
-    empty file.
+    """Return what ``data``, the content of ``file``, is. Raises InputError for a cut-off archive, an empty file
+    and anything else that is none of these.
     """
     if data.startswith(b"\x93NUMPY"):
         return "npy"
+    if not data:
+        raise _damaged(file, "it is empty")
+    if data.startswith(b"\x80"):
+        return "torch"  # the form before archives
     if not data.startswith(b"PK"):
-        if not data:
-            raise _damaged(file, "it is empty")
-        return "torch"  # the form before archives, or nothing that is known: reading it tells
+        raise InputError(f"{file}: no file of weights; allowed are those of torch (.pt) and numpy (.npz)")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
@@ -238,7 +240,8 @@ def load_strictly(
         if not bool(torch.isfinite(found).all()):
             raise InputError(f"{file}: {key} holds values that are not finite")
         state[name] = found.contiguous()
-    network.load_state_dict({**network.state_dict(), **state}, strict=True)
+    kept = {name: torch.zeros_like(value) for name, value in network.state_dict().items() if name not in own}
+    network.load_state_dict({**kept, **state}, strict=True)
     return title
 
 

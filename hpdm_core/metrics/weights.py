@@ -9,11 +9,11 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.metrics.state_dicts import (
     C3D_NAMINGS,
     I3D_NAMINGS,
+    Format,
     Naming,
     file_format,
     load_strictly,
@@ -35,21 +36,24 @@ __all__ = [
     "KnownFile",
     "MissingWeights",
     "WeightIdentity",
+    "checked",
     "find",
     "git_blob_sha1",
     "identify",
-    "is_torchscript",
     "load_into",
     "load_torchscript",
     "locate",
     "search_folders",
+    "uninitialised",
 ]
 
 FOLDER_VARIABLE = "HPDM_WEIGHTS"
 """The environment variable that names the folder of weights (or several, parted as in PATH)."""
 UNKNOWN = "unknown"
 
+Module = TypeVar("Module", bound=nn.Module)
 Network = Literal["i3d", "c3d", "c3d_mean"]
+_C3D_MARKS = ("fc6.weight", "fc6/W")
 _NAMINGS: dict[str, Mapping[str, Naming]] = {"i3d": I3D_NAMINGS, "c3d": C3D_NAMINGS}
 
 
@@ -139,12 +143,13 @@ class MissingWeights(InputError):
 @dataclass(frozen=True, kw_only=True)
 class WeightIdentity:
     """What a weights file is. ``known``: its name in `KNOWN_FILES` by its hash, or "unknown"; ``naming``: that of
-    its arrays, None before it is loaded, "torchscript" for code.
+    its arrays, None before it is loaded and for TorchScript.
     """
 
     file: str
     sha256: str
     git_sha1: str
+    format: Format
     known: str = UNKNOWN
     naming: str | None = None
 
@@ -158,22 +163,18 @@ class WeightIdentity:
         """Why numbers made with this file are not the published ones, None for a known file."""
         if self.known != UNKNOWN:
             return None
-        stated = KNOWN_FILES.get(self.file)
-        if stated is None or stated.git_sha1 is not None:
-            return f"weights of unknown origin (SHA-256 {self.sha256[:12]}...): numbers compare with themselves only"
         return (
-            f"no hash of the original {self.file} is published, so that this file (SHA-256 {self.sha256[:12]}...) "
-            "cannot be told from another"
+            f"weights of unknown origin (SHA-256 {self.sha256[:12]}...): numbers compare with themselves only"
         )
 
     def key(self) -> dict[str, Any]:
         """Return what features depend on, as JSON: the hashes, never the file's name or place."""
         made = {"sha256": self.sha256, "git_sha1": self.git_sha1, "known": self.known}
-        return made if self.warning is None else {**made, "warning": self.warning.replace(self.file, "file")}
+        return made if self.warning is None else {**made, "warning": self.warning}
 
     def record(self) -> dict[str, Any]:
         """Return everything, as JSON, for the record of a number."""
-        return {"file": self.file, "naming": self.naming, **self.key()}
+        return {"file": self.file, "format": self.format, "naming": self.naming, **self.key()}
 
 
 def git_blob_sha1(data: bytes) -> str:
@@ -182,7 +183,7 @@ def git_blob_sha1(data: bytes) -> str:
 
 
 def identify(file: Path) -> WeightIdentity:
-    """Return what ``file`` is. Raises InputError when it cannot be read."""
+    """Return what ``file`` is. Raises InputError when it cannot be read, and for a cut-off archive."""
     try:
         state = file.stat()
         return _identify(str(file), state.st_mtime_ns, state.st_size)
@@ -198,7 +199,13 @@ def _identify(file: str, modified: int, size: int) -> WeightIdentity:
 def _identity(file: Path, data: bytes) -> WeightIdentity:
     blob = git_blob_sha1(data)
     known = next((each.name for each in KNOWN_FILES.values() if each.git_sha1 == blob), UNKNOWN)
-    return WeightIdentity(file=file.name, sha256=hashlib.sha256(data).hexdigest(), git_sha1=blob, known=known)
+    return WeightIdentity(
+        file=file.name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        git_sha1=blob,
+        format=file_format(data, file),
+        known=known,
+    )
 
 
 # Where files are
@@ -261,6 +268,13 @@ def load_into(network: nn.Module, file: Path, *, kind: Literal["i3d", "c3d"]) ->
     return replace(_identity(file, data), naming=naming)
 
 
+def uninitialised(build: Callable[[], Module]) -> Module:
+    """Return what ``build`` builds, without drawing initial weights: for networks that are loaded next."""
+    with torch.device("meta"):
+        network = build()
+    return network.to_empty(device="cpu")
+
+
 def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIdentity]:
     """Return the module in the TorchScript file ``file``, on the CPU in evaluation mode, and its identity.
 
@@ -268,9 +282,9 @@ def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIde
     for one that cannot be read. What is loaded is what was hashed, also if the file changes meanwhile.
     """
     data = _read(file)
-    if file_format(data, file) != "torchscript":
-        raise InputError(f"{file}: not a TorchScript file")
     identity = _identity(file, data)
+    if identity.format != "torchscript":
+        raise InputError(f"{file}: not a TorchScript file")
     if identity.known == UNKNOWN and not trust:
         raise InputError(
             f"{file}: a TorchScript file is a program, and the hash of this one is not known (git "
@@ -284,12 +298,25 @@ def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIde
         raise InputError(
             f"{file}: damaged or cut off: no module can be made of it; get the file again"
         ) from error
-    return module.eval(), replace(identity, naming="torchscript")
+    return module.eval(), identity
 
 
-def is_torchscript(file: Path) -> bool:
-    """Whether ``file`` holds a program. Raises InputError when it cannot be read."""
-    return file_format(_read(file), file) == "torchscript"
+def checked(file: Path, *, trust: bool = False) -> str:
+    """Read ``file`` to its end and return whose weights it holds, in words. Raises InputError when it holds
+    none of a known network, and as `load_torchscript`.
+    """
+    from hpdm_core.metrics.c3d import C3D
+    from hpdm_core.metrics.i3d import I3D
+
+    if identify(file).format == "torchscript":
+        load_torchscript(file, trust=trust)
+        return "a TorchScript module that loads"
+    arrays = read_state_dict(file)
+    fits_c3d = any(naming.simplify(name) in _C3D_MARKS for name in arrays for naming in C3D_NAMINGS.values())
+    naming = load_strictly(uninitialised(C3D), arrays, C3D_NAMINGS, file=file) if fits_c3d else None
+    if naming is not None:
+        return f"weights of C3D, named as in {naming}"
+    return f"weights of I3D, named as in {load_strictly(uninitialised(I3D), arrays, I3D_NAMINGS, file=file)}"
 
 
 def _read(file: Path) -> bytes:

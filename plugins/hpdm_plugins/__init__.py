@@ -22,6 +22,7 @@ PLUGIN_MODULES = (
     "readers_pyav",
     "readers_skvideo",
     "extractors",
+    "detectors",
     "metrics",
     "memorisation",
 )
