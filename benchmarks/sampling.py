@@ -1,144 +1,182 @@
-"""Where the time of sampling goes, level by level: the contexts, once, and the denoising steps.
+"""How much faster is sampling with cached contexts, level by level?
 
-    python benchmarks/sampling.py --preset tiny_clips --videos 4 --set sampling.overlap=[h,w] --json out.json
+    python benchmarks/sampling.py [--cell tiny_clips] [--set KEY=VALUE ...] [--videos 1] [--repeats 3] [--json]
 
-The weights are the initial ones: the time does not depend on them. ``uncached`` is what the level would take
-if every distinct parent was encoded, and every tile's contexts were computed, anew at each call: the
-contexts' time, measured, times the calls, plus the steps.
+Samples the same videos three ways in turns, so that other work on the machine slows all of them: `cached`
+(contexts of every tile kept in memory), `tenth` (a tenth of the memory that they take; the rest goes to host
+memory on CUDA and to a file on the CPU) and `uncached` (each distinct parent run, and each tile's contexts
+made, once per step). All three run tiles and parents in batches. Prints median seconds per level, what
+uncached takes more, and beside it the ratio of block runs (patches that went through a block of the backbone,
+counted): what would be gained if nothing but blocks cost time. Outputs that differ by more than 1e-4 are an
+error. Weights are the initial ones, with noise on all of them, so that no path is silent.
+
+By default h/w overlap and 16, 16 and 32 Euler steps; any `--set sampling...` goes on top.
 """
 
+from __future__ import annotations
+
 import argparse
-import itertools
 import json
-import platform
+import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from machine import facts
+from torch import Tensor
 
+from hpdm_core.assembly import Assembly
 from hpdm_core.config.compose import load_cell
 from hpdm_core.errors import report_errors
 from hpdm_core.runtime import prepare_torch
-from hpdm_core.sampling import sample
+from hpdm_core.sampling import cache, sample
 from hpdm_core.sampling.cascade import label_of
 
-
-class Timed:
-    """A denoiser that adds up, by level, the seconds spent for contexts and for steps."""
-
-    def __init__(self, denoiser, device):
-        self.denoiser = denoiser
-        self.sigma_in = denoiser.sigma_in
-        self.device = device
-        self.seconds = {}
-        self.counts = {}
-        self.encoding = 0.0  # belongs to the level whose contexts are asked for next
-        self.parents = 0
-
-    def encode(self, level, z, *rest):
-        """Time a parent's encoding."""
-        made, seconds = self._time(self.denoiser.encode, level, z, *rest)
-        self.encoding += seconds
-        self.parents += len(z)
-        return made
-
-    def contexts(self, level, coords, sources):
-        """Time a tile batch's contexts."""
-        made, seconds = self._time(self.denoiser.contexts, level, coords, sources)
-        self._add(level, "contexts", seconds + self.encoding, tiles=len(coords.offset), parents=self.parents)
-        self.encoding, self.parents = 0.0, 0
-        return made
-
-    def __call__(self, level, z, *rest):
-        """Time a step of a tile batch."""
-        made, seconds = self._time(self.denoiser, level, z, *rest)
-        self._add(level, "steps", seconds, evaluations=len(z))
-        return made
-
-    def _time(self, call, *arguments):
-        start = time.perf_counter()
-        made = call(*arguments)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return made, time.perf_counter() - start
-
-    def _add(self, level, what, seconds, **counts):
-        self.seconds[level, what] = self.seconds.get((level, what), 0.0) + seconds
-        for name, count in counts.items():
-            self.counts[level, name] = self.counts.get((level, name), 0) + count
+USUAL = (
+    "sampling.overlap=[h,w]",
+    "sampling.solver.steps=[16,16,32]",
+    "sampling.solver.order=[1]",
+    "sampling.solver.churn=[0.0]",
+)
+TOLERANCE = 1e-4
+MODES = ("cached", "tenth", "uncached")
 
 
-def measure(assembly, videos):
-    """Return one row per level, seconds for all ``videos`` together."""
-    device = prepare_torch(assembly.config.runtime)
-    denoiser = assembly.denoiser(assembly.build_model(device=device).requires_grad_(False).eval())
-    classes = assembly.config.model.classes
-    indices = range(videos)
-    labels = [label_of(index, classes) for index in indices]
-    for timed in (Timed(denoiser, device), Timed(denoiser, device)):  # the first time warms up
-        ends = [time.perf_counter()]
-        sample(
-            assembly,
-            timed,
-            indices,
-            labels,
-            observe=lambda level, made, ends=ends: ends.append(time.perf_counter()),
-        )
-    durations = [end - start for start, end in itertools.pairwise(ends)]
-    levels = assembly.config.model.levels
-    rows = []
-    for level in range(levels):
-        whole = sum(durations[level::levels])  # a level's turn comes once per batch of videos
-        contexts = timed.seconds.get((level, "contexts"), 0.0)
-        steps = timed.seconds[level, "steps"]
-        calls = assembly.solver.calls(level)
-        rows.append(
-            {
-                "level": "x".join(str(size) for size in assembly.pyramid.size(level)),
-                "tiles": len(assembly.pyramid.tiles(level, assembly.config.sampling.overlap)),
-                "parents": timed.counts.get((level, "parents"), 0) // videos,
-                "calls": calls,
-                "contexts_s": contexts,
-                "steps_s": steps,
-                "other_s": whole - contexts - steps,
-                "cached_s": whole,
-                "uncached_s": whole + (calls - 1) * contexts,
-            }
-        )
-    return rows
+def lively(assembly: Assembly) -> Any:
+    """Return a denoiser of random weights in which every path speaks, without gradients."""
+    model = assembly.build_model(device=assembly.config.runtime.device).requires_grad_(False).eval()
+    drawn = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=drawn).to(parameter.device)
+    return assembly.denoiser(model)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tiny_clips", help="a preset's name or a study file")
-    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="KEY=VALUE")
-    parser.add_argument("--videos", type=int, default=4)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table with machine and versions")
-    given = parser.parse_args(arguments)
-    assembly = load_cell(given.preset, sets=given.sets)
-    rows = measure(assembly, given.videos)
-    total = {"level": "all", "tiles": "", "parents": "", "calls": ""}
-    total |= {name: sum(row[name] for row in rows) for name in rows[0] if name.endswith("_s")}
-    print(f"{given.preset}, {given.videos} videos, seconds for all of them together")
-    print("".join(f"{name:>13}" for name in rows[0]))
-    for row in (*rows, total):
-        print("".join(f"{v:>13.3f}" if isinstance(v, float) else f"{v:>13}" for v in row.values()))
-    device = assembly.config.runtime.device
-    facts = {
-        "preset": given.preset,
-        "sets": given.sets,
-        "videos": given.videos,
-        "device": torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else platform.processor() or device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rows": [*rows, total],
+class Run:
+    """One sampling run: per level the seconds and the block runs, the videos, and the memory of the cache."""
+
+    def __init__(self, assembly: Assembly, denoiser: Any, videos: int) -> None:
+        self.seconds = [0.0] * assembly.pyramid.levels
+        self.blocks = [0] * assembly.pyramid.levels
+        self.memory = 0
+        self._device = torch.device(assembly.config.runtime.device)
+        backbone, made = denoiser.model.backbone, cache.CachedContexts._make
+        run, count = backbone.run, 0
+
+        def counted(block: int, tokens: Tensor, latents: Tensor, condition: Tensor) -> Any:
+            nonlocal count
+            count += len(tokens)
+            return run(block, tokens, latents, condition)
+
+        def finished(level: int, videos: Tensor) -> None:
+            nonlocal count, begun
+            now = time.perf_counter()
+            self.seconds[level] += now - begun
+            self.blocks[level] += count
+            count, begun = 0, time.perf_counter()
+
+        def noted(contexts: cache.CachedContexts) -> None:
+            made(contexts)
+            self.memory = max(self.memory, sum(contexts.nbytes.values()))
+
+        backbone.run, cache.CachedContexts._make = counted, noted  # type: ignore[method-assign]
+        try:
+            indices = range(videos)
+            labels = [label_of(index, assembly.config.model.classes) for index in indices]
+            begun = time.perf_counter()
+            # Observers get a copy on the CPU, for which the device has been waited for.
+            self.videos = sample(assembly, denoiser, indices, labels, observe=finished)
+        finally:
+            backbone.run, cache.CachedContexts._make = run, made  # type: ignore[method-assign]
+
+
+def measure(cell: str, sets: Sequence[str], videos: int, repeats: int) -> dict[str, Any]:
+    """Sample ``repeats`` times each way, in turns, after one round that warms up and finds the budget."""
+
+    def assemble(*more: str) -> Assembly:
+        return load_cell(cell, sets=[*USUAL, *sets, *more])
+
+    assemblies = {
+        "cached": assemble("runtime.cache=contexts"),
+        "uncached": assemble("runtime.cache=none"),
     }
-    if given.json is not None:
-        given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return 0
+    device = prepare_torch(assemblies["cached"].config.runtime)
+    denoiser = lively(assemblies["cached"])
+    memory = Run(assemblies["cached"], denoiser, videos).memory
+    tenth = memory / 10 / cache.GIB
+    assemblies["tenth"] = assemble("runtime.cache=contexts", f"runtime.cache_memory={tenth}")
+    runs: dict[str, list[Run]] = {mode: [] for mode in MODES}
+    for _ in range(repeats):
+        for mode in MODES:
+            runs[mode].append(Run(assemblies[mode], denoiser, videos))
+    difference = max(
+        float((mine - theirs).abs().max())
+        for mode in ("cached", "tenth")
+        for mine, theirs in zip(runs[mode][0].videos, runs["uncached"][0].videos, strict=True)
+    )
+    assembly = assemblies["cached"]
+    rows = [row(assembly, runs, [level]) for level in range(assembly.pyramid.levels)]
+    return {
+        "benchmark": "sampling",
+        "cell": cell,
+        "set": [*USUAL, *sets],
+        "videos": videos,
+        "repeats": repeats,
+        "levels_per_block": list(assembly.levels_per_block),
+        "largest_difference": difference,
+        "contexts_bytes": memory,
+        "rows": [*rows, row(assembly, runs, range(assembly.pyramid.levels))],
+        **facts(device),
+    }
+
+
+def row(assembly: Assembly, runs: dict[str, list[Run]], levels: Sequence[int]) -> dict[str, Any]:
+    """Return the figures of ``levels`` together."""
+    seconds = {
+        mode: statistics.median(sum(run.seconds[level] for level in levels) for run in runs[mode])
+        for mode in MODES
+    }
+    blocks = {mode: sum(runs[mode][0].blocks[level] for level in levels) for mode in MODES}
+    one = len(levels) == 1
+    return {
+        "level": "x".join(map(str, assembly.pyramid.size(levels[0]))) if one else "all",
+        "tiles": len(assembly.pyramid.tiles(levels[0], assembly.config.sampling.overlap)) if one else None,
+        "calls": assembly.solver.calls(levels[0]) if one else None,
+        **{f"{mode}_s": seconds[mode] for mode in MODES},
+        "speedup": seconds["uncached"] / seconds["cached"],
+        "speedup_tenth": seconds["uncached"] / seconds["tenth"],
+        "block_runs": blocks["cached"],
+        "ideal": blocks["uncached"] / blocks["cached"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cell", default="tiny_clips", help="a preset's name or a study file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
+    parser.add_argument("--videos", type=int, default=1, help="videos that are sampled together")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    given = parser.parse_args(arguments)
+    result = measure(given.cell, given.set, given.videos, given.repeats)
+    if given.json:
+        print(json.dumps(result))
+    else:
+        names = ("level", "tiles", "calls", *(f"{mode}_s" for mode in MODES))
+        names += ("speedup", "speedup_tenth", "ideal")
+        print(f"{given.cell}, {given.videos} video(s), levels per block {result['levels_per_block']}")
+        print("".join(f"{name:>14}" for name in names))
+        for each in result["rows"]:
+            values = ("" if each[name] is None else each[name] for name in names)
+            print("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in values))
+        print(
+            f"contexts take {result['contexts_bytes'] / 2**20:.1f} MiB; outputs differ by at most "
+            f"{result['largest_difference']:.1e}"
+        )
+    return 0 if result["largest_difference"] <= TOLERANCE else 1
 
 
 if __name__ == "__main__":

@@ -174,6 +174,11 @@ class RuntimeConfig(Frozen):
     """Videos that are sampled together."""
     tile_batch: Positive = 256
     """Tiles that go through the network together."""
+    cache: Literal["contexts", "none"] = "contexts"
+    """What sampling keeps of the finished coarser levels: the contexts of every tile, or nothing, for comparison."""
+    cache_memory: Annotated[float, Field(ge=0)] | None = None
+    """Memory in GiB for contexts on the device; null for half of what is free. What does not fit goes to host memory on
+    CUDA, and to a scratch file on the CPU."""
     checkpoint_every: Positive = 250
     """Steps between checkpoints."""
     log_every: Positive = 10

@@ -11,7 +11,7 @@ The network holds no state: latents of self-conditioning come in with an entry a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -79,6 +79,11 @@ class Encoded:
             tokens={block: tokens.to(device) for block, tokens in self.tokens.items()},
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of pixels and tokens, in bytes."""
+        return self.noisy.nbytes + sum(tokens.nbytes for tokens in self.tokens.values())
+
     @classmethod
     def cat(cls, parts: Sequence[Encoded]) -> Encoded:
         """Return the rows of all ``parts`` (one level, tokens of the same blocks), one after the other."""
@@ -113,17 +118,24 @@ class Contexts:
 
     def take(self, rows: Tensor) -> Contexts:
         """Return the given rows (int64)."""
-        return Contexts(
-            pixel=None if self.pixel is None else self.pixel[rows],
-            tokens={block: None if made is None else made[rows] for block, made in self.tokens.items()},
-        )
+        return self.map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Contexts:
         """Return a copy on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Contexts:
+        """Return the same with every tensor changed."""
         return Contexts(
-            pixel=None if self.pixel is None else self.pixel.to(device),
-            tokens={block: None if made is None else made.to(device) for block, made in self.tokens.items()},
+            pixel=None if self.pixel is None else change(self.pixel),
+            tokens={block: None if made is None else change(made) for block, made in self.tokens.items()},
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        made = [self.pixel, *self.tokens.values()]
+        return sum(tensor.nbytes for tensor in made if tensor is not None)
 
 
 @dataclass

@@ -1,214 +1,202 @@
-"""What a level's tiles need of their parents, computed once before the first denoising step.
+"""What a level's tiles need of their parents, computed once before the first denoising step, and kept.
 
-Parents are finished videos, so nothing that depends on them changes between steps (paper, section 4.4, and
-beyond it: also the contexts are kept, not only the parents' features). Each distinct ancestor patch (video,
-level, offset) is encoded once, each tile's contexts are computed once; the encodings are dropped when the
-contexts are there.
-
-Shapes: n videos in a batch, T tiles of a level; row = tile * n + video, cut into batches of whole rows. Sizes
-in pixels, axis order (f, h, w).
+Beyond the paper not only the parents' features are kept but the contexts made of them, whatever the fusion:
+all that is computed at a step is the tiles themselves. Contexts stay on the device up to a budget of memory.
+Beyond it they go to pinned host memory on CUDA, and come back while the tiles before them are denoised; on
+the CPU they go to a scratch file that is mapped into memory (in Python's folder for temporary files: TMPDIR).
+Where the disk has no room either, tiles go parent by parent: their parents are run again at each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hpdm_core.pyramid import Coords, Pyramid
+from hpdm_core.sampling.parents import Ancestors
+from hpdm_core.sampling.tiles import TileBatch
 
-__all__ = ["CascadeDenoiser", "EncodedRows", "Layout", "TileBatch", "level_contexts", "tile_batches"]
+__all__ = ["CachedContexts", "FreshContexts", "LevelContexts", "NoContexts", "free_memory"]
 
-Triple = tuple[int, int, int]
+GIB = 2**30
+FREE_SHARE = 0.5
+"""Share of the free memory that contexts may take where no budget is given."""
+PARENTS_SHARE = 0.125
+"""Share of the budget that encoded parents may take while contexts are made of them."""
 
 
-class CascadeDenoiser(Protocol):
-    """What the cascade calls: `hpdm_core.denoiser.Denoiser`, or anything with these methods.
+class LevelContexts(Protocol):
+    """Where a level's tile batches get their contexts from."""
 
-    What ``encode`` and ``contexts`` return is opaque here, but an encoding has ``take(rows)`` (a gather of
-    rows) and its class has ``cat(encodings)``. Rows of all arguments match.
+    def begin(self) -> None:
+        """A denoiser pass over all batches begins; they will be asked for in their order."""
+
+    def get(self, index: int) -> Any:
+        """Return the contexts of batch number ``index``."""
+
+
+class NoContexts:
+    """For the coarsest level: it has no parents."""
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def get(self, index: int) -> None:
+        """Return None."""
+
+
+class FreshContexts:
+    """No cache: each distinct parent is run, and each tile's contexts are made, anew at each pass."""
+
+    def __init__(self, ancestors: Ancestors, batches: Sequence[TileBatch]) -> None:
+        self._ancestors = ancestors
+        self._batches = batches
+
+    def begin(self) -> None:
+        """Run all parents."""
+        self._ancestors.keep([])
+        self._ancestors.encode(self._batches)
+
+    def get(self, index: int) -> Any:
+        """Make the contexts of a batch."""
+        return self._ancestors.contexts(self._batches[index])
+
+
+class CachedContexts:
+    """Contexts made once, parent by parent, and kept where there is room for them.
+
+    ``budget``: bytes of contexts and parents on the device, those of the batch at work aside; None for half
+    of what is free there.
     """
 
-    sigma_in: tuple[float, ...]
-
-    def encode(
+    def __init__(
         self,
-        level: int,
-        z: Tensor,
-        sigma: Tensor,
-        coords: Coords,
-        label: Tensor | None,
-        sources: Sequence[Any],
-    ) -> Any:
-        """Return patches z [B, C, F, H, W] as contexts; ``sources``: their own ancestors, coarsest first."""
+        ancestors: Ancestors,
+        batches: Sequence[TileBatch],
+        *,
+        device: torch.device,
+        budget: int | None,
+    ) -> None:
+        self._ancestors = ancestors
+        self._batches = batches
+        self._copies = _HostCopies(device) if device.type == "cuda" else None
+        self._may_map = device.type == "cpu" and hasattr(os, "posix_fallocate")
+        self._budget = int(FREE_SHARE * free_memory(device)) if budget is None else budget
+        self._kept: list[Any] = []  # per batch: contexts on the device or mapped, or None
+        self.nbytes = {"device": 0, "host": 0, "file": 0}
+        """Bytes of the contexts that are kept, by place."""
+        self._make()
+        self.recomputed = [index for index, found in enumerate(self._kept) if found is None]
+        """Batches whose contexts found no room."""
 
-    def contexts(self, level: int, coords: Coords, sources: Sequence[Any]) -> Any:
-        """Return what the patches at ``coords`` need of their ancestors ``sources``, coarsest first."""
+    def begin(self) -> None:
+        """Send for the first contexts."""
+        if self._copies is not None:
+            self._copies.fetch(self._kept[0])
 
-    def __call__(
-        self,
-        level: int,
-        z: Tensor,
-        sigma: Tensor,
-        coords: Coords,
-        label: Tensor | None,
-        contexts: Any,
-        latents: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next call."""
+    def get(self, index: int) -> Any:
+        """Return the contexts of a batch, and send for the next ones."""
+        found = self._kept[index]
+        if found is None:
+            batch = self._batches[index]
+            self._ancestors.keep([batch])  # those that it shares with the last one
+            self._ancestors.encode([batch])
+            return self._ancestors.contexts(batch)
+        if self._copies is None:
+            return found
+        found = self._copies.arrived(found)
+        if index + 1 < len(self._kept):
+            self._copies.fetch(self._kept[index + 1])
+        return found
 
+    def _make(self) -> None:
+        group = 1  # batches whose parents are encoded together; the first tells what they take
+        start = 0
+        while start < len(self._batches):
+            batches = self._batches[start : start + group]
+            self._ancestors.encode(batches)
+            parents = self._ancestors.nbytes
+            for batch in batches:
+                self._kept.append(self._place(self._ancestors.contexts(batch), parents))
+            start += len(batches)
+            group = max(1, int(group * PARENTS_SHARE * self._budget / max(parents, 1)))
+            self._ancestors.keep(self._batches[start : start + group])
+        self._ancestors.keep([])
 
-@dataclass(frozen=True)
-class Layout:
-    """What all rows of a batch of videos have in common: the pyramid, how it is made, and the labels."""
-
-    pyramid: Pyramid
-    downsampling: str
-    labels: Tensor  # [n] long, on the device; -1 for none
-
-    def coords(self, level: int, offsets: Tensor) -> Coords:
-        """Return the coordinates of patches of ``level`` at ``offsets`` [B, 3], own pixels."""
-        return self.pyramid.coords(level, offsets, downsampling=self.downsampling).to(self.labels.device)
-
-
-@dataclass(frozen=True)
-class TileBatch:
-    """Some rows of a level, as runs of videos that share a tile. Crops from, and adds to, the whole state."""
-
-    level: int
-    tiles: Tensor  # [B] long, index of the row's tile
-    videos: Tensor  # [B] long, index of the row's video in the batch
-    coords: Coords
-    label: Tensor  # [B] long, on the device
-    runs: tuple[tuple[Triple, int, int], ...]  # offset of the tile, first video, one past the last video
-    size: Triple
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def crop(self, state: Tensor) -> Tensor:
-        """Return the rows' patches [B, C, f, h, w] of ``state`` [n, C, F, H, W]."""
-        return torch.cat([view for view, _ in self._views(state)])
-
-    def add(self, total: Tensor, patches: Tensor) -> None:
-        """Add ``patches`` [B, C, f, h, w] to ``total`` [n, C, F, H, W] in place, where they were cut."""
-        row = 0
-        for view, count in self._views(total):
-            view += patches[row : row + count]
-            row += count
-
-    def _views(self, state: Tensor) -> Iterator[tuple[Tensor, int]]:
-        for (f, h, w), first, last in self.runs:
-            frames, height, width = self.size
-            yield state[first:last, :, f : f + frames, h : h + height, w : w + width], last - first
+    def _place(self, contexts: Any, parents: int) -> Any:
+        size = getattr(contexts, "nbytes", 0)
+        if self.nbytes["device"] + parents + size <= self._budget or not size:
+            self.nbytes["device"] += size
+            return contexts
+        if self._copies is not None:
+            self.nbytes["host"] += size
+            return contexts.map(lambda tensor: tensor.to("cpu").pin_memory())
+        if self._may_map:
+            with contextlib.suppress(OSError):  # no room on the disk, or no file may be written
+                mapped = contexts.map(_mapped)
+                self.nbytes["file"] += size
+                return mapped
+        return None
 
 
-def tile_batches(level: int, offsets: Sequence[Triple], layout: Layout, *, size: int) -> list[TileBatch]:
-    """Return patches at ``offsets`` of all videos, tile by tile, in batches of at most ``size`` rows."""
-    videos = len(layout.labels)
-    total = len(offsets) * videos
-    device = layout.labels.device
-    batches = []
-    for start in range(0, total, size):
-        stop = min(start + size, total)
-        rows = torch.arange(start, stop)
-        tiles = rows // videos
-        runs = []
-        for tile in range(start // videos, (stop - 1) // videos + 1):
-            first = max(start - tile * videos, 0)
-            runs.append((offsets[tile], first, min(stop - tile * videos, videos)))
-        batches.append(
-            TileBatch(
-                level=level,
-                tiles=tiles,
-                videos=rows % videos,
-                coords=layout.coords(level, torch.tensor([offsets[tile] for tile in tiles.tolist()])),
-                label=layout.labels[(rows % videos).to(device)],
-                runs=tuple(runs),
-                size=layout.pyramid.patch,
-            )
-        )
-    return batches
+class _HostCopies:
+    """Brings contexts in pinned host memory to a CUDA device on a stream of its own, one batch ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._coming: tuple[Any, Any] | None = None  # as kept, and on its way
+
+    def fetch(self, contexts: Any) -> None:
+        if contexts is None:
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            moved = contexts.map(lambda tensor: tensor.to(self._device, non_blocking=True))
+        self._coming = (contexts, moved)
+
+    def arrived(self, contexts: Any) -> Any:
+        if self._coming is None or self._coming[0] is not contexts:
+            self.fetch(contexts)
+        assert self._coming is not None, "fetched"
+        moved = self._coming[1]
+        self._coming = None
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+
+        def used(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)
+            return tensor
+
+        return moved.map(used)
 
 
-class EncodedRows:
-    """The encodings of many rows, kept in the chunks in which they were computed, ``size`` rows each."""
+def _mapped(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor in a file that has no name any more: its memory is the file's pages.
 
-    def __init__(self, chunks: Sequence[Any], size: int) -> None:
-        self._chunks = chunks
-        self._size = size
-
-    def take(self, rows: Tensor) -> Any:
-        """Return the encodings of ``rows`` [B] long, CPU, in that order; rows may repeat."""
-        chunks, inverse = torch.unique(rows // self._size, return_inverse=True)
-        if len(chunks) == 1:
-            return self._chunks[int(chunks[0])].take(rows % self._size)
-        parts = []
-        order = torch.empty_like(rows)  # where each row comes to lie in the concatenation
-        done = 0
-        for place, chunk in enumerate(chunks.tolist()):
-            (mine,) = torch.nonzero(inverse == place, as_tuple=True)
-            order[mine] = torch.arange(done, done + len(mine))
-            done += len(mine)
-            parts.append(self._chunks[chunk].take(rows[mine] % self._size))
-        return type(parts[0]).cat(parts).take(order)
-
-
-def level_contexts(
-    denoiser: CascadeDenoiser,
-    batches: Sequence[TileBatch],
-    offsets: Sequence[Triple],
-    layout: Layout,
-    parents: Sequence[Tensor],
-    sigmas: Sequence[float],
-    *,
-    size: int,
-) -> list[Any]:
-    """Return the contexts of each of a level's tile ``batches``.
-
-    ``parents`` are the noised states z_k [n, C, F_k, H_k, W_k] of the coarser levels, ``sigmas`` their noise
-    levels; at most ``size`` rows are encoded together.
+    Raises OSError when the disk has no room, before anything is written: a mapped page could not say so.
     """
-    if not parents:
-        return [None] * len(batches)
-    level = batches[0].level
-    videos = len(layout.labels)
-    chains = [layout.pyramid.chain(level, offset) for offset in offsets]
-    encoded: list[EncodedRows] = []
-    places: list[dict[tuple[Triple, ...], int]] = []  # per level: chain down to a patch -> index of the patch
+    if tensor.numel() == 0:
+        return tensor
+    with tempfile.NamedTemporaryFile(prefix="hpdm-contexts-") as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        made = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return made.view(tensor.shape).copy_(tensor)
 
-    def sources(chain_of_row: Sequence[tuple[Triple, ...]], video_of_row: Tensor, below: int) -> list[Any]:
-        taken = []
-        for k in range(below):
-            patch = torch.tensor([places[k][chain[: k + 1]] for chain in chain_of_row])
-            taken.append(encoded[k].take(patch * videos + video_of_row))
-        return taken
 
-    for k, (state, sigma) in enumerate(zip(parents, sigmas, strict=True)):
-        distinct = list(dict.fromkeys(chain[: k + 1] for chain in chains))
-        chunks = []
-        for batch in tile_batches(k, [chain[-1] for chain in distinct], layout, size=size):
-            rows = [distinct[tile] for tile in batch.tiles.tolist()]
-            noise_level = torch.full((len(batch),), sigma, device=state.device)
-            chunks.append(
-                denoiser.encode(
-                    k,
-                    batch.crop(state),
-                    noise_level,
-                    batch.coords,
-                    batch.label,
-                    sources(rows, batch.videos, k),
-                )
-            )
-        encoded.append(EncodedRows(chunks, size))
-        places.append({chain: index for index, chain in enumerate(distinct)})
-
-    return [
-        denoiser.contexts(
-            level, batch.coords, sources([chains[tile] for tile in batch.tiles.tolist()], batch.videos, level)
-        )
-        for batch in batches
-    ]
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on ``device``, or very many where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1024 * GIB
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return 1024 * GIB if free is None else free

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.randomness import normal
-from hpdm_core.sampling.cache import CascadeDenoiser, Layout, TileBatch, level_contexts, tile_batches
+from hpdm_core.sampling.cache import GIB, CachedContexts, FreshContexts, LevelContexts, NoContexts
+from hpdm_core.sampling.parents import Ancestors, CascadeDenoiser
 from hpdm_core.sampling.solver import Denoise
+from hpdm_core.sampling.tiles import Layout, TileBatch, parent_by_parent, tile_batches
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
+    from hpdm_core.config.schema import RuntimeConfig
 
 __all__ = ["Observe", "Progress", "label_of", "noised_parents", "sample", "tiled_denoise"]
 
@@ -128,10 +131,11 @@ def _sample_batch(
         if level in given:
             videos = given[level].to(device, torch.float32)
         else:
-            offsets = pyramid.tiles(level, config.sampling.overlap)
+            offsets = parent_by_parent(level, pyramid.tiles(level, config.sampling.overlap), layout)
             batches = tile_batches(level, offsets, layout, size=size)
             sigmas = [sigma_eff / denoiser.sigma_in[k] for k in range(level)]
-            contexts = level_contexts(denoiser, batches, offsets, layout, parents, sigmas, size=size)
+            ancestors = Ancestors(denoiser, layout, parents, sigmas, size=size)
+            contexts = _contexts(ancestors, batches, config.runtime, device)
             shape = (config.model.channels, *pyramid.size(level))
 
             def noise(i: int, level: int = level, shape: tuple[int, ...] = shape) -> Tensor:
@@ -159,6 +163,18 @@ def _sample_batch(
     return finished
 
 
+def _contexts(
+    ancestors: Ancestors, batches: Sequence[TileBatch], runtime: RuntimeConfig, device: torch.device
+) -> LevelContexts:
+    """Return where ``batches``, all of one level, get their contexts from (``runtime.cache``)."""
+    if batches[0].level == 0:
+        return NoContexts()
+    if runtime.cache == "none":
+        return FreshContexts(ancestors, batches)
+    budget = None if runtime.cache_memory is None else int(runtime.cache_memory * GIB)
+    return CachedContexts(ancestors, batches, device=device, budget=budget)
+
+
 def _counted(denoise: Denoise, numbers: dict[str, int], report: Progress) -> Denoise:
     calls = itertools.count(1)
 
@@ -182,7 +198,7 @@ def noised_parents(
 
 
 def tiled_denoise(
-    denoiser: CascadeDenoiser, batches: Sequence[TileBatch], contexts: Sequence[Any]
+    denoiser: CascadeDenoiser, batches: Sequence[TileBatch], contexts: LevelContexts
 ) -> Denoise:
     """Return a function from a level's state z [n, C, F, H, W] and sigma to the average of its denoised
     tiles.
@@ -196,10 +212,17 @@ def tiled_denoise(
     def denoise(z: Tensor, sigma: float) -> Tensor:
         nonlocal counts
         total = torch.zeros_like(z)
+        contexts.begin()
         for i, batch in enumerate(batches):
             noise_level = torch.full((len(batch),), sigma, device=z.device)
             denoised, latents[i] = denoiser(
-                batch.level, batch.crop(z), noise_level, batch.coords, batch.label, contexts[i], latents[i]
+                batch.level,
+                batch.crop(z),
+                noise_level,
+                batch.coords,
+                batch.label,
+                contexts.get(i),
+                latents[i],
             )
             batch.add(total, denoised)
         if counts is None:

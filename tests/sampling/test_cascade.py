@@ -11,8 +11,9 @@ from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.pyramid import crop, downsample
 from hpdm_core.randomness import normal
 from hpdm_core.sampling import sample
-from hpdm_core.sampling.cache import EncodedRows, Layout, tile_batches
+from hpdm_core.sampling.cache import NoContexts
 from hpdm_core.sampling.cascade import label_of, tiled_denoise
+from hpdm_core.sampling.tiles import Layout, tile_batches
 
 SUBSETS = [set(axes) for n in range(4) for axes in itertools.combinations("fhw", n)]
 
@@ -100,9 +101,8 @@ def test_averaging_an_identity_returns_the_state(overlap, make_assembly, make_de
     tiles = assembly.pyramid.tiles(2, overlap)
     batches = tile_batches(2, tiles, layout, size=50)
     assert sum(len(batch) for batch in batches) == 3 * len(tiles)
-    denoise = tiled_denoise(
-        make_denoiser(lambda level, z, sigma, coords, contexts: z), batches, [None] * len(batches)
-    )
+    identity = make_denoiser(lambda level, z, sigma, coords, contexts: z)
+    denoise = tiled_denoise(identity, batches, NoContexts())
     state = torch.randn(3, 2, 8, 24, 40, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(denoise(state, 1.0), state, atol=1e-6)
 
@@ -348,20 +348,3 @@ def test_no_samples_are_no_videos(make_assembly, make_denoiser):
         (0, 1, 4, 12, 20),
         (0, 1, 8, 24, 40),
     ]
-
-
-def test_rows_are_gathered_across_chunks(make_denoiser):
-    fake = make_denoiser(squash)
-    values = torch.arange(10.0)
-
-    class At:
-        def __init__(self, offset):
-            self.offset = offset
-
-    chunks = [
-        fake.encode(0, values[rows], values[rows], At(values[rows]), values[rows], [])
-        for rows in (slice(0, 4), slice(4, 8), slice(8, 10))
-    ]
-    rows = torch.tensor([9, 0, 5, 5, 8, 3])
-    assert torch.equal(EncodedRows(chunks, 4).take(rows).z, values[rows])
-    assert torch.equal(EncodedRows(chunks, 4).take(torch.tensor([6, 4])).z, values[[6, 4]])
