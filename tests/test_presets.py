@@ -1,13 +1,16 @@
 """The presets: the paper's models have the paper's sizes, and studies at its scale resolve to its set-up."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
-from hpdm_core import build_plugins, load_cell
+from hpdm_core import Assembly, build_plugins, load_cell
 from hpdm_core.config.compose import presets
+from hpdm_core.config.keys import sample_key, train_key
 from hpdm_core.config.study_file import load_study
 from hpdm_core.cost import count_parameters
+from hpdm_core.study.dry_run import describe_study
 
 STUDIES = Path(__file__).parents[1] / "studies"
 
@@ -57,6 +60,37 @@ def test_every_study_resolves(file: Path) -> None:
     study = load_study(file)
     assert study.name == file.stem
     assert study.baseline in study.configs
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_can_be_planned(file: Path, tmp_path: Path) -> None:
+    """Keys, cost and what is to be done of every cell; nothing is written."""
+    text = describe_study(load_study(file), tmp_path / "results")
+    assert f"study '{file.stem}': " in text and "nothing was run or written" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlap_samples_one_model_eight_times() -> None:
+    for sets in ([], ["extends=ucf101_hpdm_s"]):
+        study = load_study(STUDIES / "overlap.yaml", sets=sets)
+        trained = {train_key(config, study.plugins) for config in study.configs.values()}
+        sampled = {sample_key("t", config, study.plugins) for config in study.configs.values()}
+        assert len(trained) == 1 and len(sampled) == len(study.configs) == 8
+
+
+def test_parent_noise_crosses_fusion_parents_and_input_scale() -> None:
+    study = load_study(STUDIES / "parent_noise.yaml")
+    crossed = {
+        (config.model.context_fusion.use, config.diffusion.noise_sampling.use, arm.endswith("_sigma4"))
+        for arm, config in study.configs.items()
+    }
+    fusions, parents = ("deep", "shallow_concat"), ("independent", "clean_parents")
+    assert crossed == set(itertools.product(fusions, parents, (False, True)))
+    scales = {
+        arm.endswith("_sigma4"): Assembly(config, study.plugins).sigma_in
+        for arm, config in study.configs.items()
+    }
+    assert scales == {False: (1, 2, 4), True: (4, 4, 4)}
 
 
 def test_the_presets_are_found() -> None:
