@@ -10,6 +10,7 @@ from hpdm_core.config.compose import presets
 from hpdm_core.config.keys import sample_key, train_key
 from hpdm_core.config.study_file import load_study
 from hpdm_core.cost import count_parameters
+from hpdm_core.study.cells import cells_of
 from hpdm_core.study.dry_run import describe_study
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -64,9 +65,13 @@ def test_every_study_resolves(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_study_can_be_planned(file: Path, tmp_path: Path) -> None:
-    """Keys, cost and what is to be done of every cell; nothing is written."""
-    text = describe_study(load_study(file), tmp_path / "results")
-    assert f"study '{file.stem}': " in text and "nothing was run or written" in text
+    """Keys and what is to be done of every cell, cost of the baseline's; nothing is written."""
+    study = load_study(file)
+    cells, _ = cells_of(study, tmp_path / "store")
+    assert len({cell.identity for cell in cells}) == len(cells) == len(study.configs) * len(study.seeds)
+    assert all(step.name for cell in cells for step in cell.missing())
+    text = describe_study(load_study(file, only=[study.baseline]), tmp_path / "results")
+    assert f"study '{file.stem}': {len(study.seeds)} cells" in text and "nothing was run" in text
     assert list(tmp_path.iterdir()) == []
 
 
