@@ -28,6 +28,7 @@ __all__ = [
     "gather",
     "is_main",
     "joined",
+    "on_main",
     "planned_size",
     "rank",
     "size",
@@ -133,6 +134,25 @@ def gather(value: A) -> list[A]:
     return list(held)  # type: ignore[arg-type]  # all are filled
 
 
+def on_main(work: Callable[[], A]) -> A:
+    """Return ``work()`` of the main process in every process; the others wait. An error is raised in all."""
+    if size() == 1:
+        return work()
+    made: A | None = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            made = work()
+        except Exception as caught:
+            error = caught
+    made, remote = broadcast((made, _told(error)))
+    if error is not None:
+        raise error
+    if remote is not None:
+        raise remote
+    return made  # type: ignore[return-value]  # the main one's
+
+
 def total(tensor: Tensor) -> Tensor:
     """Return the sum of ``tensor`` over the processes; ``tensor`` itself is not changed."""
     if size() == 1:
@@ -158,8 +178,7 @@ def spread(items: Sequence[A], work: Callable[[A], B]) -> list[B]:
             mine[index] = work(items[index])
     except Exception as caught:
         error = caught
-    told = error if error is None or isinstance(error, HpdmError) else TroubleError(_line(error))
-    gathered = gather((mine, told))
+    gathered = gather((mine, _told(error)))
     if error is not None:
         raise error
     for _, remote in gathered:
@@ -169,6 +188,9 @@ def spread(items: Sequence[A], work: Callable[[A], B]) -> list[B]:
     return [done[index] for index in range(len(items))]
 
 
-def _line(error: Exception) -> str:
+def _told(error: Exception | None) -> HpdmError | None:
+    """Return the form of an error that other processes can read."""
+    if error is None or isinstance(error, HpdmError):
+        return error
     first = str(error).strip().partition("\n")[0]
-    return f"process {rank()} of {size()}: {type(error).__name__}: {first}"
+    return TroubleError(f"process {rank()} of {size()}: {type(error).__name__}: {first}")

@@ -1,11 +1,21 @@
 """The machine's side of a run: device, threads and arithmetic settings of torch."""
 
+import shutil
+
 import torch
 
 from hpdm_core.config.schema import RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
 
-__all__ = ["available_devices", "prepare_torch"]
+__all__ = ["available_devices", "compiler_problem", "prepare_torch", "weights_dtype"]
+
+TF32 = ("tf32", "bf16")
+"""Precisions whose float32 matrix products are rounded to TF32 on CUDA."""
+
+
+def weights_dtype(runtime: RuntimeConfig) -> torch.dtype:
+    """Return the type of weights, moments and averages while training."""
+    return torch.float64 if runtime.precision == "fp64" else torch.float32
 
 
 def available_devices() -> list[str]:
@@ -23,8 +33,10 @@ def prepare_torch(runtime: RuntimeConfig) -> torch.device:
 
     Call it before other work of torch in the process: threads inherit the setting that small numbers are
     flushed to zero (without it, the decaying tails of optimizer moments slow a CPU down many times). On CUDA
-    float32 matrix products use TF32, as the paper's throughput implies (paper: mixed precision was worse;
-    weights and sums stay float32). Raises `InputError` for a device that this machine lacks.
+    float32 matrix products use TF32 unless ``precision`` says otherwise, as the paper's throughput implies
+    (paper: mixed precision was worse; weights and sums stay float32). Of several processes each gets a GPU of
+    its own (`hpdm_core.distributed.joined` chose it). Raises `InputError` for a device that this machine
+    lacks.
     """
     allowed = available_devices()
     if runtime.device not in allowed:
@@ -37,5 +49,20 @@ def prepare_torch(runtime: RuntimeConfig) -> torch.device:
         torch.set_num_threads(runtime.threads)
     device = torch.device(runtime.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if runtime.precision in TF32 else "highest")
     return device
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Return why torch.compile cannot make code for ``device`` on this machine, None when it can."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "no Triton that works with this GPU"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        found = cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError) as error:
+        return str(error).strip().partition("\n")[0] or "no C++ compiler"
+    return None if shutil.which(found) else f"no C++ compiler '{found}'"

@@ -170,6 +170,20 @@ class RuntimeConfig(Frozen):
     device: str = "cpu"
     threads: Positive | None = None
     """Threads of torch on the CPU; null leaves torch's own choice."""
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    """How several processes train one network: replicated (ddp) or sharded (fsdp, FSDP2). In one process all are the
+    same."""
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "tf32"
+    """Arithmetic of training. tf32: float32, with matrix products rounded to TF32 on CUDA; fp32: not even those; bf16:
+    matrix products and attention of the blocks in bfloat16, residuals, norms and softmax in float32; fp64: all in
+    float64, to compare runs. Sampling and evaluation are float32 (TF32 on CUDA unless fp32)."""
+    compile: bool = False
+    """Whether training is compiled (torch.compile); without a compiler it goes on as it is and says so."""
+    activation_checkpointing: bool = False
+    """Whether a block keeps only its inputs for the backward pass and is run again there: less memory, more time."""
+    micro_batch: Positive | None = None
+    """Videos that one process takes through the network together while training, gradients added up; null for all of
+    its share of the batch."""
     sample_batch: Positive = 16
     """Videos that are sampled together."""
     tile_batch: Positive = 256

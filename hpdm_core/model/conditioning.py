@@ -52,7 +52,8 @@ class SigmaEmbedding(nn.Module):
     def forward(self, sigma: Tensor, level: int) -> Tensor:
         """Embed sigma [B] at ``level``."""
         log_min, log_max = math.log(self.sigma_min), math.log(self.sigma_max)
-        logs = sigma.float().clamp(min=SMALLEST * self.sigma_min).log()
+        wide = torch.promote_types(sigma.dtype, torch.float32)
+        logs = sigma.to(wide).clamp(min=SMALLEST * self.sigma_min).log()
         codes = sinusoid(1000 * (logs - log_min) / (log_max - log_min), FEATURES)
         embedded: Tensor = self.down(F.silu(self.up(codes.to(self.up.weight.dtype))))
         vectors: Tensor = self.levels()

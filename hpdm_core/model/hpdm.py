@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hpdm_core.config.schema import ModelConfig
 from hpdm_core.model.backbone import Backbone
 from hpdm_core.model.conditioning import ClassEmbedding, PositionEmbedding, SigmaEmbedding
+from hpdm_core.model.execution import Execution
 from hpdm_core.model.fusion import ContextFusion, Source
 from hpdm_core.model.layers import LayerNorm, Linear
 from hpdm_core.pyramid import Coords, Pyramid
@@ -192,6 +193,7 @@ class HPDM(nn.Module):
         self.sigma_embedding = SigmaEmbedding(width, levels=pyramid.levels, sigma_range=sigma_range)
         self.class_embedding = ClassEmbedding(config.classes, width) if config.classes else None
         self.backbone = backbone
+        self.execution = Execution()
         self.fusion = fusion
         self.output_norm = LayerNorm(width)
         self.output = Linear(width, volume * pyramid.channels)
@@ -312,8 +314,9 @@ class HPDM(nn.Module):
             fused = [self._fuse(block, state, states) for state in active]
             latents = [self._latents(state) for state in active]
             rows = [tokens.shape[0] for tokens in fused]
-            folded_tokens, folded_latents = self.backbone.run(
-                block, _fold(fused), _fold(latents), _fold([state.condition for state in active])
+            condition = _fold([state.condition for state in active])
+            folded_tokens, folded_latents = self.execution.run(
+                self.backbone, block, _fold(fused), _fold(latents), condition
             )
             updated = zip(torch.split(folded_tokens, rows), torch.split(folded_latents, rows), strict=True)
             for state, (tokens, own) in zip(active, updated, strict=True):

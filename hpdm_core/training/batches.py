@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,11 +40,14 @@ class Batch:
     label: Tensor  # [B] int64, -1 where there is none or it was dropped
     conditioned: Tensor  # [K] int64: rows whose latents of the first pass go into the second
 
-    def to(self, device: torch.device) -> Batch:
-        """Return this batch on ``device``."""
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        """Return this batch on ``device``, its real numbers as ``dtype``."""
 
         def moved(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.to(device, non_blocking=True) for tensor in tensors]
+            return [
+                tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+                for tensor in tensors
+            ]
 
         return Batch(
             step=self.step,
@@ -57,12 +60,39 @@ class Batch:
             conditioned=self.conditioned.to(device, non_blocking=True),
         )
 
+    def split(self, rows: int | None) -> list[Batch]:
+        """Return this batch in parts of at most ``rows`` videos, in order; None: in one."""
+        videos = len(self.label)
+        if rows is None or rows >= videos:
+            return [self]
+        return [self._part(start, min(start + rows, videos)) for start in range(0, videos, rows)]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        def cut(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor[start:stop] for tensor in tensors]
+
+        here = (self.conditioned >= start) & (self.conditioned < stop)
+        return Batch(
+            step=self.step,
+            clean=cut(self.clean),
+            noise=cut(self.noise),
+            sigma=cut(self.sigma),
+            in_loss=cut(self.in_loss),
+            offsets=cut(self.offsets),
+            label=self.label[start:stop],
+            conditioned=self.conditioned[here] - start,
+        )
+
 
 class TrainingBatches:
-    """Makes the batch of any step of the cell ``assembly``."""
+    """Makes the batch of any step of the cell ``assembly``.
 
-    def __init__(self, assembly: Assembly) -> None:
+    ``rows``: the indices in the global batch of the videos to make, such as one process's; None for all.
+    """
+
+    def __init__(self, assembly: Assembly, rows: Sequence[int] | None = None) -> None:
         self.config = assembly.config
+        self.rows = range(self.config.training.batch) if rows is None else rows
         self.pyramid = assembly.pyramid
         self.dataset = assembly.dataset
         self.coordinate_sampler = assembly.coordinate_sampler
@@ -70,7 +100,7 @@ class TrainingBatches:
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of ``step`` (from 1), on the CPU."""
-        videos = [self._video(step, index) for index in range(self.config.training.batch)]
+        videos = [self._video(step, index) for index in self.rows]
         slots = range(len(self.noise_sampler.slots))
         return Batch(
             step=step,

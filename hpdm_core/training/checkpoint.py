@@ -3,9 +3,11 @@
 A checkpoint is a folder ``checkpoints/<step, 8 digits>/`` with model.safetensors, ema.safetensors,
 optimizer.pt (tensors and plain types only) and state.json, which holds the step, a SHA-256 of each other file
 and small running figures. A folder without a whole state.json or with a wrong hash is no checkpoint: it is
-skipped with a line in the log.
+skipped with a line in the log. Of a sharded network the tensors stand in the folder ``shards`` instead
+(`hpdm_core.training.shards`); everything else is the same.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,14 +37,17 @@ __all__ = [
     "clear_partial",
     "load_weights",
     "newest_intact",
+    "open_partial",
     "prune",
     "read_checkpoint",
     "read_weights",
     "save_checkpoint",
     "save_weights",
+    "seal_shards",
 ]
 
 FORMAT = 1
+SHARDED_FORMAT = 2
 PARTIAL = ".partial"
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
 
@@ -54,7 +59,8 @@ class Checkpoint:
     """Everything that training needs to go on after ``step`` updates.
 
     ``running`` holds plain JSON values (figures that accumulate over attempts). ``path`` is where it was read
-    from.
+    from. With ``shards``, the folder of a sharded network's tensors, ``model`` and ``ema`` are empty, and
+    ``optimizer`` holds what is no tensor.
     """
 
     step: int
@@ -63,6 +69,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     running: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    shards: Path | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -71,43 +78,67 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
     Raises `TroubleError` when the disk is full or not writable.
     """
-    root = folder / "checkpoints"
-    final = root / f"{checkpoint.step:08d}"
-    partial = root / (final.name + PARTIAL)
-    with trouble_when_unwritable(final):
-        root.mkdir(parents=True, exist_ok=True)
+    partial = open_partial(folder, checkpoint.step)
+    with _sealing(partial) as final:
+        # One file's bytes in memory at a time.
+        hashes = {
+            "model.safetensors": _write(partial / "model.safetensors", _pack(checkpoint.model)),
+            "ema.safetensors": _write(partial / "ema.safetensors", _pack(checkpoint.ema)),
+            "optimizer.pt": _write(partial / "optimizer.pt", _pack_optimizer(checkpoint.optimizer)),
+        }
+        state = {"format": FORMAT, "step": checkpoint.step, "running": checkpoint.running, "sha256": hashes}
+        _write(partial / "state.json", json.dumps(state, indent=1).encode())
+    return final
+
+
+def open_partial(folder: Path, step: int) -> Path:
+    """Return a new empty folder in which the checkpoint of ``step`` under ``folder`` can be written."""
+    partial = folder / "checkpoints" / f"{step:08d}{PARTIAL}"
+    with trouble_when_unwritable(partial):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def seal_shards(partial: Path, *, optimizer: bytes | memoryview, step: int, running: dict[str, Any]) -> Path:
+    """Make the folder ``partial``, in which every process has written its shards, a checkpoint; return it.
+
+    ``optimizer``: the bytes of optimizer.pt. Raises `TroubleError` when the disk is full or not writable.
+    """
+    with _sealing(partial) as final:
+        hashes = {"optimizer.pt": _write(partial / "optimizer.pt", optimizer)}
+        for path in sorted((partial / "shards").iterdir()):
+            hashes[f"shards/{path.name}"] = _sha256(path)
+        sync_folder(partial / "shards")
+        state = {"format": SHARDED_FORMAT, "step": step, "running": running, "sha256": hashes}
+        _write(partial / "state.json", json.dumps(state, indent=1).encode())
+    return final
+
+
+@contextlib.contextmanager
+def _sealing(partial: Path) -> Iterator[Path]:
+    """Give ``partial`` its name at the end of the block, which writes into it; on an error it vanishes."""
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    with trouble_when_unwritable(final):
         try:
-            partial.mkdir()
-            # One file's bytes in memory at a time.
-            hashes = {
-                "model.safetensors": _write(partial / "model.safetensors", _pack(checkpoint.model)),
-                "ema.safetensors": _write(partial / "ema.safetensors", _pack(checkpoint.ema)),
-                "optimizer.pt": _write(partial / "optimizer.pt", _pack_optimizer(checkpoint.optimizer)),
-            }
-            state = {
-                "format": FORMAT,
-                "step": checkpoint.step,
-                "running": checkpoint.running,
-                "sha256": hashes,
-            }
-            _write(partial / "state.json", json.dumps(state, indent=1).encode())
+            yield final
             sync_folder(partial)
             _remove(final)
             partial.rename(final)
-            sync_folder(root)
+            sync_folder(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return final
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify the checkpoint in folder ``path``. Raises `ValueError` saying what is wrong with it."""
     try:
         state = json.loads((path / "state.json").read_bytes())
+        if state["format"] == SHARDED_FORMAT:
+            return _read_sharded(path, state)
         if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']}, known is {FORMAT}")
+            raise ValueError(f"its format is {state['format']}, known are {FORMAT} and {SHARDED_FORMAT}")
         contents = {name: (path / name).read_bytes() for name in FILES}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
@@ -116,7 +147,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             step=state["step"],
             model=safetensors.torch.load(contents["model.safetensors"]),
             ema=safetensors.torch.load(contents["ema.safetensors"]),
-            optimizer=torch.load(io.BytesIO(contents["optimizer.pt"]), weights_only=True, map_location="cpu"),
+            optimizer=_unpack_optimizer(contents["optimizer.pt"]),
             running=state["running"],
             path=path,
         )
@@ -124,6 +155,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"state.json is damaged ({error})") from error
+
+
+def _read_sharded(path: Path, state: dict[str, Any]) -> Checkpoint:
+    for name, digest in state["sha256"].items():
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{name} does not match its SHA-256")
+    return Checkpoint(
+        step=state["step"],
+        model={},
+        ema={},
+        optimizer=_unpack_optimizer((path / "optimizer.pt").read_bytes()),
+        running=state["running"],
+        path=path,
+        shards=path / "shards",
+    )
 
 
 def newest_intact(folders: Sequence[Path]) -> Checkpoint | None:
@@ -205,6 +251,16 @@ def _pack_optimizer(state: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
+
+
+def _unpack_optimizer(content: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, content: bytes | memoryview) -> str:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hpdm_core.training.shards import local
+
 __all__ = ["WeightAverage"]
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -36,4 +38,5 @@ class WeightAverage(Generic[Network]):
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    """Return the tensors of ``model``; of a sharded one this process's parts, which are averaged alike."""
+    return [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]

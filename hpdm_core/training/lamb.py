@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from hpdm_core import distributed
 from hpdm_core.errors import InputError
+from hpdm_core.training.shards import local
 
 __all__ = ["Lamb"]
 
@@ -25,7 +27,8 @@ class Lamb(Optimizer):
 
     With ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` a parameter of two or more axes moves by ``-lr
     * (|w| / |u|) * u`` (``-lr * u`` where a norm is 0), any other by ``-lr * m_hat / (sqrt(v_hat) + eps)``.
-    Moments are float32. The norm is taken per tensor, so a fused projection counts as one.
+    Moments are float32 (float64 for float64 weights). The norm is taken per whole tensor, also of a sharded
+    one, so a fused projection counts as one.
 
     Raises `InputError` when a parameter of two or more axes has norm 0: its trust ratio is undefined, and the
     rule "a fixed share of the norm" would never move it.
@@ -41,14 +44,7 @@ class Lamb(Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         named = list(named_parameters)
-        for name, parameter in named:
-            known = parameter.device.type != "meta"
-            if parameter.ndim > 1 and known and not bool(parameter.detach().any()):
-                raise InputError(
-                    f"training.optimizer: 'lamb' cannot train '{name}' (shape {list(parameter.shape)}), "
-                    "which starts with norm 0: LAMB moves a matrix by a share of its norm; give it non-zero "
-                    "weights or use 'adamw'"
-                )
+        _refuse_zeros([(name, parameter) for name, parameter in named if parameter.ndim > 1])
         matrices = [parameter for _, parameter in named if parameter.ndim > 1]
         vectors = [parameter for _, parameter in named if parameter.ndim <= 1]
         groups = [
@@ -76,13 +72,19 @@ class Lamb(Optimizer):
             state = self.state[parameter]
             if not state:
                 state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=wide)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
             state["step"] += 1
         states = [self.state[parameter] for parameter in parameters]
-        gradients = [cast(Tensor, parameter.grad).float() for parameter in parameters]
-        first = [state["exp_avg"] for state in states]
-        second = [state["exp_avg_sq"] for state in states]
+        # Of sharded tensors each process updates its own part; only the norms need the others'.
+        first = [local(state["exp_avg"]) for state in states]
+        second = [local(state["exp_avg_sq"]) for state in states]
+        weights = [local(parameter) for parameter in parameters]
+        gradients = [
+            local(cast(Tensor, parameter.grad)).to(moment.dtype)
+            for parameter, moment in zip(parameters, first, strict=True)
+        ]
         beta1, beta2 = group["betas"]
 
         torch._foreach_lerp_(first, gradients, 1 - beta1)
@@ -96,16 +98,36 @@ class Lamb(Optimizer):
         updates = torch._foreach_div(first, updates)
         torch._foreach_div_(updates, [1 - beta1 ** state["step"] for state in states])
         if group["weight_decay"]:
-            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(updates, _trust_ratios(tuple(parameters), tuple(updates)))
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            sharded = weights[0] is not parameters[0]
+            torch._foreach_mul_(updates, _trust_ratios(tuple(weights), tuple(updates), sharded=sharded))
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def _trust_ratios(parameters: tuple[Tensor, ...], updates: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return |w| / |u| per tensor, 1 where either norm is 0; on the device, without waiting for it."""
-    weight = torch.stack(torch._foreach_norm(parameters))
-    update = torch.stack(torch._foreach_norm(updates))
+def _refuse_zeros(matrices: list[tuple[str, Parameter]]) -> None:
+    known = [(name, parameter) for name, parameter in matrices if parameter.device.type != "meta"]
+    if not known:
+        return
+    counts = torch.stack([local(parameter.detach()).any().float() for _, parameter in known])
+    for (name, parameter), count in zip(known, distributed.total(counts).tolist(), strict=True):
+        if not count:
+            raise InputError(
+                f"training.optimizer: 'lamb' cannot train '{name}' (shape {list(parameter.shape)}), which "
+                "starts with norm 0: LAMB moves a matrix by a share of its norm; give it non-zero weights or "
+                "use 'adamw'"
+            )
+
+
+def _trust_ratios(weights: tuple[Tensor, ...], updates: tuple[Tensor, ...], *, sharded: bool) -> list[Tensor]:
+    """Return |w| / |u| per whole tensor, 1 where either norm is 0; on the device, without waiting for it.
+
+    ``sharded``: the tensors are this process's parts, and the norms are over the parts of all.
+    """
+    norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(updates)])
+    if sharded:
+        norms = distributed.total(norms.square()).sqrt()
+    weight, update = norms.chunk(2)
     defined = (weight > 0) & (update > 0)
     ratio = torch.where(defined, weight / torch.where(defined, update, 1.0), 1.0)
     return list(ratio.unbind())

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from einops import reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpdm_core.diffusion import c_in, noise_clean, per_row
-from hpdm_core.model.hpdm import HPDM, Patches
+from hpdm_core.model.hpdm import Patches
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.training.batches import Batch
 
-__all__ = ["JointLoss", "joint_loss", "make_entries", "self_conditioning_latents"]
+__all__ = ["JointLoss", "joint_loss", "make_entries", "rows_in_loss", "self_conditioning_latents"]
 
 
 @dataclass(frozen=True)
 class JointLoss:
-    """``total``: scalar with gradient; ``levels`` [L]: detached, NaN for a level without a row in the
-    loss."""
+    """``total``: scalar with gradient; ``levels`` [L]: detached, NaN for a level without a row in the loss.
+
+    Both add up over the parts of a global batch, given the counts of the whole.
+    """
 
     total: Tensor
     levels: Tensor
@@ -53,14 +55,19 @@ def make_entries(assembly: Assembly, batch: Batch) -> list[Patches]:
 
 
 @torch.no_grad()
-def self_conditioning_latents(model: HPDM, entries: list[Patches], rows: Tensor) -> list[Tensor | None]:
+def self_conditioning_latents(
+    model: nn.Module, entries: list[Patches], rows: Tensor, *, always: bool = False
+) -> list[Tensor | None]:
     """Return the latents [B, M, E] of a first pass per entry, computed for ``rows`` and zero in all other
     rows.
 
     The whole hierarchy runs once from zero latents, without gradient; ``rows`` [K] may be empty (then None
-    per entry).
+    per entry, without a pass). With ``always`` there is a pass also then, on the first row and for nothing:
+    the processes of a sharded network run it together.
     """
     if len(rows) == 0:
+        if always:
+            self_conditioning_latents(model, entries, rows.new_zeros(1))
         return [None] * len(entries)
     chosen = [
         replace(
@@ -79,30 +86,46 @@ def self_conditioning_latents(model: HPDM, entries: list[Patches], rows: Tensor)
     return kept
 
 
-def joint_loss(assembly: Assembly, model: HPDM, batch: Batch) -> JointLoss:
+def rows_in_loss(batch: Batch) -> Tensor:
+    """Return how many rows of each slot count in the loss, int64 [S]."""
+    return torch.stack([rows.sum() for rows in batch.in_loss])
+
+
+def joint_loss(
+    assembly: Assembly,
+    model: nn.Module,
+    batch: Batch,
+    counts: Tensor | None = None,
+    *,
+    always: bool = False,
+) -> JointLoss:
     """Return the loss of ``model`` on ``batch`` (on the model's device).
 
     Per slot: the mean over its rows in the loss of w(sigma) * mean over the patch of (F - v)^2. The total is
     the mean over the slots that have such rows; a slot that only serves as context counts nowhere.
+
+    ``counts`` [S]: `rows_in_loss` of the whole global batch where ``batch`` is a part of it; the losses of
+    the parts then add up to that of the whole. ``always``: see `self_conditioning_latents`.
     """
+    if counts is None:
+        counts = rows_in_loss(batch)
     entries = make_entries(assembly, batch)
-    latents = self_conditioning_latents(model, entries, batch.conditioned)
+    latents = self_conditioning_latents(model, entries, batch.conditioned, always=always)
     predictions = model([replace(entry, latents=kept) for entry, kept in zip(entries, latents, strict=True)])
 
     objective, levels = assembly.objective, assembly.pyramid.levels
-    losses, present = [], []
+    losses = []
     for index, (entry, (prediction, _)) in enumerate(zip(entries, predictions, strict=True)):
         sigma_in = assembly.sigma_in[entry.level]
         target = objective.target(batch.clean[index], batch.noise[index], entry.sigma, sigma_in)
         error = reduce((prediction - target).square(), "b c f h w -> b", "mean")
         rows = torch.where(batch.in_loss[index], objective.weight(entry.sigma, sigma_in) * error, 0.0)
-        count = batch.in_loss[index].sum()
-        losses.append(rows.sum() / count.clamp(min=1))
-        present.append(count > 0)
-    loss, used = torch.stack(losses), torch.stack(present)  # [S], [S]
+        losses.append(rows.sum() / counts[index].clamp(min=1))
+    loss, used = torch.stack(losses), counts > 0  # [S], [S]
     total = loss.sum() / used.sum().clamp(min=1)
 
     level = torch.tensor([entry.level for entry in entries], device=loss.device)
-    sums = torch.zeros(levels, device=loss.device).index_add(0, level, loss.detach())
-    counts = torch.zeros(levels, device=loss.device).index_add(0, level, used.to(loss.dtype))
-    return JointLoss(total=total, levels=sums / counts)  # 0 / 0 is NaN: no row
+    nothing = loss.new_zeros(levels)
+    sums = nothing.index_add(0, level, loss.detach())
+    slots = nothing.index_add(0, level, used.to(loss.dtype))
+    return JointLoss(total=total, levels=sums / slots)  # 0 / 0 is NaN: no row

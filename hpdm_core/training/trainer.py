@@ -2,41 +2,51 @@
 
 Per step: a keyed batch -> the joint loss -> gradient, clipped -> optimizer -> weight average -> figures ->
 sometimes a checkpoint. Nothing depends on what ran before but weights, optimizer state and average, and those
-are in checkpoints: a run that is killed and started again ends with the same bits. One process; many
-processes are not handled here.
+are in checkpoints: a run that is killed and started again ends with the same bits.
+
+Several processes run the same loop, each with its share of every batch; what differs between one, replicas
+and shards stands in `hpdm_core.training.strategy`. The main process logs, saves and calls observers.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from hpdm_core import cost, interruption
+from hpdm_core import cost, distributed, interruption
 from hpdm_core.config.schema import SCHEMA_VERSION
 from hpdm_core.errors import DivergedError
+from hpdm_core.model.execution import Execution
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.runtime import prepare_torch
+from hpdm_core.runtime import compiler_problem, prepare_torch, weights_dtype
 from hpdm_core.training import checkpoint as checkpoints
 from hpdm_core.training.batches import Batch, TrainingBatches, prefetched
 from hpdm_core.training.ema import WeightAverage
+from hpdm_core.training.figures import MemoryMeter, RunningMean
 from hpdm_core.training.metrics_log import MetricsLog
 from hpdm_core.training.schedule import default_ema_halflife, learning_rate
-from hpdm_core.training.step import joint_loss
+from hpdm_core.training.shards import load_shards, load_whole, local, save_shards, whole_weights
+from hpdm_core.training.step import joint_loss, rows_in_loss
+from hpdm_core.training.strategy import make_strategy, share_of
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.cell import Cell
 
 __all__ = ["Trainer", "load_ema_model"]
+
+log = logging.getLogger(__name__)
 
 SETTLING_STEPS = 5
 """First steps of an attempt that do not count as throughput."""
@@ -50,8 +60,9 @@ class Trainer:
     goes on from the newest intact checkpoint among all of them. ``cell`` is what observers are handed; None
     calls none.
 
-    `model` holds the raw weights, `ema_model` their average. Building one draws initial weights; `run` may be
-    called once.
+    `model` holds the raw weights, `ema_model` their average; on several processes with ``fsdp`` this process's
+    parts of them. Building one draws initial weights; `run` may be called once. Of several processes
+    (`hpdm_core.distributed.joined`) each builds and runs one.
     """
 
     def __init__(
@@ -67,26 +78,47 @@ class Trainer:
         self.folder = folder
         self.previous = tuple(previous)
         self.observers = Observers(assembly.plugins, None) if cell is None else cell.observers
-        self.device = prepare_torch(assembly.config.runtime)
-        self.memory = _MemoryMeter(self.device)
-        self.model: HPDM = assembly.build_model(device=self.device)
+        runtime = assembly.config.runtime
+        self.device = prepare_torch(runtime)
+        self.dtype = weights_dtype(runtime)
+        self.strategy = make_strategy(runtime.strategy)
+        self.rows = share_of(self.config.batch)
+        self.memory = MemoryMeter(self.device)
+        self.model: HPDM = assembly.build_model(device=self.device).to(self.dtype)
+        self.model.execution = Execution(
+            matmul_dtype=torch.bfloat16 if runtime.precision == "bf16" else None,
+            checkpointing=runtime.activation_checkpointing,
+        )
         halflife = self.config.ema_halflife
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
         self.average = WeightAverage(self.model, halflife=self.halflife)
+        compiled = runtime.compile and self._can_compile()
+        self.network = self.strategy.wrap(self.model, compiled=compiled)
+        self.strategy.place(self.ema_model)
+        self.joint_loss = self.strategy.compiled(joint_loss) if compiled else joint_loss
+        # A sharded network runs only where all its processes run it.
+        self.first_pass_always = self.strategy.sharded and self.config.self_conditioning > 0
         self.parameters = [
             (name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad
         ]
         self.optimizer: torch.optim.Optimizer = assembly.make(
             "optimizers", self.config.optimizer, self.parameters, self.config.learning_rate
         )
-        self.log = MetricsLog(folder)
+        self.log = MetricsLog(folder if distributed.is_main() else None)
         self.last_good: Path | None = None
         self.resumed_from: list[int] = []
-        self.loss = _RunningMean(assembly.pyramid.levels, halflife=self.halflife)
+        self.loss = RunningMean(assembly.pyramid.levels, halflife=self.halflife)
         self.before: dict[str, Any] = {"seconds": 0.0, "videos_per_second": None, "peak_memory_bytes": None}
         """Figures of earlier attempts."""
+        self.limit = math.inf if self.config.clip is None else self.config.clip
         self.durations: list[float] = []
         self.started = time.perf_counter()
+
+    def _can_compile(self) -> bool:
+        problem = compiler_problem(self.device)
+        if problem is not None:
+            log.warning("runtime.compile: %s; training goes on as it is, not compiled", problem)
+        return problem is None
 
     @property
     def ema_model(self) -> HPDM:
@@ -104,7 +136,9 @@ class Trainer:
         self.started = time.perf_counter()
         # With nothing left to do the dataset is not opened.
         source: Iterator[Batch] = (
-            prefetched(TrainingBatches(self.assembly), steps, ahead=ahead) if steps else (_ for _ in ())
+            prefetched(TrainingBatches(self.assembly, self.rows), steps, ahead=ahead)
+            if steps
+            else (_ for _ in ())
         )
         with interruption.deferred(), closing(source):  # type: ignore[type-var]  # both are generators
             tick = time.perf_counter()
@@ -120,27 +154,29 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest intact checkpoint, if there is one; return how many steps are done."""
-        own = [] if self.folder is None else [self.folder]
-        if self.folder is not None:
-            checkpoints.clear_partial(self.folder)
-        found = checkpoints.newest_intact([*own, *self.previous])
-        if found is None:
+        folders = [*([] if self.folder is None else [self.folder]), *self.previous]
+        found = None
+        if distributed.is_main():
+            if self.folder is not None:
+                checkpoints.clear_partial(self.folder)
+            found = checkpoints.newest_intact(folders)
+        path = distributed.broadcast(None if found is None else found.path)
+        if path is None:
             self.log.start(step=0, source=None)
             return 0
-        assert found.path is not None, "a checkpoint that was read has a path"
-        checkpoints.load_weights(self.model, found.model, origin=found.path)
-        checkpoints.load_weights(self.ema_model, found.ema, origin=found.path)
-        self.optimizer.load_state_dict(found.optimizer)
+        found = found or checkpoints.read_checkpoint(path)
+        load = load_whole if found.shards is None else load_shards
+        load(found, self.model, self.ema_model, self.optimizer)
         self.loss.load(found.running["loss"])
         self.before = found.running["figures"]
         self.resumed_from = [*found.running["resumed_from"], found.step]
-        self.last_good = found.path
-        self.log.start(step=found.step, source=found.path.parent.parent)
+        self.last_good = path
+        self.log.start(step=found.step, source=path.parent.parent)
         return found.step
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """Make update ``batch.step`` and return its figures."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, self.dtype)
         rate = learning_rate(
             batch.step - 1,
             peak=self.config.learning_rate,
@@ -151,15 +187,15 @@ class Trainer:
             group["lr"] = rate
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss = joint_loss(self.assembly, self.model, batch)
-        loss.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = self._clip()
-        levels: list[float] = loss.levels.tolist()
-        self._check(batch, total=float(loss.total.detach()), levels=levels, norm=norm)
+        counts = distributed.total(rows_in_loss(batch))
+        total, level_losses = self._gradient(batch, counts)
+        levels: list[float] = level_losses.tolist()
+        norm = self.strategy.clip([parameter for _, parameter in self.parameters], self.limit)
+        self._check(batch.step, counts, total=total, levels=levels, norm=norm)
         self.optimizer.step()
         self.average.update(self.model)
         self.loss.add(levels)
-        self.observers.call("after_step_finished", step=batch.step, loss=loss.levels.detach().clone())
+        self._observe("after_step_finished", step=batch.step, loss=level_losses.clone())
 
         shown = [None if math.isnan(value) else value for value in levels]
         whole = sum(value for value in shown if value is not None)
@@ -171,22 +207,35 @@ class Trainer:
             "gradient_norm": norm,
         }
 
-    def _clip(self) -> float:
-        """Scale the gradient down to the allowed global norm; return the norm it had."""
-        parameters = [parameter for _, parameter in self.parameters]
-        limit = math.inf if self.config.clip is None else self.config.clip
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    def _gradient(self, batch: Batch, counts: Tensor) -> tuple[float, Tensor]:
+        """Add up the gradient of the global batch, of which ``batch`` is this process's share.
 
-    def _check(self, batch: Batch, *, total: float, levels: list[float], norm: float) -> None:
-        """Raise `TroubleError` before a loss or gradient that is not finite touches a weight."""
+        ``counts`` [S]: rows of each slot in the loss, of the global batch. Returns its loss, and its losses
+        per level [L], NaN for one without a row.
+        """
+        sums = torch.zeros(1 + self.assembly.pyramid.levels, device=self.device, dtype=self.dtype)
+        parts = batch.split(self.assembly.config.runtime.micro_batch)
+        for part in parts:
+            with self.strategy.part(self.network, last=part is parts[-1]):
+                loss = self.joint_loss(
+                    self.assembly, self.network, part, counts, always=self.first_pass_always
+                )
+                # What torch takes the mean of, over processes, is to be the sum.
+                (loss.total * distributed.size()).backward()
+            sums += torch.cat([loss.total.detach()[None], loss.levels])
+        sums = distributed.total(sums)
+        return float(sums[0]), sums[1:]
+
+    def _check(self, step: int, counts: Tensor, *, total: float, levels: list[float], norm: float) -> None:
+        """Raise `DivergedError` before a loss or gradient that is not finite touches a weight."""
         if math.isfinite(total) and math.isfinite(norm):
             return
         slots = self.assembly.noise_sampler.slots
-        active = {slot.level for slot, rows in zip(slots, batch.in_loss, strict=True) if bool(rows.any())}
+        active = {slot.level for slot, count in zip(slots, counts.tolist(), strict=True) if count}
         bad = [str(level) for level in sorted(active) if not math.isfinite(levels[level])]
         what = f"the loss of level {', '.join(bad)}" if bad else "the gradient"
         raise DivergedError(
-            f"training: {what} is not finite at step {batch.step} (seed {self.assembly.config.seed}); "
+            f"training: {what} is not finite at step {step} (seed {self.assembly.config.seed}); "
             f"{self._where_good()}; try a lower training.learning_rate or a longer training.warmup"
         )
 
@@ -202,7 +251,7 @@ class Trainer:
             self.log.write(row)
         if progress is not None:
             progress({**row, "steps": self.config.steps})
-        end = interruption.requested()
+        end = self._asked_to_end()
         if last or step % runtime.checkpoint_every == 0 or step in self.config.keep or end is not None:
             self._save(step)
         if end is not None and not last:
@@ -211,43 +260,70 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.folder is None:
             return
-        for name, tensor in self.model.state_dict().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise DivergedError(
-                    f"training: the weight '{name}' is not finite after step {step}; {self._where_good()}; "
-                    "try a lower training.learning_rate or a longer training.warmup"
-                )
-        path = checkpoints.save_checkpoint(
-            self.folder,
-            checkpoints.Checkpoint(
+        self._check_weights(step)
+        running = {
+            "loss": self.loss.state(),
+            "figures": self._figures(),
+            "resumed_from": self.resumed_from,
+        }
+        if self.strategy.sharded:
+            path = save_shards(
+                self.folder,
+                step=step,
+                model=self.model,
+                average=self.ema_model,
+                optimizer=self.optimizer,
+                running=running,
+            )
+        else:
+            checkpoint = checkpoints.Checkpoint(
                 step=step,
                 model=self.model.state_dict(),
                 ema=self.ema_model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
-                running={
-                    "loss": self.loss.state(),
-                    "figures": self._figures(),
-                    "resumed_from": self.resumed_from,
-                },
-            ),
-        )
+                running=running,
+            )
+            path = distributed.on_main(partial(checkpoints.save_checkpoint, self.folder, checkpoint))
         self.last_good = path
-        checkpoints.prune(self.folder, keep=self.config.keep)
-        self.observers.call("after_checkpoint_saved", path=path)
+        distributed.on_main(partial(checkpoints.prune, self.folder, keep=self.config.keep))
+        self._observe("after_checkpoint_saved", path=path)
+
+    def _check_weights(self, step: int) -> None:
+        """Raise `DivergedError` rather than save a weight that is not finite."""
+        weights = self.model.state_dict().items()
+        bad = next((name for name, each in weights if not bool(torch.isfinite(local(each)).all())), None)
+        for name in distributed.gather(bad):
+            if name is not None:
+                raise DivergedError(
+                    f"training: the weight '{name}' is not finite after step {step}; {self._where_good()}; "
+                    "try a lower training.learning_rate or a longer training.warmup"
+                )
+
+    def _observe(self, hook: str, **arguments: Any) -> None:
+        """Call observers, in the main process."""
+        if distributed.is_main():
+            self.observers.call(hook, **arguments)
+
+    def _asked_to_end(self) -> int | None:
+        """Return the signal that asked one of the processes to end, or None."""
+        asked = interruption.requested()
+        if not distributed.total(torch.tensor(0.0 if asked is None else 1.0)):
+            return None
+        return next(signum for signum in distributed.gather(asked) if signum is not None)
 
     def _save_average(self) -> None:
-        if self.folder is not None:
-            checkpoints.save_weights(
-                self.folder / "model.safetensors",
-                self.ema_model.state_dict(),
-                metadata={
-                    "weights": "exponential moving average",
-                    "halflife": self.halflife,
-                    "steps": self.config.steps,
-                    "seed": self.assembly.config.seed,
-                    "schema": SCHEMA_VERSION,
-                },
-            )
+        if self.folder is None:
+            return
+        weights = whole_weights(self.ema_model)
+        metadata = {
+            "weights": "exponential moving average",
+            "halflife": self.halflife,
+            "steps": self.config.steps,
+            "seed": self.assembly.config.seed,
+            "schema": SCHEMA_VERSION,
+        }
+        path = self.folder / "model.safetensors"
+        distributed.on_main(partial(checkpoints.save_weights, path, weights, metadata=metadata))
 
     def _figures(self) -> dict[str, Any]:
         """Return seconds, throughput and memory over this attempt and those before."""
@@ -286,65 +362,3 @@ def load_ema_model(assembly: Assembly, path: Path) -> HPDM:
     model = assembly.build_model(device=prepare_torch(assembly.config.runtime))
     checkpoints.load_weights(model, checkpoints.read_weights(path), origin=path)
     return model.requires_grad_(False).eval()
-
-
-class _RunningMean:
-    """A mean of the losses per level that forgets with a half-life in steps; a level without a row is left
-    out."""
-
-    def __init__(self, levels: int, *, halflife: float) -> None:
-        self.decay = 0.5 ** (1 / halflife)
-        self.sums, self.weights = [0.0] * levels, [0.0] * levels
-
-    def add(self, values: Sequence[float]) -> None:
-        for level, value in enumerate(values):
-            if not math.isnan(value):
-                self.sums[level] = self.decay * self.sums[level] + (1 - self.decay) * value
-                self.weights[level] = self.decay * self.weights[level] + (1 - self.decay)
-
-    def values(self) -> list[float | None]:
-        return [
-            total / weight if weight else None for total, weight in zip(self.sums, self.weights, strict=True)
-        ]
-
-    def state(self) -> dict[str, list[float]]:
-        return {"sums": self.sums, "weights": self.weights}
-
-    def load(self, state: dict[str, list[float]]) -> None:
-        self.sums, self.weights = list(state["sums"]), list(state["weights"])
-
-
-class _MemoryMeter:
-    """Peak memory since it was made: what CUDA's allocator held, or what the whole process had in RAM.
-
-    On the CPU that takes Linux, where the kernel's high-water mark can be set back: the mark that every system
-    has is of the process's whole life, and says nothing of the second cell in it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device if device.type == "cuda" else None
-        if self.cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-        self.resettable = self.cuda is None and _reset_high_water()
-
-    def peak(self) -> int | None:
-        """Return bytes, or None where they cannot be told."""
-        if self.cuda is not None:
-            return int(torch.cuda.max_memory_allocated(self.cuda))
-        return _high_water_bytes() if self.resettable else None
-
-
-def _reset_high_water() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _high_water_bytes() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -120,9 +120,13 @@ def test_state_survives_a_safe_save_and_goes_on_bitwise() -> None:
         assert torch.equal(parts[name], whole[name]), name
 
 
-def test_moments_are_float32_for_half_precision_weights() -> None:
-    weight = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("weights", "moments"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_moments_are_float32_or_as_wide_as_the_weights(weights: torch.dtype, moments: torch.dtype) -> None:
+    weight = nn.Parameter(torch.ones(2, 3, dtype=weights))
     optimizer = Lamb([("weight", weight)], 0.1)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
+    assert optimizer.state[weight]["exp_avg"].dtype == moments
+    assert weight.dtype == weights and float(weight[0, 0].detach()) == pytest.approx(0.9, rel=1e-2)

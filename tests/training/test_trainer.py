@@ -20,9 +20,9 @@ from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.training import Trainer, load_ema_model
 from hpdm_core.training.checkpoint import checkpoint_folders
+from hpdm_core.training.figures import MemoryMeter
 from hpdm_core.training.schedule import learning_rate
 from hpdm_core.training.step import joint_loss
-from hpdm_core.training.trainer import _MemoryMeter
 
 Make = Callable[..., Assembly]
 
@@ -261,17 +261,17 @@ def test_result(straight: Any, assemble: Make) -> None:
 
 
 def test_peak_memory_is_that_of_this_cell_and_not_of_the_one_before() -> None:
-    def peak_of(meter: _MemoryMeter) -> int:
+    def peak_of(meter: MemoryMeter) -> int:
         found = meter.peak()
         if found is None:
             pytest.skip("the high-water mark cannot be set back here")
         return found
 
-    first = _MemoryMeter(torch.device("cpu"))
+    first = MemoryMeter(torch.device("cpu"))
     ballast = b"x" * 200_000_000
     del ballast
     high = peak_of(first)
-    second = _MemoryMeter(torch.device("cpu"))
+    second = MemoryMeter(torch.device("cpu"))
     low = peak_of(second)
     assert high - low > 150_000_000
     ballast = b"x" * 200_000_000
@@ -280,8 +280,8 @@ def test_peak_memory_is_that_of_this_cell_and_not_of_the_one_before() -> None:
 
 
 def test_peak_memory_is_unknown_where_the_mark_cannot_be_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpdm_core.training.trainer._reset_high_water", lambda: False)
-    assert _MemoryMeter(torch.device("cpu")).peak() is None
+    monkeypatch.setattr("hpdm_core.training.figures._reset_high_water", lambda: False)
+    assert MemoryMeter(torch.device("cpu")).peak() is None
 
 
 def test_training_learns(assemble: Make) -> None:
@@ -359,8 +359,8 @@ def test_an_observer_is_handed_a_loss_of_its_own(
 ) -> None:
     made: list[torch.Tensor] = []
 
-    def noted(*arguments: Any) -> Any:
-        loss = joint_loss(*arguments)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        loss = joint_loss(*arguments, **options)
         made.append(loss.levels)
         return loss
 
