@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from hpdm_core import hookspecs
 from hpdm_core.plugins import FAMILIES, build_plugins
+from hpdm_core.randomness import generator
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -134,7 +136,25 @@ def test_the_inherited_cases_pass(folder):
     (folder / "test_mine.py").write_text(blocks(TUTORIAL, "python")[1])
     done = run("python -m pytest -q -p no:cacheprovider test_mine.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "14 passed" in done.stdout
+    assert "15 passed" in done.stdout
+
+
+def test_the_dataset_with_a_path_passes_its_check_and_follows_its_content(tmp_path):
+    (code,) = blocks((DOCS / "hooks.md").read_text(), "python")
+    (tmp_path / "mine.py").write_text(code)
+    for split in ("train", "held_out"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(5):
+            clip = torch.rand(3, 4, 16, 24, generator=generator(split, number)) * 2 - 1
+            torch.save(clip, tmp_path / "data" / split / f"{number}.pt")
+    check = "python -m hpdm_core.plugins check saved_clips --plugin mine.py --option root="
+    done = run(check + "data", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all checks passed" in done.stdout
+    (tmp_path / "mine.py").write_text(code.replace("Annotated[Path, Content()]", "Path"))
+    done = run(check + "data", tmp_path)
+    assert done.returncode == 1
+    assert "option root would be part of the key" in " ".join((done.stdout + done.stderr).split())
 
 
 def test_every_word_of_the_glossary_is_said_once():
