@@ -1,5 +1,5 @@
 """The evaluate stage: one metric on one cell. ``python -m hpdm_core.evaluate CELL_DIR`` runs it without a
-study.
+study; with ``--real`` and ``--fake`` the command measures folders (`hpdm_core.evaluator`).
 
 A metric sees the cell through an `EvaluationContext`, which opens what is asked for and nothing else.
 Features of real clips depend on the data alone and are kept in a folder of the store, for all cells. A clip
@@ -9,12 +9,10 @@ when they are stored.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 import zipfile
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
     from hpdm_core.metrics.frechet import Features
     from hpdm_core.metrics.protocol import FeatureExtractor, Metric
 
-__all__ = ["EvaluationContext", "evaluate_metric", "main"]
+__all__ = ["EvaluationContext", "evaluate_cell", "evaluate_metric", "main"]
 
 _BATCH = 16  # videos whose features are computed together; fixed, so that results are the same bits
 
@@ -307,62 +305,41 @@ def _sha256(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hpdm_core.evaluate",
-        description="Measure metrics on a trained cell and print their rows.",
-    )
-    parser.add_argument(
-        "cell", type=Path, metavar="CELL_DIR", help="a train stage: STORE/train/KEY, with spec.json"
-    )
-    parser.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="PART",
-        help="NAME or '{use: NAME, option: value}', may be repeated; default: those of the cell",
-    )
-    parser.add_argument(
-        "--samples", type=Path, metavar="DIR", help="generated videos; default: those of the cell"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the results with their protocols as JSON"
-    )
-    given = parser.parse_args(arguments)
-    if given.out is not None:
-        _check_out(given.out)
-    assembly, spec = load_trained(given.cell)
-    parts = [assembly.plugins.validate("metrics", _part(text)) for text in given.metric]
-    store = given.cell.resolve().parent.parent
-    samples = given.samples or store / "samples" / str(spec.get("keys", {}).get("samples"))
+def evaluate_cell(
+    cell: Path, *, metrics: Sequence[str] = (), samples: Path | None = None, out: Path | None = None
+) -> int:
+    """Measure ``metrics`` (parts as text; none: its own) on the train stage ``cell``, print rows and protocols,
+    write them to ``out``, and return the exit code.
+    """
+    assembly, spec = load_trained(cell)
+    parts = [assembly.plugins.validate("metrics", _part(text)) for text in metrics]
+    store = cell.resolve().parent.parent
     prepare_torch(assembly.config.runtime)
     results = []
     for part in parts or assembly.config.evaluation.metrics:
         result = evaluate_metric(
             assembly,
             part,
-            model_path=given.cell / "model.safetensors",
-            samples_folder=samples,
-            train_result=read_json(given.cell / "result.json"),
+            model_path=cell / "model.safetensors",
+            samples_folder=samples or store / "samples" / str(spec.get("keys", {}).get("samples")),
+            train_result=read_json(cell / "result.json"),
             store_folder=store / "evaluations" / "none",
         )
         results.append(result)
         for row in result["rows"]:
             print("\t".join(f"{name}={value}" for name, value in row.items() if value is not None))
         print(f"protocol of {result['metric']}: {json.dumps(result['protocol'], sort_keys=True)}", flush=True)
-    if given.out is not None:
-        with trouble_when_unwritable(given.out):
-            write_bytes(given.out, (json.dumps(results, indent=1) + "\n").encode())
+    if out is not None:
+        with trouble_when_unwritable(out):
+            write_bytes(out, (json.dumps(results, indent=1) + "\n").encode())
     return 0
 
 
-def _check_out(file: Path) -> None:
-    """Raise InputError, before anything is computed, where ``file`` cannot be written."""
-    if file.is_dir():
-        raise InputError(f"--out {file}: is a folder; allowed is a file")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise InputError(f"--out {file}: allowed is a file in a folder that exists and may be written to")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    from hpdm_core.evaluator.command import main as command
+
+    return command(arguments)
 
 
 def _part(text: str) -> Part:
