@@ -22,7 +22,7 @@ __all__ = ["Layers", "Override", "parse_arm", "parse_set", "part_paths", "split_
 @functools.cache
 def part_paths() -> frozenset[KeyPath]:
     """Return the paths at which a single part stands; ``NAME`` there means ``{use: NAME}``."""
-    found: set[KeyPath] = {("backend",)}
+    found: set[KeyPath] = {("backend",), ("search", "sampler"), ("search", "pruner")}
     for section, outer in CellConfig.model_fields.items():
         for name, inner in getattr(outer.annotation, "model_fields", {}).items():
             if inner.annotation is Part:

@@ -80,7 +80,7 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
         path = _existing(data, location, keep_last=item["type"] == "missing")
         match item["type"]:
             case "extra_forbidden":
-                allowed = _fields(model, location[:-1])
+                allowed = _fields(model, path[:-1])
                 nearest = did_you_mean(str(location[-1]), allowed)
                 misspelt |= {(*path[:-1], name) for name in allowed if f"'{name}'" in nearest}
                 message = f"unknown key{nearest or '; allowed: ' + ', '.join(allowed)}"
@@ -154,15 +154,22 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def field_of(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """Return the model that stands at ``path`` within ``model``, or None."""
     current: type[BaseModel] | None = model
+    keyed = False  # the next step is a key of a mapping, chosen by the user
     for step in path:
         if isinstance(step, int):
             continue
+        if keyed:
+            keyed = False
+            continue
         if current is None or step not in current.model_fields:
             return None
-        current = _model_in(current.model_fields[step].annotation)
+        annotation = current.model_fields[step].annotation
+        current, keyed = _model_in(annotation), typing.get_origin(annotation) is dict
     return current
 
 
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
     found = field_of(model, path)
-    return sorted(found.model_fields) if found is not None else []
+    if found is None:
+        return []
+    return sorted(field.alias or name for name, field in found.model_fields.items())

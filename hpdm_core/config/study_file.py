@@ -16,8 +16,11 @@ from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.overrides import Layers, Override, parse_arm, split_dotted
 from hpdm_core.config.problems import KeyPath, Problem, check, dotted
 from hpdm_core.config.schema import CellConfig, Frozen, Part
+from hpdm_core.config.search import SearchKeys
+from hpdm_core.config.space import check_search, vary
 from hpdm_core.config.validate import lines_of, validate_cell
 from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.passwords import without_password
 from hpdm_core.plugins import Plugins
 
 __all__ = ["BACKENDS", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
@@ -50,6 +53,12 @@ class StudyKeys(Frozen):
     """URL of the ledger's storage; null for a journal file beside the results."""
     scales: dict[str, Overrides | None] = Field(default_factory=dict)
     """Preset -> overrides that hold when the study extends it."""
+    search: SearchKeys | None = None
+    """What each arm is tuned over before the arms are compared; null for nothing."""
+
+
+def _nothing_to_vary(arm: str, values: Mapping[str, Any]) -> CellConfig:
+    raise InputError(f"arm '{arm}': the study has no search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,10 @@ class StudyConfig:
     selected: tuple[str, ...]
     """The arms that ``--only`` leaves, in order; all without it."""
     resolved: dict[str, Any]
-    """The file after presets and ``--set``, as plain data."""
+    """The file after presets and ``--set``, as plain data, without passwords."""
+    search: SearchKeys | None = None
+    vary: Callable[[str, Mapping[str, Any]], CellConfig] = _nothing_to_vary
+    """Return an arm's cell with the given dotted keys changed; raises InputError."""
 
 
 def check_top_level(
@@ -159,6 +171,8 @@ def load_study(
         problems += [line for line in lines if line not in problems]
     if not problems:
         problems += _same(configs, layers, sources)
+    if not problems and keys.search is not None:
+        problems += check_search(keys.search, layers, sources, configs, composed.plugins)
     baseline = keys.baseline if keys.baseline is not None else next(iter(sources), "default")
     if baseline not in sources:
         nearest = did_you_mean(baseline, sources) or f"; arms: {', '.join(sources)}"
@@ -182,8 +196,16 @@ def load_study(
         backend=keys.backend,
         storage=keys.storage,
         selected=selected,
-        resolved={**layers.data, "name": name, "plugins": list(composed.plugins.names)},
+        resolved=_shown({**layers.data, "name": name, "plugins": list(composed.plugins.names)}),
+        search=keys.search,
+        vary=lambda arm, values: vary(layers, arm, sources[arm], values, composed.plugins),
     )
+
+
+def _shown(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's data with no password in it."""
+    url = data.get("storage")
+    return {**data, "storage": without_password(url)} if isinstance(url, str) else data
 
 
 def _arms(

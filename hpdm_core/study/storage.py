@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.files import disk_trouble
+from hpdm_core.passwords import without_password, without_passwords
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -31,8 +31,6 @@ __all__ = [
     "check_storage",
     "open_storage",
     "storage_trouble",
-    "without_password",
-    "without_passwords",
 ]
 
 SECONDS = 5.0
@@ -236,20 +234,3 @@ def _check_file(file: Path, folder: Path) -> None:
     elif not folder.is_relative_to(file.absolute().parent):  # those are made with the study's folder
         with tempfile.TemporaryDirectory(prefix=".hpdm-", dir=file.parent):
             pass
-
-
-def without_password(url: str) -> str:
-    """Return ``url`` with stars for user and password, and for a password among its options."""
-    scheme, separator, rest = url.partition("://")
-    if separator and "@" in rest:
-        url = f"{scheme}://***@{rest.rpartition('@')[2]}"
-    return _OPTION.sub(r"\1***", url)
-
-
-def without_passwords(text: str) -> str:
-    """Return ``text``, such as a command or a message, with stars for the passwords of URLs in it."""
-    return _OPTION.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
-
-
-_IN_TEXT = re.compile(r"([A-Za-z][\w+.-]*://[^\s:/@'\"]*:)[^\s'\"]*@")
-_OPTION = re.compile(r"([?&](?:password|sslpassword)=)[^&\s'\"]*", re.IGNORECASE)
