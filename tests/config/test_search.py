@@ -117,7 +117,10 @@ def test_a_search_with_its_defaults(tmp_path: Path) -> None:
             {"space": {"training.learning_rate": {"float": [0, 1], "log": True}}},
             "log takes a lowest value above 0",
         ),
-        ({"space": {"model.backbone": {"choices": ["rin", "rim"]}}}, "unknown part 'rim' of backbones - did you mean 'rin'?"),
+        (
+            {"space": {"model.backbone": {"choices": ["rin", "rim"]}}},
+            "unknown part 'rim' of backbones - did you mean 'rin'?",
+        ),
         (
             {"space": {"model.context_fusion": {"choices": ["deep", "none"]}}},
             "arm 'none' sets model.context_fusion itself; search over what no arm sets",
