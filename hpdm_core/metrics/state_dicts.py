@@ -6,6 +6,7 @@ pickle. TorchScript, which is code, is only recognised here; `hpdm_core.metrics.
 
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def read_state_dict(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if "weights_only" in str(error) and "Unsupported" in str(error):
+        if re.search(r"[Uu]nsupported (global|class)", str(error)):
             raise InputError(
                 f"{file}: it holds more than tensors, which would have to be executed and is refused; save "
                 "its state dict with torch.save(model.state_dict(), FILE)"
