@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -99,12 +100,18 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def protocol(tmp_path: Path) -> Path:
-    return write_protocol(tmp_path / "small.yaml")
+def video_writer() -> Callable[..., None]:
+    return write_video
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a protocol file; ``fakes__count=3`` changes fakes.count, None drops a key."""
+    numbers = itertools.count()
+    return lambda **changes: write_protocol(tmp_path / f"protocol{next(numbers)}.yaml", **changes)
 
 
 def write_protocol(path: Path, **changes: object) -> Path:
-    """A protocol file; ``fakes__count=3`` changes fakes.count."""
     data = yaml.safe_load(yaml.safe_dump(PROTOCOL))
     for key, value in changes.items():
         inside = data
@@ -119,9 +126,10 @@ def write_protocol(path: Path, **changes: object) -> Path:
     return path
 
 
-def run(*arguments: object) -> int:
-    """Run the command as a user would; returns the exit code."""
-    return report_errors(main, [str(argument) for argument in arguments])
+@pytest.fixture
+def run() -> Callable[..., int]:
+    """Runs the command as a user would; gives the exit code."""
+    return lambda *arguments: report_errors(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(autouse=True)
