@@ -4,11 +4,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from hpdm_core.metrics.c3d import C3D
+from hpdm_core.metrics.i3d import I3D
+from hpdm_core.metrics.state_dicts import C3D_NAMINGS, I3D_NAMINGS
+from hpdm_core.metrics.weights import uninitialised
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.testing.data import write_clip
+from hpdm_core.testing.weights import export, randomise, write_state_dict
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +64,24 @@ def ucf101_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def i3d_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = uninitialised(I3D)
+    randomise(network)
+    file = tmp_path_factory.mktemp("weights") / "i3d.npz"
+    return write_state_dict(export(network, I3D_NAMINGS["tensorflow"]), file)
+
+
+@pytest.fixture(scope="session")
+def c3d_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mean clip lies beside."""
+    network = uninitialised(C3D)
+    randomise(network)
+    folder = tmp_path_factory.mktemp("weights")
+    np.savez(folder / "mean.npz", mean=np.full((3, 16, 128, 171), 100, dtype=np.float32))
+    return write_state_dict(export(network, C3D_NAMINGS["chainer"]), folder / "c3d.npz")
+
+
 @pytest.fixture
 def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str, Any]]:
     """Options of built-in parts that have required ones, or whose defaults are the paper's sizes."""
@@ -79,6 +103,11 @@ def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str,
                 return {"root": str(request.getfixturevalue("class_folders"))}
             case "datasets/ucf101":
                 return {"root": str(request.getfixturevalue("ucf101_tree"))}
+            case "feature_extractors/i3d":
+                return {"weights": str(request.getfixturevalue("i3d_weights"))}
+            case "feature_extractors/c3d":
+                file = request.getfixturevalue("c3d_weights")
+                return {"weights": str(file), "mean": str(file.with_name("mean.npz"))}
         return {}
 
     return made

@@ -8,8 +8,18 @@ from hpdm_core.plugins import FAMILIES, build_plugins
 from hpdm_core.testing import CASES, Case
 
 INSTALLED = build_plugins()
+FRAMES = {"i3d": (9, 10), "c3d": (16, 16)}
+"""What the detectors take, of two videos each: a clip costs them a second."""
+SLOW = {("feature_extractors", "c3d")}
+
 CHECKS = [
-    pytest.param(family, key, check, id=f"{family}-{key}-{check.removeprefix('test_')}")
+    pytest.param(
+        family,
+        key,
+        check,
+        id=f"{family}-{key}-{check.removeprefix('test_')}",
+        marks=[pytest.mark.slow] if (family, key) in SLOW else [],
+    )
     for family, case in CASES.items()
     for key in INSTALLED.keys(family)
     for check in case.checks()
@@ -29,6 +39,9 @@ def test_part(cases, plugins, options_of, family, key, check):
     if (family, key) not in cases:
         case = CASES[family]()
         case.plugins, case.key, case.options = plugins, key, options_of(family, key)
+        if key in FRAMES:
+            case.sizes = tuple((frames, 12, 16 + frames) for frames in FRAMES[key])
+            case.count = 2
         cases[family, key] = case
     getattr(cases[family, key], check)()
 
