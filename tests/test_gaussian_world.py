@@ -187,46 +187,6 @@ def sampled_world(*, channels, videos, levels, patch=(2, 4, 6), overlap=()):
     return denoiser, sample(assembly, denoiser, range(videos), [-1] * videos)
 
 
-def normalised(draws, covariance):
-    """Variance of ``draws`` [n, N] along the principal directions of ``covariance``, over the true one."""
-    variances, basis = torch.linalg.eigh(covariance)
-    kept = variances > 0.01**2  # what is smaller lies near the solver's last noise level
-    return ((draws @ basis).pow(2).mean(dim=0) / variances)[kept]
-
-
-def check_corner_tiles(patch, *, channels, videos):
-    """Compare the law of the sampled corner tiles, levels 0, 1 and 2 jointly, with the field's.
-
-    There parents are tiles themselves, so the chain is exact. The ratio of sampled to true variance along a
-    direction is 1 with deviation sqrt(2 / n), n at least the number of channels of all videos; the corners,
-    mirrored onto the first, add to it.
-    """
-    denoiser, levels = sampled_world(channels=channels, videos=videos, levels=3, patch=patch)
-    frames, height, width = patch
-    draws = []
-    for mirrored in itertools.product((False, True), repeat=3):
-        axes = [axis for axis, flip in zip((-3, -2, -1), mirrored, strict=True) if flip]
-        parts = [video.double().flip(axes)[..., :frames, :height, :width] for video in levels]
-        draws.append(torch.cat([part.flatten(2) for part in parts], dim=-1).flatten(0, 1))
-    draws = torch.cat(draws)
-    places = [(level, (0, 0, 0)) for level in range(3)]
-    joint = torch.cat([torch.cat([denoiser.covariance(a, b) for b in places], dim=1) for a in places])
-    pixels = math.prod(patch)
-    blocks = [slice(pixels * level, pixels * (level + 1)) for level in range(3)]
-    for block in blocks:
-        ratios = normalised(draws[:, block], joint[block, block])
-        assert len(ratios) > pixels / 4
-        assert ratios.mean().item() == pytest.approx(1, abs=0.05)
-        assert (ratios - 1).abs().max() < 6 * math.sqrt(2 / (channels * videos))
-    empirical = draws.T @ draws / len(draws)
-    for a, b in itertools.combinations(blocks, 2):
-        assert ((empirical[a, b] - joint[a, b]).norm() / joint[a, b].norm()).item() < 0.2
-
-
-def test_exact_denoiser_through_the_sampler_returns_the_covariance():
-    check_corner_tiles((2, 4, 6), channels=48, videos=4)
-
-
 def test_overlap_makes_tiles_agree():
     """Across a border of tiles neighbours differ as they should with overlap, too much without it."""
     errors = {}

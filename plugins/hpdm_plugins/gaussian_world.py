@@ -256,7 +256,7 @@ class GaussianDenoiser:
         contexts: GaussianContexts | None,
         latents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the posterior mean, float32 [B, C, F, H, W], of z at ``sigma`` [B], and no latents."""
+        """Return the posterior mean [B, C, F, H, W], of the dtype of z, of z at ``sigma`` [B], and no latents."""
         if contexts is None:
             contexts = self.contexts(level, coords, ())
         noisy = rearrange(z.double() * self.sigma_in[level], "b c f h w -> b c (f h w)")
@@ -268,7 +268,7 @@ class GaussianDenoiser:
             shrink = posterior.variances / (posterior.variances + variance[mine])
             denoised[mine] = mean + (((noisy[mine] - mean) @ posterior.basis) * shrink) @ posterior.basis.T
         f, h, w = self.pyramid.patch
-        made = rearrange(denoised, "b c (f h w) -> b c f h w", f=f, h=h, w=w).to(z.device, torch.float32)
+        made = rearrange(denoised, "b c (f h w) -> b c f h w", f=f, h=h, w=w).to(z)
         return made, torch.empty(len(z), 0, 0, device=z.device)
 
     def bayes_loss(
