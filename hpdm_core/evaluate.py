@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,9 @@ class EvaluationContext:
         self.train_result: Mapping[str, Any] = train_result or {}
         self.facts: dict[str, Any] = {}
         """What was found while measuring, for the record: labels, the data's fingerprint."""
-        self._cache = cache
+        self.details: dict[str, Any] = {}
+        """What belongs to this cell alone, beside the rows: intervals, points of a curve."""
+        self.cache_folder = cache
         self._extractors: dict[str, FeatureExtractor] = {}
         self._features: dict[str, list[Features]] = {}
 
@@ -161,7 +163,7 @@ class EvaluationContext:
             "extractor": self.extractor(part).describe(),
             # What an extractor says of itself need not name all of its options.
             "part": part.model_dump(mode="json"),
-            "plugins": {} if self._cache is None else self._sources(part),
+            "plugins": {} if self.cache_folder is None else self._sources(part),
             "split": split,
             "count": count,
             "corruption": corruption,
@@ -169,13 +171,32 @@ class EvaluationContext:
         }
         key = _sha256(asked)
         if key not in self._features:
-            found = self._cached(key)
+            found = self._cached(key, self.assembly.config.model.levels + 1)
             if found is None:
                 found = self._extract_reals(part, split=split, count=count, corruption=corruption)
                 self._keep(key, found)
             self._features[key] = found[:-1]
             self.facts[f"labels_of_reals_{split}"] = _counted(found[-1].astype(int).tolist())
         return self._features[key]
+
+    def kept(self, facts: Mapping[str, Any], make: Callable[[], list[Features]]) -> list[Features]:
+        """Return what ``make`` makes of real clips, kept for all cells under ``facts`` and what the data are.
+
+        ``facts``, JSON, hold everything else that it depends on.
+        """
+        asked = {
+            **data_facts(self.assembly.config, self.assembly.plugins),
+            "fingerprint": self.data_fingerprint,
+            "facts": facts,
+            "plugins": plugin_hashes(self.assembly.plugins, parts_in(self.assembly.config, "data")),
+            "torch": torch.__version__,
+        }
+        key = _sha256(asked)
+        found = self._cached(key, 1)
+        if found is None:
+            found = make()
+            self._keep(key, found)
+        return found
 
     def _sources(self, part: Part) -> dict[str, str]:
         """Return the hashes of the plugin files that make the features of real clips."""
@@ -211,15 +232,15 @@ class EvaluationContext:
                 parts[level].append(extract(videos))
         return [*(_stacked(made) for made in parts), np.asarray(labels, dtype=np.float64)]
 
-    def _cached(self, key: str) -> list[Features] | None:
-        if self._cache is None:
+    def _cached(self, key: str, count: int) -> list[Features] | None:
+        if self.cache_folder is None:
             return None
         try:
             with (
-                (self._cache / f"{key}.npz").open("rb") as handle,  # numpy leaves a damaged file open
+                (self.cache_folder / f"{key}.npz").open("rb") as handle,  # numpy leaves a damaged file open
                 np.load(handle, allow_pickle=False) as file,
             ):
-                return [file[f"array{index}"] for index in range(self.assembly.config.model.levels + 1)]
+                return [file[f"array{index}"] for index in range(count)]
         except (
             OSError,
             ValueError,
@@ -230,12 +251,12 @@ class EvaluationContext:
             return None
 
     def _keep(self, key: str, arrays: list[Features]) -> None:
-        if self._cache is None:
+        if self.cache_folder is None:
             return
         # Only a cache: where it cannot be written, such as in a store of somebody else's, it is done without.
         with contextlib.suppress(OSError):
-            self._cache.mkdir(parents=True, exist_ok=True)
-            with whole_or_absent(self._cache / f"{key}.npz") as handle:
+            self.cache_folder.mkdir(parents=True, exist_ok=True)
+            with whole_or_absent(self.cache_folder / f"{key}.npz") as handle:
                 np.savez(handle, **{f"array{index}": made for index, made in enumerate(arrays)})  # type: ignore[arg-type]
 
 
@@ -252,8 +273,8 @@ def evaluate_metric(
 
     ``store_folder``: the evaluation's own folder in the store, evaluations/<key>/; features of real clips
     are kept beside, in features/ of the store. The result: ``metric``, ``needs``, ``rows`` (each with
-    ``metric``, ``level``, ``resolution``, ``value`` and its own columns) and ``protocol``: everything that
-    the values depend on, and what was found while measuring.
+    ``metric``, ``level``, ``resolution``, ``value`` and its own columns), ``protocol``: everything that the
+    values depend on, and what was found while measuring, and perhaps ``details`` of this cell alone.
     """
     started = time.monotonic()
     metric: Metric = assembly.make("metrics", part)
@@ -278,6 +299,7 @@ def evaluate_metric(
         "part": part.model_dump(mode="json"),
         "rows": rows,
         "protocol": {**metric.protocol(assembly), "levels": sizes, **context.facts},
+        **({"details": context.details} if context.details else {}),
         "seconds": time.monotonic() - started,
     }
 

@@ -154,6 +154,15 @@ class FileClips:
     def _windows(self, info: VideoInfo) -> int:
         return info.frames - span(self._clip.frames, self._stride) + 1
 
+    def files(self, split: Split) -> tuple[tuple[SourceFile, VideoInfo], ...]:
+        """Return the usable files of ``split``, for metrics that choose clips by a rule of their own."""
+        return self._files[split]
+
+    @property
+    def reader(self) -> VideoReader:
+        """What decodes the files."""
+        return self._reader
+
     def distinct(self, split: Split) -> list[Clip] | None:
         """Return None: windows and crops vary."""
         return None

@@ -13,9 +13,9 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +27,15 @@ from hpdm_core.errors import InputError
 from hpdm_core.evaluator.manifest import Entry, entry_of
 from hpdm_core.evaluator.reading import ClipFacts, ValueRange, read_clip
 from hpdm_core.evaluator.selection import Choice
-from hpdm_core.evaluator.sides import on_main
 from hpdm_core.evaluator.sources import content_hash
 from hpdm_core.files import whole_or_absent
 from hpdm_core.metrics.frechet import Features
 from hpdm_core.metrics.protocol_records import Preparation
 
 __all__ = ["Extracted", "Extraction", "FeatureCache", "Task"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 SHARE = 4
 """Clips that a process takes at a time."""
@@ -117,6 +119,8 @@ class Extraction:
     cache: FeatureCache
     device: torch.device
     progress: Counting | None = None
+    alone: bool = False
+    """Whether this process does all by itself, also where there are others that do something else."""
 
     def run(
         self,
@@ -135,13 +139,12 @@ class Extraction:
         anything is decoded. ``keep`` puts the result into the cache's folder. ``expected``: the content that
         the clips must have; InputError when it has changed.
         """
-        wave = _take(choices, count)
-        on_main(lambda: check(len(wave)))
+        wave = self._on_main(lambda: _take(choices, count, check))
         hashes = self._hashes(wave)
         if expected is not None:
             _check_content(hashes, expected)
         key = _key(task, count, wave, hashes)
-        found = on_main(lambda: self.cache.get(key))
+        found = self._on_main(lambda: self.cache.get(key))
         if found is not None:
             return found
         total = len(wave)
@@ -160,13 +163,13 @@ class Extraction:
                     self.progress(done + start, total)
                 return self._work(task, wave[part], hashes[part])
 
-            for made in distributed.spread(range(0, len(wave), SHARE), work):
+            for made in self._spread(range(0, len(wave), SHARE), work):
                 rows += made.rows
                 entries += made.entries
                 facts += made.facts
                 unreadable.update(made.unreadable)
             missing = 0 if count is None else count - len(rows)
-            wave = _take(choices, missing) if missing else []
+            wave = self._on_main(partial(_take, choices, missing)) if missing else []
             hashes = self._hashes(wave)
         if self.progress is not None and distributed.is_main():
             self.progress(len(rows), len(rows))
@@ -176,7 +179,13 @@ class Extraction:
         return extracted
 
     def _hashes(self, wave: Sequence[Choice]) -> list[str]:
-        return distributed.spread(wave, _hash)
+        return self._spread(wave, _hash)
+
+    def _spread(self, items: Sequence[A], work: Callable[[A], B]) -> list[B]:
+        return [work(item) for item in items] if self.alone else distributed.spread(items, work)
+
+    def _on_main(self, work: Callable[[], A]) -> A:
+        return work() if self.alone else distributed.on_main(work)
 
     def _work(self, task: Task, choices: Sequence[Choice], hashes: Sequence[str]) -> _Made:
         made = _Made([], [], [], {})
@@ -213,8 +222,12 @@ def _check_content(hashes: Sequence[str], expected: Sequence[Entry]) -> None:
         )
 
 
-def _take(choices: Iterator[Choice], count: int | None) -> list[Choice]:
-    return on_main(lambda: list(itertools.islice(choices, count)))
+def _take(
+    choices: Iterator[Choice], count: int | None, check: Callable[[int], None] = lambda have: None
+) -> list[Choice]:
+    taken = list(itertools.islice(choices, count))
+    check(len(taken))
+    return taken
 
 
 def _hash(choice: Choice) -> str:

@@ -24,7 +24,7 @@ from hpdm_core.evaluator.extraction import Extracted, Extraction, FeatureCache, 
 from hpdm_core.evaluator.manifest import Entry, Manifest, ProtocolEntries, SideEntries
 from hpdm_core.evaluator.reading import ValueRange
 from hpdm_core.evaluator.scores import measured, warnings_about
-from hpdm_core.evaluator.sides import Side, VideoSet, on_main
+from hpdm_core.evaluator.sides import Side, VideoSet
 from hpdm_core.evaluator.sources import Video, list_videos, probe
 from hpdm_core.metrics.protocol import FeatureExtractor
 from hpdm_core.metrics.protocol_records import ProtocolRecord, SideRule, differences, identity_of
@@ -131,11 +131,11 @@ class Judge:
     def _real_videos(self) -> list[Video]:
         assert self.real is not None, "checked by evaluate"
         folder = splits.videos_root(self.real)
-        return on_main(lambda: list_videos(folder, option="--real"))
+        return distributed.on_main(lambda: list_videos(folder, option="--real"))
 
     @cached_property
     def _fake_videos(self) -> list[Video]:
-        return on_main(lambda: list_videos(self.fake, option="--fake"))
+        return distributed.on_main(lambda: list_videos(self.fake, option="--fake"))
 
     def check(self, record: ProtocolRecord) -> FeatureExtractor:
         """Return the record's detector. Raises InputError for what can be told before a clip is read: weights
@@ -256,7 +256,7 @@ class Judge:
                 return info.height, info.width
             raise InputError(f"--fake {fakes.folder}: none of {len(fakes.videos)} videos can be opened")
 
-        prepare = record.reals.prepare.model_copy(update={"size": on_main(size)})
+        prepare = record.reals.prepare.model_copy(update={"size": distributed.on_main(size)})
         return record.model_copy(update={"reals": record.reals.model_copy(update={"prepare": prepare})})
 
     def _weights_warning(self, extractor: FeatureExtractor) -> list[str]:

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from hpdm_core import distributed
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
-from hpdm_core.errors import HpdmError, InputError
+from hpdm_core.errors import InputError
 from hpdm_core.evaluator.manifest import Entry, chosen_again
 from hpdm_core.evaluator.selection import Choice, candidates, needed_frames
 from hpdm_core.evaluator.sources import Video, probe
 from hpdm_core.metrics.protocol_records import ProtocolRecord, SideRule
 
-__all__ = ["Side", "VideoSet", "on_main"]
-
-A = TypeVar("A")
+__all__ = ["Side", "VideoSet"]
 
 NAMED = 5  # files that a sentence names
-
-
-def on_main(work: Callable[[], A]) -> A:
-    """Return what ``work`` gives on the main process, on all of them; its errors are raised in all."""
-    made: A | None = None
-    error: HpdmError | None = None
-    if distributed.is_main():
-        try:
-            made = work()
-        except HpdmError as caught:
-            error = caught
-    made, error = distributed.broadcast((made, error))
-    if error is not None:
-        raise error
-    return made  # type: ignore[return-value]  # the main one's
 
 
 @dataclass(frozen=True)

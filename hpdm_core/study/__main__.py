@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument(
+        "--evaluate-only", action="store_true", help="measure what is trained and sampled, and nothing else"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be run and what it takes; write nothing"
     )
     return parser
@@ -103,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backend=given.backend,
         max_parallel=given.max_parallel,
         retry_failed=given.retry_failed,
+        evaluate_only=given.evaluate_only,
         again=again,
     )
 
@@ -114,11 +118,14 @@ def run_study(
     backend: str | None = None,
     max_parallel: int | None = None,
     retry_failed: bool = False,
+    evaluate_only: bool = False,
     again: str = "",
 ) -> int:
     """Run ``study`` with its results under ``results`` and return the exit code."""
+    from hpdm_core.evaluator.study_metric import lacking
     from hpdm_core.study.cells import cells_of
     from hpdm_core.study.controller import Controller
+    from hpdm_core.study.evaluate_only import only_evaluations
     from hpdm_core.study.job import run_job
     from hpdm_core.study.progress import make_display
     from hpdm_core.study.storage import check_storage
@@ -133,7 +140,12 @@ def run_study(
     results = results.resolve()
     check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
+    if evaluate_only:
+        cells, rest = only_evaluations(cells)
+        others = [*others, *rest]
     console = Console()
+    for line in lacking(list(study.configs.values()), study.plugins):
+        console.print(line, markup=False, highlight=False)
     controllers.append(
         Controller(
             cells,

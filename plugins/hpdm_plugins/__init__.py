@@ -25,4 +25,5 @@ PLUGIN_MODULES = (
     "detectors",
     "metrics",
     "memorisation",
+    "protocol_metric",
 )

@@ -1,0 +1,313 @@
+"""The metric ``protocol``: a number by a protocol record, within a study.
+
+Fakes are the cell's indexed samples of one level, as they are stored. Reals are the data set's own files under
+the record's rule, brought to that level; a data set without files is drawn from instead, which marks the
+number. Without the detector's weights distances that need none stand in, under their own names, until the
+weights arrive: the key of the result holds what the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpdm_core.config.schema import Part
+from hpdm_core.errors import InputError
+from hpdm_core.evaluator.extraction import Extraction, FeatureCache, Task
+from hpdm_core.evaluator.reading import prepared
+from hpdm_core.evaluator.run import resolved_record
+from hpdm_core.evaluator.scores import measured
+from hpdm_core.evaluator.selection import candidates, needed_frames
+from hpdm_core.evaluator.sources import Video
+from hpdm_core.metrics.protocol_records import (
+    ProtocolRecord,
+    SideRule,
+    differences,
+    identity_of,
+    load_record,
+)
+from hpdm_core.metrics.weights import MissingWeights
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.config.schema import CellConfig
+    from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.metrics.frechet import Features
+    from hpdm_core.metrics.protocol import FeatureExtractor, Need, Row
+    from hpdm_core.plugins import Plugins
+
+__all__ = ["ProtocolMetric", "lacking"]
+
+SPLITS = {"train": ("train",), "test": ("held_out",), "train+test": ("train", "held_out"), None: ("train",)}
+"""Splits of a data set for the split of a record."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A record fitted to a cell: what it was changed in is in ``modified``."""
+
+    record: ProtocolRecord
+    level: int
+    modified: tuple[str, ...]
+
+
+class ProtocolMetric:
+    """The metric; ``given``: a protocol's name or file; ``level``: where to measure, None for where it fits.
+
+    ``substitutes``: parts of metrics that stand in while weights are missing.
+    """
+
+    needs: Need = "samples"
+
+    def __init__(
+        self, given: str, *, level: int | None, replicates: int, substitutes: Sequence[Part]
+    ) -> None:
+        self.given = given
+        self.level = level
+        self.replicates = replicates
+        self.substitutes = tuple(substitutes)
+        self.name = f"protocol[{given}]"
+
+    # What it is
+
+    def lacks(self, plugins: Plugins) -> str | None:
+        """Return why the number cannot be measured yet: weights that are not there; else None."""
+        record = load_record(self.given, plugins)
+        try:
+            plugins.make("feature_extractors", record.detector).describe()
+        except MissingWeights as error:
+            return str(error)
+        return None
+
+    def fitted(self, config: CellConfig, plugins: Plugins, sizes: Sequence[tuple[int, int, int]]) -> Fitted:
+        """Return the record for a cell with levels of ``sizes``. Raises InputError when it fits none."""
+        record = load_record(self.given, plugins)
+        video = config.model.video
+        level = self._level(record, video, sizes)
+        size, pitch = (
+            sizes[level],
+            tuple(whole // part for whole, part in zip(video, sizes[level], strict=True)),
+        )
+        asked = record.frames * record.fakes.stride
+        if asked > size[0]:
+            raise InputError(
+                f"metric protocol: '{record.name}' takes clips of {asked} frames, level {level} has {size[0]}; "
+                "choose another level or protocol"
+            )
+        made = record.model_dump(mode="json")
+        made["fakes"]["count"] = min(_number(record.fakes.count, config), config.evaluation.samples)
+        if made["reals"] is not None:
+            kept = record.reals is not None and record.reals.prepare.size == "as_fakes"
+            made["reals"]["prepare"] |= {
+                "size": list(size[1:]) if kept else list(video[1:]),
+                "average": list(pitch),
+            }
+            if kept:
+                made["reals"]["prepare"]["average"] = [pitch[0], 1, 1]
+        fitted = ProtocolRecord.model_validate(made)
+        resolved = record.model_dump(mode="json")
+        if resolved["reals"] is not None and resolved["reals"]["prepare"]["size"] == "as_fakes":
+            resolved["reals"]["prepare"]["size"] = made["reals"]["prepare"]["size"]
+        said = [
+            f"{field} {a} -> {b}" for field, a, b in differences(resolved, fitted.model_dump(mode="json"))
+        ]
+        return Fitted(fitted, level, tuple(said))
+
+    def _level(
+        self, record: ProtocolRecord, video: tuple[int, int, int], sizes: Sequence[tuple[int, int, int]]
+    ) -> int:
+        if self.level is not None:
+            if not 0 <= self.level < len(sizes):
+                raise InputError(
+                    f"metric protocol: level {self.level} of '{record.name}'; allowed are 0 to {len(sizes) - 1}"
+                )
+            return self.level
+        rule = record.reals
+        if rule is None or isinstance(rule.prepare.size, str):
+            return len(sizes) - 1
+        wanted = tuple(
+            side // part for side, part in zip(rule.prepare.size, rule.prepare.average[1:], strict=True)
+        )
+        for level, size in enumerate(sizes):
+            if size[1:] == wanted and video[0] // size[0] == rule.prepare.average[0]:
+                return level
+        shown = ", ".join("x".join(map(str, size)) for size in sizes)
+        raise InputError(
+            f"metric protocol: '{record.name}' is measured on {'x'.join(map(str, wanted))} pixels; the cell's levels "
+            f"are {shown}; give 'level', which marks the number as modified"
+        )
+
+    def protocol(self, assembly: Assembly) -> dict[str, Any]:
+        """Return the resolved record, or, without weights, what stands in and why."""
+        fitted = self._fit(assembly)
+        try:
+            described = assembly.make("feature_extractors", fitted.record.detector).describe()
+        except MissingWeights as error:
+            return {
+                "metric": self.name,
+                "not_measured": str(error),
+                "stands_in": {metric.name: metric.protocol(assembly) for metric in self._stand_ins(assembly)},
+            }
+        stored = resolved_record(fitted.record, described)
+        return {
+            "metric": self.name,
+            "protocol": fitted.record.name,
+            "modified": list(fitted.modified),
+            "record": stored,
+            "identity": identity_of(stored),
+            "level": fitted.level,
+        }
+
+    def _fit(self, assembly: Assembly) -> Fitted:
+        sizes = [assembly.pyramid.size(level) for level in range(assembly.pyramid.levels)]
+        return self.fitted(assembly.config, assembly.plugins, sizes)
+
+    def _stand_ins(self, assembly: Assembly) -> list[Any]:
+        """Return the metrics that stand in and are not asked for anyway."""
+        asked = {assembly.make("metrics", part).name for part in assembly.config.evaluation.metrics}
+        made = [assembly.make("metrics", part) for part in self.substitutes]
+        return [metric for metric in made if metric.name not in asked]
+
+    # Measuring
+
+    def evaluate(self, context: EvaluationContext) -> list[Row]:
+        """Return one row, or those of what stands in. What belongs to this cell alone goes to ``details``."""
+        assembly = context.assembly
+        fitted = self._fit(assembly)
+        record = fitted.record
+        extractor: FeatureExtractor = context.extractor(record.detector)
+        try:
+            described = extractor.describe()
+        except MissingWeights as error:
+            context.details["not_measured"] = str(error)
+            return [row for metric in self._stand_ins(assembly) for row in metric.evaluate(context)]
+        reals, drawn = None, None
+        if record.reals is not None:
+            reals, drawn = self._reals(context, fitted, extractor, described)
+        fakes = np.stack(list(self._fakes(context, fitted, extractor)))
+        found = measured(record, reals, fakes, replicates=self.replicates)
+        context.details.update({name: value for name, value in found.items() if name != "value"})
+        modified = [*fitted.modified, *([drawn] if drawn else [])]
+        context.facts["modified"] = modified
+        identity = identity_of({**resolved_record(record, described), "drawn": drawn})
+        name = f"{record.name}{' (modified)' if modified else ''}, {identity}"
+        return [{"metric": record.title, "level": fitted.level, "value": found["value"], "record": name}]
+
+    def _fakes(
+        self, context: EvaluationContext, fitted: Fitted, extractor: FeatureExtractor
+    ) -> Iterator[Features]:
+        rule, frames = fitted.record.fakes, fitted.record.frames
+        taken = slice(0, frames * rule.stride, rule.stride)
+        assert isinstance(rule.count, int), "fitted to the number of samples"
+        for index in range(rule.count):
+            video = context.samples(fitted.level, [index])[0, taken]
+            yield _row(extractor, prepared(_rgb(video), rule.prepare), context.device)
+
+    def _reals(
+        self,
+        context: EvaluationContext,
+        fitted: Fitted,
+        extractor: FeatureExtractor,
+        described: Mapping[str, Any],
+    ) -> tuple[Features, str | None]:
+        """Return features of reals, and in words how they were drawn where that is not by the record."""
+        record, rule = fitted.record, fitted.record.reals
+        assert rule is not None, "asked for above"
+        listed = getattr(context.assembly.dataset, "files", None)
+        if listed is None:
+            return self._drawn(context, fitted, extractor, described)
+        known = [item for split in SPLITS.get(rule.split, ("train",)) for item in listed(split)]
+        infos = {file.name: info for file, info in known}
+        videos = [Video(file.path, file.name, "video") for file, _ in known]
+        needed = needed_frames(rule, record.frames)
+        choices = candidates(
+            rule,
+            record.frames,
+            videos,
+            lambda video: infos[video.name] if infos[video.name].frames >= needed else None,
+            seed=record.seed,
+        )
+        extraction = Extraction(
+            reader=context.assembly.dataset.reader,  # type: ignore[attr-defined]  # it has files
+            cache=FeatureCache(context.cache_folder),
+            device=context.device,
+            alone=True,
+        )
+        task = Task(record.frames, rule.prepare, dict(described), extractor.features, None)
+        count = None if rule.count == "all" else rule.count
+        made = extraction.run(task, choices, count, keep=True, check=lambda have: _enough(have, rule, record))
+        _enough(len(made.entries), rule, record)
+        context.facts["reals"] = {"clips": len(made.entries), "unreadable": sorted(made.unreadable)}
+        return made.features, None
+
+    def _drawn(
+        self,
+        context: EvaluationContext,
+        fitted: Fitted,
+        extractor: FeatureExtractor,
+        described: Mapping[str, Any],
+    ) -> tuple[Features, str]:
+        """Windows that the data set draws, as for every other distance; kept for all cells."""
+        record, rule = fitted.record, fitted.record.reals
+        assert rule is not None, "asked for above"
+        count = context.assembly.config.evaluation.reals
+        name = context.assembly.config.data.dataset.use
+
+        def clips() -> Iterator[Features]:
+            for number in range(count):
+                levels, _ = context.reals("train", [number])
+                clip = levels[fitted.level][0, : record.frames]
+                coded = rule.prepare.model_copy(update={"average": (1, 1, 1), "size": "stored"})
+                yield _row(extractor, prepared(_rgb(clip), coded), context.device)
+
+        facts = {
+            "protocol": dict(described),
+            "prepare": rule.prepare.model_dump(mode="json"),
+            "frames": record.frames,
+            "level": fitted.level,
+            "count": count,
+        }
+        rows = context.kept(facts, lambda: [np.stack(list(clips()))])
+        return rows[0], f"reals: {count} random windows that the data set '{name}' draws"
+
+
+def lacking(configs: Sequence[CellConfig], plugins: Plugins) -> list[str]:
+    """Return a sentence for each protocol of a study whose weights are missing, each once."""
+    said: dict[str, str] = {}
+    for config in configs:
+        for part in config.evaluation.metrics:
+            metric = plugins.make("metrics", part)
+            reason = metric.lacks(plugins) if isinstance(metric, ProtocolMetric) else None
+            if isinstance(metric, ProtocolMetric) and reason is not None:
+                names = ", ".join(plugins.make("metrics", each).name for each in metric.substitutes)
+                said[metric.name] = (
+                    f"{metric.name} cannot be measured: {reason}. {names} stand in, which compare with themselves "
+                    "only; when the weights are there, the same command with --evaluate-only completes the study"
+                )
+    return list(said.values())
+
+
+def _row(extractor: FeatureExtractor, clip: Tensor, device: torch.device) -> Features:
+    with torch.no_grad():
+        made: Features = extractor.features(clip[None].to(device))[0].double().cpu().numpy()
+    return made
+
+
+def _rgb(video: Tensor) -> Tensor:
+    return video if video.shape[-1] == 3 else video.expand(*video.shape[:-1], 3)
+
+
+def _number(count: int | str, config: CellConfig) -> int:
+    return count if isinstance(count, int) else config.evaluation.samples
+
+
+def _enough(have: int, rule: SideRule, record: ProtocolRecord) -> None:
+    if have < 2 or (rule.count != "all" and have < rule.count and rule.fewer == "refuse"):
+        raise InputError(
+            f"metric protocol: '{record.name}' takes {rule.count} real clips; the data set has {have} that can be used"
+        )
