@@ -113,14 +113,39 @@ def test_an_unbiased_distance_is_left_where_it_is() -> None:
 
 def test_a_straight_line_is_found_exactly() -> None:
     made = extrapolate(lambda x: 5 + 12 / len(x), np.zeros((240, 1)), counts=(40, 60, 120, 240))
-    assert (made.value, made.slope) == pytest.approx((5.0, 12.0))
+    assert (made.value, made.slope, made.bend) == pytest.approx((5.0, 12.0, 0.0), abs=1e-9)
     assert made.points == pytest.approx({40: 5.3, 60: 5.2, 120: 5.1, 240: 5.05})
     assert made.standard_error == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_line_that_bends_is_not_trusted() -> None:
+    """5 + 12 / n + 4000 / n^2: the error that the bend makes is within the standard error."""
+    made = extrapolate(lambda x: 5 + 12 / len(x) + 4000 / len(x) ** 2, np.zeros((240, 1)))
+    assert list(made.points) == [60, 80, 120, 137, 160, 192, 240]
+    assert abs(made.value - 5) < made.bend <= made.standard_error < 5 * abs(made.value - 5)
+    few = extrapolate(lambda x: 5 + 4000 / len(x) ** 2, np.zeros((240, 1)), counts=(20, 60, 240))
+    assert few.bend > 1
+
+
+def test_few_fakes_per_feature_widen_the_interval_to_the_truth() -> None:
+    """Forty features: with 60 fakes the law is not straight, with 600 it is."""
+    random = np.random.default_rng(2)
+    distance = functools.partial(distance_between, fit_gaussian(random.normal(size=(20_000, 40))))
+    truth = 40 * 0.3**2
+    bends = {}
+    for count in (60, 150, 600):
+        made = [
+            extrapolate(lambda x: distance(fit_gaussian(x)), random.normal(size=(count, 40)) * 1.3)
+            for _ in range(8)
+        ]
+        assert sum(each.low < truth < each.high for each in made) >= 6
+        bends[count] = np.mean([each.bend for each in made])
+    assert bends[60] > 3 * bends[150] > 9 * bends[600]
+
+
 def test_default_counts_reach_from_a_quarter_to_all() -> None:
-    assert default_counts(2048) == (512, 630, 819, 1170, 2048)
-    assert default_counts(10) == (2, 3, 4, 5, 10)
+    assert default_counts(2048) == (512, 682, 1024, 1170, 1365, 1638, 2048)
+    assert default_counts(10) == (2, 3, 5, 6, 8, 10)
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:
