@@ -8,6 +8,7 @@ form (`hpdm_core.training.checkpoint`) and this one are read under every strateg
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def load_shards(
         state[int(number)][key] = tensors[name] = empty
     # Where every process holds all, each reads by itself.
     alone = not any(hasattr(tensor, "to_local") for tensor in tensors.values())
-    load(tensors, storage_reader=reader, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        load(tensors, storage_reader=reader, no_dist=alone)
     optimizer.load_state_dict({**found.optimizer, "state": state})
 
 

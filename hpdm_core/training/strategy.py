@@ -66,7 +66,7 @@ class Replicated(Strategy):
             model.compile(fullgraph=True)
         # A plugin's parameters may have no part in a step; without the search DDP would wait for them.
         return nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            model, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
     @contextlib.contextmanager
