@@ -200,14 +200,14 @@ class HyperbandOptions(Watching):
 
 
 class PatientOptions(Watching):
-    """Give up what has not got better for a while, where another pruner would too."""
+    """Give up what has been getting worse for a while."""
 
     patience: Positive = 3
-    """Looks without an improvement."""
+    """Looks that must be worse than those before."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """What counts as an improvement."""
+    """How much worse than before they must be."""
     startup: Count | None = None
-    """With a number: and that the median pruner would give up as well, after so many finished proposals."""
+    """With a number: only what the median pruner would give up as well, after so many finished proposals."""
 
 
 PRUNERS: Mapping[str, type[Frozen]] = {
