@@ -134,7 +134,7 @@ def run_study(
     if backend is not None and backend != use:
         use, options = backend, {}
     controllers: list[Controller] = []
-    chosen = make_backend(use, options, job=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
+    chosen = make_backend(use, options, work=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
     chosen.check()
     check_writable(results)
     results = results.resolve()

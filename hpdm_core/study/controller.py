@@ -1,71 +1,42 @@
 """The controller: plans a study's cells, runs them through a backend, and says what became of them.
 
 It keeps no state of its own. What is done is read from the store, what runs from the job folders; so it may
-be killed at any moment and started again, and adopts the workers that outlived it.
+be killed at any moment and started again, and adopts the jobs that outlived it.
 
     results/<study>/   study.yaml  versions.json  journal.log  index.csv  controller.lock  report/
-                       jobs/<cell>/{spec.json,job.json,worker.json,error.json,log/}
+                       jobs/<cell>/<attempt>/   code/<hash>/   slurm/<array>/
 """
 
 import contextlib
-import csv
-import io
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
-from hpdm_core.errors import HpdmError, TroubleError
-from hpdm_core.files import disk_trouble, read_json, write_bytes, write_json
+from hpdm_core.errors import HpdmError
+from hpdm_core.files import write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.study.backends import Backend, Handle, adopt, end_all
-from hpdm_core.study.lease import Held, Lease
-from hpdm_core.study.ledger import Ledger, LedgerCell, State
-from hpdm_core.study.progress import Display, Row, seconds_left, span
+from hpdm_core.study.adoption import Keepers, end_jobs
+from hpdm_core.study.attempts import Attempts
+from hpdm_core.study.budget import Budget, Spending
+from hpdm_core.study.jobs import Backend, Job, Planner
+from hpdm_core.study.ledger import Ledger
+from hpdm_core.study.locking import folder_trouble, locked
+from hpdm_core.study.overview import Overview
+from hpdm_core.study.planning import blocked, plan, smaller
+from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
+from hpdm_core.study.retries import Outcome, mark_of, micro_batch, pause, refusal, try_again
+from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
+from hpdm_core.study.tasks import Task, jobs_in, last_lines, shared_stages
 
-__all__ = ["Controller", "Task"]
+__all__ = ["CANCEL", "Controller"]
 
-POLL_SECONDS = 0.25
-POLL_SECONDS_PER_JOB = 0.03  # hundreds of jobs on a network file system are asked less often
+CANCEL = "cancel.json"
+"""A file of this name in a study's folder asks its controller to cancel everything."""
 LOW_DISK_BYTES = 1 << 20
-
-
-@dataclass(eq=False)
-class Task:
-    """One cell in the controller's hands."""
-
-    cell: Cell
-    folder: Path
-    """The job's own: its spec, who runs it, why it failed."""
-    state: State = "waiting"
-    reason: str = ""
-    handle: Handle | None = None
-    slot: int = 0
-    shared: frozenset[Path] = frozenset()
-    """Stages that this job is to make and that another cell might want too."""
-    before: dict[Path, int] = field(default_factory=dict)
-    """Number of the newest attempt of each missing stage when the command was given."""
-    started: float = 0.0
-    seconds: float | None = None
-    """How long it took in this command."""
-
-    @property
-    def entry(self) -> LedgerCell:
-        """What the ledger writes down."""
-        return LedgerCell(identity=self.cell.identity, arm=self.cell.arm, seed=self.cell.seed)
-
-    @property
-    def log(self) -> Path:
-        """Where to look: the log of the newest attempt at what is missing, or the job's folder."""
-        for step in self.cell.missing():
-            attempts = step.stage.attempts()
-            if attempts:
-                return attempts[-1] / "log.txt"
-        return self.folder / "log"
+FULL_DISK = "the disk is full; free some space and give the same command again"
 
 
 class Controller:
@@ -73,7 +44,9 @@ class Controller:
 
     ``others`` are cells of the study that this command leaves alone (``--only``): their workers are not
     ended. ``source`` is what the folder keeps as study.yaml; ``report`` is called with the folder at the end
-    and returns text to show; ``again`` is the command that goes on.
+    and returns text to show; ``again`` is the command that goes on. ``detach`` submits what may be submitted
+    and returns. ``prepare`` changes a spec before it is submitted (frozen code). ``planner`` adds and ends
+    cells while the study runs.
     """
 
     def __init__(
@@ -90,279 +63,327 @@ class Controller:
         retry_failed: bool = False,
         report: Callable[[Path], str] | None = None,
         again: str = "",
+        detach: bool = False,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        budget: Budget | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.folder = folder
         self.study = study
         self.backend = backend
+        self.clock = backend.clock
         self.display = display
         self.source = source
         self.storage = storage
         self.retry_failed = retry_failed
         self.report = report
         self.again = again
+        self.detach = detach
+        self.prepare = prepare
+        self.budget = budget or Budget()
+        self.planner = planner
         self.tasks = [Task(cell, folder / "jobs" / cell.identity) for cell in cells]
-        self.others = {cell.identity: cell for cell in others}
+        self.others = list(others)
+        self.spending = Spending(self.budget)
+        self.keepers = Keepers(backend)
+        self.attempts = Attempts(self.keepers, clock=backend.clock, spending=self.spending)
         self.trouble = False
         """Whether something went wrong that a person should look at, though the work went on."""
+        self._planned: dict[Task, None] = {}
+        """What may still be started, in order."""
+        self._failures = 0
 
     def run(self) -> int:
-        """Run what is missing and return the exit code: 0 all done, 1 trouble, 130 after Ctrl-C.
+        """Run what is missing and return the exit code: 0 all done (or, detached, submitted), 1 trouble, 130
+        after Ctrl-C.
 
-        Raises `TroubleError` when another controller works on the study, and when the disk fails.
+        Raises `TroubleError` when another controller works on the study, when the disk fails, and when the
+        study's folder vanishes.
         """
-        with disk_trouble(self.folder), self._locked():
-            ledger = Ledger(self.folder, study=self.study, storage=self.storage)
-            for notice in ledger.notices:
-                self.trouble = True
-                self.display.line(notice)
-            write_bytes(self.folder / "study.yaml", self.source.encode())
-            for task in self.tasks[:1]:  # the report tells older results from these
-                planned = {**versions(), "plugins": task.cell.plugins.versions()}
-                write_json(self.folder / "versions.json", planned)
-            self._end_strangers()
-            self._plan()
-            ledger.sync([(task.entry, task.state, self._work(task)) for task in self.tasks])
-            self._write_index()
+        lock = locked(self.folder, self.study, clock=self.clock, say=self.display.line)
+        with folder_trouble(self.folder), lock as self.lease:
+            self._begin()
             try:
-                self._work_off(ledger)
+                self._work_off()
             except KeyboardInterrupt:
-                self._end_workers(ledger)
+                self._end_workers()
+                self.overview.write_index(force=True)
                 self.display.close()
                 return self._interrupted()
             except BaseException:
-                self._end_workers(None)
+                self._end_workers(silently=True)
                 raise
             finally:
+                self._show(force=True)
                 self.display.close()
+            self.overview.write_index(force=True)
+            if self.detach and self.attempts.tasks:
+                return self._detached()
             self._finish()
         return 1 if self.trouble or any(task.state != "done" for task in self.tasks) else 0
 
-    # Before
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lease = Lease(self.folder / "controller.lock")
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(lease)
-            except Held as held:
-                who = held.holder or "another process"
-                raise TroubleError(
-                    f"study '{self.study}' in {self.folder} is being run by {who}; one at a time: end that "
-                    "one, or wait for it"
-                ) from None
-            yield
+    def _begin(self) -> None:
+        self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
+        for notice in self.ledger.notices:
+            self.trouble = True
+            self.display.line(notice)
+        write_bytes(self.folder / "study.yaml", self.source.encode())
+        for task in self.tasks[:1]:  # the report tells older results from these
+            planned = {**versions(), "plugins": task.cell.plugins.versions()}
+            write_json(self.folder / "versions.json", planned)
+        (self.folder / CANCEL).unlink(missing_ok=True)
+        (self.folder / "jobs").mkdir(exist_ok=True)
+        self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
+        self._end_strangers()
+        present = {path.name for path in (self.folder / "jobs").iterdir()}
+        for task in self.tasks:
+            self._plan(task, has_jobs=task.cell.identity in present)
+        self.ledger.sync([(task.entry, task.state, self._work(task)) for task in self.tasks])
+        self.overview.write_index(force=True)
 
     def _end_strangers(self) -> None:
-        """End workers of cells that the study no longer has."""
-        wanted = {task.cell.identity for task in self.tasks} | set(self.others)
-        jobs = self.folder / "jobs"
-        folders = [path for path in jobs.iterdir() if path.name not in wanted] if jobs.is_dir() else []
-        running = [handle for folder in folders if (handle := adopt(folder)) is not None]
+        """End jobs of cells that the study no longer has."""
+        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
+        folders = [path for path in (self.folder / "jobs").iterdir() if path.name not in wanted]
+        newest = [job for path in folders for job in jobs_in(path, path.name)[-1:]]
+        candidates = [job for job in newest if Outcome.read(job) is None]
+        seen = self.keepers.poll(candidates) if candidates else {}
+        running = [job for job in candidates if seen[job.id].phase != "over"]
         if running:
             self.display.line(f"ending {len(running)} workers of cells that the study no longer has")
-            end_all(running)
+            end_jobs(self.keepers, running, clock=self.clock)
 
-    def _plan(self) -> None:
-        for slot, task in enumerate(self.tasks):
-            steps = task.cell.missing()
-            task.before = {step.stage.folder: step.stage.newest() for step in steps}
-            if not steps:
-                task.state = "done"
-                continue
-            handle = adopt(task.folder)
-            if handle is not None:
-                self._running(task, handle, steps, slot)
-                self.display.line(f"{task.cell.name}: its worker outlived the last controller and is adopted")
-                continue
-            if self.retry_failed:
-                continue
-            reason = self._failure(task, steps, fresh=False)
-            if reason is not None:
-                task.state = "failed"
-                task.reason = f"{reason} (failed earlier; --retry-failed runs it again)"
+    def _plan(self, task: Task, *, has_jobs: bool) -> None:
+        if plan(task, self.attempts, retry_failed=self.retry_failed, has_jobs=has_jobs):
+            self.display.line(f"{task.cell.name}: its job outlived the last controller and is adopted")
+        if task.state == "planned":
+            self._planned[task] = None
+        self._failures += task.state == "failed"
 
     # Meanwhile
 
-    def _work_off(self, ledger: Ledger) -> None:
+    def _work_off(self) -> None:
         self._show()
         while True:
-            self._settle(ledger)
-            self._launch(ledger)
+            if not self.folder.is_dir():
+                raise FileNotFoundError(2, "No such file or directory", str(self.folder))
+            self.lease.check()
+            if (self.folder / CANCEL).exists():
+                self._end_workers(cause="cancelled")
+                self.display.line("cancelled on request: what is done is kept, the same command goes on")
+                (self.folder / CANCEL).unlink(missing_ok=True)
+                return
+            with self.ledger.batch():
+                self._settle()
+            self._launch()
             self._show()
-            if not any(task.state in ("waiting", "running") for task in self.tasks):
+            self.overview.write_index()
+            if self._nothing_left():
                 return
-            running = sum(task.state == "running" for task in self.tasks)
-            time.sleep(POLL_SECONDS + running * POLL_SECONDS_PER_JOB)
+            self.clock.sleep(self.backend.interval(len(self.attempts.tasks)))
 
-    def _settle(self, ledger: Ledger) -> None:
-        for task in self.tasks:
-            if task.state != "running" or task.handle is None or task.handle.alive():
-                continue
-            task.handle = None
-            task.seconds = time.monotonic() - task.started
-            steps = task.cell.missing()
-            reason = self._failure(task, steps, fresh=True) if steps else None
-            if not steps:
-                self._set(ledger, task, "done")
-            elif reason is not None:
-                self._set(ledger, task, "failed", reason)
+    def _nothing_left(self) -> bool:
+        stop = bool(self.spending.exhausted(self._failures))
+        if self.detach and (stop or not self._planned or self.backend.room(self.attempts.jobs()) <= 0):
+            return True
+        coming = self.planner is not None and not self.planner.finished()
+        return not self.attempts.tasks and (stop or not (coming or self._planned))
+
+    def _settle(self) -> None:
+        if not self.attempts.tasks:
+            return
+        seen = self.keepers.poll(self.attempts.jobs())
+        for identity, task in list(self.attempts.tasks.items()):
+            self._prune(task)
+            verdict = self.attempts.judged(task, seen[identity])
+            if verdict.over:
+                self._over(task, verdict, seen[identity])
+            elif verdict.state != task.state:
+                self._set(task, verdict.state, verdict.reason)
             else:
-                self._set(ledger, task, "interrupted", self._silence())
+                task.reason = verdict.reason
 
-    def _launch(self, ledger: Ledger) -> None:
-        for task in self.tasks:
-            running = [other for other in self.tasks if other.state == "running"]
-            if self.backend.slots is not None and len(running) >= self.backend.slots:
+    def _prune(self, task: Task) -> None:
+        if self.planner is None or task.pruned or task.state != "running" or task.job is None:
+            return
+        reason = self.planner.ends(task.cell)
+        if reason is not None:
+            task.pruned = reason
+            self.keepers.cancel([task.job])
+
+    def _over(self, task: Task, verdict: Verdict, seen: Seen) -> None:
+        """Settle an attempt, and decide whether the cell is tried again."""
+        job, steps = task.job, task.cell.missing()
+        assert job is not None, f"{task.cell.name} is under way"
+        if task.pruned and verdict.state != "done":
+            verdict = Verdict(state="cancelled", over=True, cause="pruned", reason=task.pruned)
+        if seen.phase != "over":  # it has said all, and does not go
+            self.keepers.cancel([job], now=True)
+        if verdict.cause == "killed":
+            task.tail = last_lines(task.log, job)
+            if shutil.disk_usage(self.folder).free < LOW_DISK_BYTES:
+                verdict = Verdict(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
+        task.seconds = self.clock.monotonic() - task.started
+        outcome = self.attempts.record(task, verdict, steps)
+        self.attempts.drop(task)
+        if verdict.state == "done":
+            self._set(task, "done", settled=True)
+            return
+        task.outcomes.append(outcome)
+        if verdict.cause != "pruned" and try_again(task.outcomes):
+            less = smaller(task) if verdict.cause == "out of memory" else task.micro_batch
+            possible = verdict.cause != "out of memory" or less is not None
+            # Cancel what may still run; without an answer and without certainty nothing is started again.
+            if possible and (self.keepers.cancel([job]) or (seen.phase == "over" and seen.certain)):
+                self._retry(task, outcome, less)
                 return
-            if task.state != "waiting":
-                continue
-            steps = task.cell.missing()
-            if not steps:  # another cell, or another study, has made it meanwhile
-                self._set(ledger, task, "done")
-                continue
-            if any(other.shared & _shared(steps) for other in running):
-                continue  # two cells that need one model never train it twice
-            reason = self._failure(task, steps, fresh=True)
-            if reason is not None:  # the stage that it shares with a cell that has failed
-                self._set(ledger, task, "failed", reason)
-                continue
-            self._start(ledger, task, steps, {other.slot for other in running})
+        told = verdict.reason if verdict.cause == "pruned" else verdict.reason + refusal(task.outcomes)
+        self._set(task, verdict.state, told, verdict.cause, settled=True)
 
-    def _start(self, ledger: Ledger, task: Task, steps: list[Step], taken: set[int]) -> None:
-        task.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("error.json", "worker.json", "job.json"):
-            (task.folder / name).unlink(missing_ok=True)
-        spec = task.folder / "spec.json"
-        write_json(spec, task.cell.spec())
-        slot = next(number for number in range(len(self.tasks) + 1) if number not in taken)
-        self._running(task, None, steps, slot)
-        self._set(ledger, task, "running")
+    def _retry(self, task: Task, outcome: Outcome, less: int | None) -> None:
+        self._set(task, "interrupted", outcome.reason, outcome.cause)
+        more = f", with micro-batches of {less}" if outcome.cause == "out of memory" else ""
+        self.display.line(f"{task.cell.name}: {outcome.reason}; it is tried again{more}")
+        task.micro_batch = less
+        task.not_before = self.clock.monotonic() + pause(task.outcomes)
+        task.note(task.cell.missing())
+        task.state, task.forgiven, task.reason = "planned", True, ""
+        self._planned[task] = None
+
+    # Starting
+
+    def _launch(self) -> None:
+        if self.planner is not None:
+            self._add_cells(self.planner)
+        if self.spending.exhausted(self._failures):
+            if self.spending.over_hours() and self.attempts.tasks:
+                self._end_workers()
+            return
+        room = self.backend.room(self.attempts.jobs())
+        if room <= 0:
+            return
+        busy = frozenset().union(*(task.shared for task in self.attempts.tasks.values()))
+        now = self.clock.monotonic()
+        chosen: list[Task] = []
+        with self.ledger.batch():
+            for task in list(self._planned):
+                if len(chosen) >= room:
+                    break
+                steps = self._to_do(task) if task.not_before <= now else []
+                if not steps or shared_stages(steps) & busy:
+                    continue  # two cells that need one model never train it twice
+                busy |= shared_stages(steps)
+                self._take_up(task, steps)
+                chosen.append(task)
+        if chosen:
+            self._submit(chosen)
+
+    def _add_cells(self, planner: Planner) -> None:
+        free = self.backend.room(self.attempts.jobs()) - len(self._planned)
+        known = {task.cell.identity for task in self.tasks} if free > 0 else set()
+        for cell in planner.next(free) if free > 0 else ():
+            if cell.identity in known:
+                continue
+            known.add(cell.identity)
+            task = Task(cell, self.folder / "jobs" / cell.identity)
+            self.tasks.append(task)
+            self._plan(task, has_jobs=task.folder.is_dir())
+            self.ledger.sync([(task.entry, task.state, self._work(task))])
+            self.overview.changed(task)
+            if task.state not in OPEN:
+                planner.settled(cell, task.state, task.cause)
+
+    def _to_do(self, task: Task) -> list[Step]:
+        """Return what is missing of a cell that may start; settles one that is done, or cannot succeed."""
+        steps = task.cell.missing()
+        if not steps:  # another cell, or another study, has made it meanwhile
+            self._set(task, "done", settled=True)
+            return []
+        problem = blocked(task, steps)
+        if problem is not None:
+            self._set(task, "failed", *problem, settled=True)
+            return []
+        return steps
+
+    def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
+        """Write the spec of a new attempt."""
+        job = task.next_job()
+        spec = task.cell.spec()
+        if task.micro_batch is not None:
+            spec = micro_batch(spec, task.micro_batch)
+        if self.prepare is not None:
+            spec = self.prepare(spec)
+        task.begun = mark_of(task.cell)
+        task.folder.mkdir(exist_ok=True)
+        job.folder.mkdir()
+        write_json(job.spec, {**spec, "attempt": job.id, "begun": task.begun}, durable=False)
+        task.job, task.numbers = job, job.number
+        self.attempts.add(task, steps)
+        self._set(task, "running" if self.backend.attached else "queued")
+
+    def _submit(self, tasks: Sequence[Task]) -> None:
         self._show()
-        # Inline, this returns when the cell has ended.
-        task.handle = self.backend.start(spec, slot=slot)
+        jobs: dict[Job, Task] = {task.job: task for task in tasks if task.job is not None}
+        try:
+            # Inline, this returns when the cells have ended.
+            self.backend.submit(list(jobs))
+        finally:
+            for job, task in jobs.items():
+                if not self.backend.attached and not (job.folder / "job.json").exists():
+                    self.attempts.drop(task)  # the scheduler has taken fewer; its turn comes
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                    task.numbers -= 1
+                    task.state = "planned"
+                    self._planned[task] = None
 
-    def _running(self, task: Task, handle: Handle | None, steps: list[Step], slot: int) -> None:
-        task.state = "running"
-        task.handle = handle
-        task.slot = slot
-        task.shared = _shared(steps)
-        task.started = time.monotonic()
-
-    def _failure(self, task: Task, steps: Sequence[Step], *, fresh: bool) -> str | None:
-        """Return why one of the missing ``steps`` has failed, or None.
-
-        ``fresh``: within this command; with ``--retry-failed`` what was there before does not count.
-        """
-        found = [(read_json(task.folder / "error.json"), task.state == "waiting")]
-        for step in steps:
-            old = step.stage.newest() <= task.before.get(step.stage.folder, 0)
-            found.append((step.stage.failure(), old))
-        for failure, old in found:
-            if failure is None:
-                continue
-            # A full disk is no fault of the cell: the next command goes on without being asked to.
-            forgiven = failure.get("passing", False) or (fresh and self.retry_failed)
-            if not (old and forgiven):
-                return str(failure.get("message", "unknown error"))
-        return None
-
-    def _silence(self) -> str:
-        """Return what may be behind a worker that ended without a word."""
-        if shutil.disk_usage(self.folder).free < LOW_DISK_BYTES:
-            return "the disk is full; free some space and give the same command again"
-        return "its worker ended without a word (killed, or out of memory); the same command goes on"
-
-    def _set(self, ledger: Ledger, task: Task, state: State, reason: str = "") -> None:
-        task.state = state
-        task.reason = reason
-        ledger.set(task.entry, state, seconds=self._work(task) if state == "done" else 0.0)
-        self._write_index()
+    def _set(
+        self, task: Task, state: State, reason: str = "", cause: Cause | None = None, *, settled: bool = False
+    ) -> None:
+        """Note that ``task`` is in ``state``; ``settled``: for the rest of this command."""
+        self._planned.pop(task, None)
+        task.state, task.reason, task.cause = state, reason, cause
+        self._failures += settled and state == "failed"
+        self.ledger.set(task.entry, state, seconds=self._work(task), cause=cause)
+        self.overview.changed(task)
+        if settled and self.planner is not None:
+            self.planner.settled(task.cell, state, cause)
 
     def _work(self, task: Task) -> float:
         if task.state != "done":
             return 0.0
         return float(sum(result.get("wall_seconds", 0.0) for result in task.cell.results().values()))
 
-    # Shown and written
-
     def tick(self) -> None:
         """Show where everything is; an inline backend calls it while it works."""
         self._show()
 
-    def _show(self) -> None:
-        rows = []
-        for task in self.tasks:
-            progress = self._progress(task) if task.state == "running" else None
-            rows.append(
-                Row(name=task.cell.name, state=task.state, progress=progress, reason=_first_line(task.reason))
-            )
-        self.display.update(rows, self._summary(rows))
-
-    def _progress(self, task: Task) -> dict[str, Any] | None:
-        for step in task.cell.missing():
-            # The first missing stage. Unclaimed, its newest heartbeat is that of an attempt that has ended.
-            return step.stage.progress() if step.stage.holder() is not None else None
-        return None
-
-    def _summary(self, rows: Sequence[Row]) -> str:
-        counts = {
-            state: sum(row.state == state for row in rows) for state in ("running", "failed", "interrupted")
-        }
-        done = sum(row.state == "done" for row in rows)
-        parts = [f"{done} of {len(rows)} cells done"]
-        parts += [f"{count} {state}" for state, count in counts.items() if count]
-        left = self._time_left(rows)
-        if left is not None:
-            parts.append(f"about {span(left)} left")
-        return ", ".join(parts)
-
-    def _time_left(self, rows: Sequence[Row]) -> float | None:
-        """Estimate from the cells finished in this command; while there are none, from the running stages."""
-        waiting = sum(task.state == "waiting" for task in self.tasks)
-        running = [task for task in self.tasks if task.state == "running"]
-        if not running and not waiting:
-            return None
-        stage_left = [left for row in rows if (left := seconds_left(row.progress)) is not None]
-        taken = [task.seconds for task in self.tasks if task.state == "done" and task.seconds is not None]
-        if taken:
-            usual = sum(taken) / len(taken)
-            now = time.monotonic()
-            rest = sum(max(usual - (now - task.started), 0.0) for task in running) + waiting * usual
-        elif stage_left and running:
-            elapsed = [time.monotonic() - task.started for task in running]
-            rest = sum(stage_left) + waiting * (max(stage_left) + max(elapsed))
-        else:
-            return None
-        slots = (
-            len(running) if self.backend.slots is None else min(self.backend.slots, len(running) + waiting)
-        )
-        return float(rest / max(1, slots))
-
-    def _write_index(self) -> None:
-        rows = [(task.cell, str(task.state)) for task in self.tasks]
-        rows += [(cell, "waiting" if cell.missing() else "done") for cell in self.others.values()]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["arm", "seed", "train", "samples", "evaluations", "state"])
-        for cell, state in rows:
-            keys = cell.keys
-            evaluations = ";".join(keys.evaluations)
-            writer.writerow([cell.arm, cell.seed, keys.train, keys.samples, evaluations, state])
-        write_bytes(self.folder / "index.csv", text.getvalue().encode())
+    def _show(self, *, force: bool = False) -> None:
+        progress = dict(self.attempts.progress)
+        if self.backend.attached:
+            for task in self.attempts.tasks.values():
+                progress[task] = _of_stage(task)
+        slots = len(self.attempts.tasks) + max(0, self.backend.room(self.attempts.jobs()))
+        self.overview.show(progress, slots=slots, now=self.clock.monotonic(), force=force)
 
     # After
 
-    def _end_workers(self, ledger: Ledger | None) -> None:
-        running = [task for task in self.tasks if task.state == "running"]
-        if any(task.handle is not None for task in running):
+    def _end_workers(self, *, silently: bool = False, cause: Cause | None = None) -> None:
+        jobs = [] if self.backend.attached else self.attempts.jobs()
+        if jobs:
             self.display.line("ending the workers ...")
-        end_all([task.handle for task in running if task.handle is not None])
-        for task in running:
-            if ledger is None:
+        end_jobs(self.keepers, jobs, clock=self.clock)
+        for task in list(self.attempts.tasks.values()):
+            if silently:
                 task.state = "interrupted"
-            else:
-                self._set(ledger, task, "interrupted")
+                continue
+            steps = task.cell.missing()
+            state: State = "done" if not steps else "cancelled" if cause == "cancelled" else "interrupted"
+            reason = "" if not steps else cause or "ended by this command"
+            with contextlib.suppress(OSError):
+                verdict = Verdict(state=state, over=True, cause=cause or "killed", reason=reason)
+                self.attempts.record(task, verdict, steps)
+            self.attempts.drop(task)
+            self._set(task, state, "" if state == "done" else reason, cause, settled=True)
 
     def _interrupted(self) -> int:
         done = sum(task.state == "done" for task in self.tasks)
@@ -372,11 +393,24 @@ class Controller:
         self.display.line(f"To go on, give the same command again:\n  {self.again}")
         return 130
 
+    def _detached(self) -> int:
+        left = len(self._planned)
+        more = f"; {left} more are submitted when the command is given again" if left else ""
+        self.display.line(f"submitted: {len(self.attempts.tasks)} cells are queued or running{more}.")
+        self.display.line(f"To collect, retry and go on, give the command again:\n  {self.again}")
+        return 0
+
     def _finish(self) -> None:
         for task in self.tasks:
-            if task.state in ("failed", "interrupted"):
+            if task.state in ("failed", "interrupted", "cancelled"):
                 for line in task.reason.splitlines():
                     self.display.line(f"{task.state}: {task.cell.name}: {line} (log: {task.log})")
+                for line in task.tail.splitlines():
+                    self.display.line(f"    | {line}")
+        stop = self.spending.exhausted(self._failures)
+        if stop and any(task.state != "done" for task in self.tasks):
+            self.trouble = True
+            self.display.line(stop)
         if self.report is not None:
             try:
                 self.display.line(self.report(self.folder))
@@ -388,9 +422,8 @@ class Controller:
             Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)
 
 
-def _shared(steps: Sequence[Step]) -> frozenset[Path]:
-    return frozenset(step.stage.folder for step in steps if step.stage.kind != "evaluations")
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+def _of_stage(task: Task) -> Mapping[str, Any]:
+    for step in task.cell.missing():
+        # The first missing stage. Unclaimed, its newest heartbeat is that of an attempt that has ended.
+        return (step.stage.progress() or {}) if step.stage.holder() is not None else {}
+    return {}

@@ -13,7 +13,16 @@ from rich.text import Text
 __all__ = ["Display", "LiveDisplay", "PlainDisplay", "Row", "make_display", "seconds_left", "span"]
 
 PLAIN_SECONDS = 30.0
-STYLES = {"running": "bold", "done": "green", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
+STYLES = {
+    "planned": "dim",
+    "queued": "dim",
+    "running": "bold",
+    "interrupted": "yellow",
+    "done": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+ORDER = ("running", "failed", "interrupted", "cancelled", "queued", "planned", "done")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +107,9 @@ class LiveDisplay:
         room = max(5, self._live.console.height - 6)
         shown = list(rows)
         if len(shown) > room:
-            order = {"running": 0, "failed": 1, "interrupted": 1, "waiting": 2, "done": 3}
-            chosen = sorted(range(len(rows)), key=lambda index: (order[rows[index].state], index))[:room]
+            chosen = sorted(range(len(rows)), key=lambda index: (ORDER.index(rows[index].state), index))[
+                :room
+            ]
             shown = [rows[index] for index in sorted(chosen)]
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("cell", "state", "stage", "step", "loss", "time left"):
@@ -110,7 +120,7 @@ class LiveDisplay:
                 row.name,
                 Text(row.state, style=STYLES[row.state]),
                 str(progress.get("stage", "")) if row.state == "running" else "",
-                step_text(progress) if row.state == "running" else Text(row.reason, style="red"),
+                step_text(progress) if row.state == "running" else Text(row.reason, style=STYLES[row.state]),
                 loss_text(progress),
                 span(seconds_left(progress)),
             )
@@ -147,7 +157,11 @@ class PlainDisplay:
             now = (row.state, stage)
             before = self._seen.get(row.name)
             self._seen[row.name] = now
-            if now == before or (before is None and row.state in ("waiting", "done")):
+            if (
+                now == before
+                or row.state in ("planned", "queued")
+                or (before is None and row.state == "done")
+            ):
                 continue
             if row.state == "running" and not stage:
                 continue  # started, and not heard of yet

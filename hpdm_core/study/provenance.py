@@ -8,7 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["git_commit", "machine", "versions"]
+from hpdm_core.files import read_json
+
+__all__ = ["FROZEN", "git_commit", "machine", "versions"]
+
+FROZEN = "frozen.json"
+"""Beside a copy of this package that jobs run: ``{"git": commit}``."""
 
 
 @cache
@@ -29,6 +34,9 @@ def git_commit() -> str | None:
     repository.
     """
     source = Path(__file__).resolve().parents[1]
+    frozen = read_json(source.parent / FROZEN)
+    if frozen is not None:
+        return frozen.get("git")
     try:
         # A package installed into an environment inside some other repository is not of that repository.
         _git(source, "ls-files", "--error-unmatch", "cell.py")

@@ -20,10 +20,12 @@ from hpdm_core.study.states import Cause
 if TYPE_CHECKING:
     from hpdm_core.study.jobs import Job
 
-__all__ = ["Mark", "Outcome", "halved", "mark_of", "micro_batch", "refusal", "try_again"]
+__all__ = ["Mark", "Outcome", "halved", "mark_of", "micro_batch", "pause", "refusal", "try_again"]
 
 Mark = list[int]
 NEVER_STARTED_LIMIT = 3
+PAUSE_SECONDS = 10.0
+PAUSE_DOUBLINGS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,16 @@ def try_again(outcomes: Sequence[Outcome]) -> bool:
         recent = outcomes[-NEVER_STARTED_LIMIT:]
         return len(recent) < NEVER_STARTED_LIMIT or any(each.cause != "never started" for each in recent)
     return False
+
+
+def pause(outcomes: Sequence[Outcome]) -> float:
+    """Return the seconds to wait before a cell is tried again: none, unless it gets nowhere twice in a row."""
+    stuck = 0
+    for each in reversed(outcomes):
+        if each.reached > each.begun:
+            break
+        stuck += 1
+    return PAUSE_SECONDS * 2 ** min(stuck - 2, PAUSE_DOUBLINGS) if stuck > 1 else 0.0
 
 
 def refusal(outcomes: Sequence[Outcome]) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.plugins import build_plugins
-from hpdm_core.study.backends import Inline, InlineOptions
+from hpdm_core.study.inline import Inline, InlineOptions
 from hpdm_core.study.controller import Controller
 from hpdm_core.study.progress import PlainDisplay
 from hpdm_core.study.store import Stage, Store
@@ -140,7 +140,7 @@ def study(tmp_path: Path) -> Callable[..., Run]:
         seen = _logged(tmp_path)
         text = io.StringIO()
         display = PlainDisplay(Console(file=text, width=200))
-        used = backend or Inline(InlineOptions(), job=job or make_job(), tick=lambda: None)
+        used = backend or Inline(InlineOptions(), work=job or make_job(), tick=lambda: None)
         controller = Controller(
             cells,
             folder=tmp_path / "tiny",

@@ -1,6 +1,6 @@
 import json
 import os
-import stat
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,10 @@ import pytest
 from hpdm_core.config.study_file import BACKENDS as NAMES_IN_FILES
 from hpdm_core.errors import InputError
 from hpdm_core.files import write_json
-from hpdm_core.study.backends import BACKENDS, adopt, end_all, make_backend
-from hpdm_core.study.lease import Process
+from hpdm_core.study.adoption import Keepers, end_jobs
+from hpdm_core.study.backends import BACKENDS, make_backend
+from hpdm_core.study.jobs import Job, SystemClock
+from hpdm_core.study.states import Seen
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0) -> None:
@@ -47,15 +49,25 @@ def sleeper() -> Callable[..., None]:
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> Path:
-    path = tmp_path / "job" / "spec.json"
-    path.parent.mkdir()
-    write_json(path, {})
-    return path
+def job(tmp_path: Path) -> Job:
+    made = Job(cell="c", number=1, folder=tmp_path / "jobs" / "c" / "1")
+    made.folder.mkdir(parents=True)
+    write_json(made.spec, {})
+    return made
 
 
-def local(job: Callable[..., None], **options: Any) -> Any:
-    return make_backend("local", options, job=job, tick=lambda: None)
+def local(work: Callable[..., None], **options: Any) -> Any:
+    slots = options.pop("max_parallel", None)
+    return make_backend("local", options, work=work, tick=lambda: None, slots=slots)
+
+
+def over(backend: Any, job: Job) -> bool:
+    return bool(backend.poll([job])[job.id].phase == "over")
+
+
+def pid_of(job: Job) -> int:
+    wait_for((job.folder / "worker.json").exists)
+    return int(json.loads((job.folder / "worker.json").read_text())["pid"])
 
 
 def test_the_names_are_those_of_study_files() -> None:
@@ -64,53 +76,52 @@ def test_the_names_are_those_of_study_files() -> None:
 
 def test_an_unknown_backend_gets_the_nearest_name() -> None:
     with pytest.raises(InputError, match=r"unknown 'slrum' - did you mean 'slurm'"):
-        make_backend("slrum", {}, job=sleeper(), tick=lambda: None)
+        make_backend("slrum", {}, work=sleeper(), tick=lambda: None)
 
 
-def test_max_parallel_overrides_the_slots() -> None:
-    assert local(sleeper(), slots=2).slots == 2
-    assert make_backend("local", {"slots": 2}, job=sleeper(), tick=lambda: None, slots=3).slots == 3
+def test_max_parallel_overrides_the_slots(job: Job) -> None:
+    assert local(sleeper(), max_parallel=2).room([job]) == 1
+    assert local(sleeper(), slots=2, max_parallel=3).room([job]) == 2
+    assert local(sleeper(), slots=1).room([job]) == 0
 
 
-def test_inline_runs_at_once_and_passes_progress_on(spec: Path) -> None:
+def test_inline_runs_at_once_and_passes_progress_on(job: Job) -> None:
     ticks: list[str] = []
 
-    def job(path: str, progress: Any) -> None:
+    def work(path: str, progress: Any) -> None:
         progress({"step": 1})
         raise RuntimeError("in its files already")
 
-    backend = make_backend("inline", {}, job=job, tick=lambda: ticks.append("tick"))
-    assert not backend.start(spec, slot=0).alive()
-    assert ticks == ["tick"]
+    backend = make_backend("inline", {}, work=work, tick=lambda: ticks.append("tick"))
+    backend.submit([job])
+    assert ticks == ["tick"] and over(backend, job)
 
 
-def test_a_local_worker_outlives_its_controller_is_adopted_and_ended(spec: Path) -> None:
-    folder = spec.parent
-    handle = local(sleeper()).start(spec, slot=0)
-    adopted = adopt(folder)  # before the worker has said who it is: its launcher is known
-    assert adopted is not None and adopted.alive()
-    wait_for((folder / "worker.json").exists)
-    adopted = adopt(folder)
-    assert adopted is not None
-    end_all([adopted])
-    assert not handle.alive() and not adopted.alive() and adopt(folder) is None
-    assert (folder / "unwound").exists()  # ended as Ctrl-C would, not shot
+def test_a_local_worker_outlives_its_controller_is_found_again_and_ended(job: Job) -> None:
+    backend = local(sleeper())
+    backend.submit([job])
+    other = local(sleeper())
+    assert not over(other, job)  # before the worker has said who it is: its launcher is known
+    wait_for((job.folder / "worker.json").exists)
+    end_jobs(Keepers(other), [job], clock=SystemClock())
+    assert over(backend, job) and over(other, job) and over(local(sleeper()), job)
+    assert (job.folder / "unwound").exists()  # ended as Ctrl-C would, not shot
 
 
-def test_a_killed_worker_is_noticed_at_once(spec: Path) -> None:
-    handle = local(sleeper()).start(spec, slot=0)
-    wait_for((spec.parent / "worker.json").exists)
-    worker = Process.read(json.loads((spec.parent / "worker.json").read_text()))
-    assert worker is not None
-    os.kill(worker.pid, 9)
+def test_a_killed_worker_is_noticed_within_two_seconds_with_its_signal(job: Job) -> None:
+    backend = local(sleeper())
+    backend.submit([job])
+    os.kill(pid_of(job), signal.SIGKILL)
     start = time.monotonic()
-    wait_for(lambda: not handle.alive())
-    assert time.monotonic() - start < 10  # submitit's own waiting for a result takes 15 s
+    wait_for(lambda: over(backend, job))
+    assert time.monotonic() - start < 2  # submitit's own waiting for a result takes 15 s
+    seen = backend.poll([job])[job.id]
+    assert seen.signal == "SIGKILL" and seen.cause is None
 
 
-def test_a_worker_that_does_not_listen_is_shot(spec: Path) -> None:
+def test_a_worker_that_does_not_listen_is_shot(job: Job) -> None:
     def deaf() -> Callable[..., None]:
-        def job(path: str) -> None:
+        def work(path: str) -> None:
             import signal
             import time
             from pathlib import Path
@@ -122,99 +133,92 @@ def test_a_worker_that_does_not_listen_is_shot(spec: Path) -> None:
             write_json(Path(path).parent / "worker.json", Process.here().to_json())
             time.sleep(60)
 
-        return job
+        return work
 
-    handle = local(deaf()).start(spec, slot=0)
-    wait_for((spec.parent / "worker.json").exists)
-    end_all([handle], grace=1.0)
-    wait_for(lambda: not handle.alive(), seconds=5)
+    backend = local(deaf())
+    backend.submit([job])
+    pid_of(job)
+    end_jobs(Keepers(backend), [job], clock=SystemClock(), grace=1.0)
+    wait_for(lambda: over(backend, job), seconds=5)
+
+
+def test_a_worker_that_takes_too_much_memory_is_ended_as_out_of_memory(job: Job) -> None:
+    def greedy() -> Callable[..., None]:
+        def work(path: str) -> None:
+            import time
+
+            held = []
+            for _ in range(600):
+                held.append(bytearray(10 << 20))
+                time.sleep(0.01)
+
+        return work
+
+    backend = local(greedy(), memory_gb=0.5)
+    backend.submit([job])
+    wait_for(lambda: over(backend, job))
+    seen = backend.poll([job])[job.id]
+    assert seen.cause == "out of memory" and "memory_gb" in seen.detail
+
+
+def test_a_worker_of_another_host_cannot_be_asked(job: Job) -> None:
+    elsewhere = {"host": "elsewhere", "pid": 1, "start": "x"}
+    write_json(job.folder / "job.json", {"launcher": elsewhere, "slot": 0})
+    seen = local(sleeper()).poll([job])[job.id]
+    assert seen.phase == "unknown" and "elsewhere" in seen.word
+
+
+def test_a_job_that_was_never_started_is_over(job: Job) -> None:
+    assert local(sleeper()).poll([job])[job.id] == Seen(phase="over", cause="never started")
+
+
+def test_a_slot_has_its_cores(job: Job, tmp_path: Path) -> None:
+    def work() -> Callable[..., None]:
+        def say(path: str) -> None:
+            import os
+            from pathlib import Path
+
+            Path(path).with_name("cores").write_text(repr(sorted(os.sched_getaffinity(0))))
+
+        return say
+
+    cores = sorted(os.sched_getaffinity(0))
+    backend = local(work(), slots=len(cores), cpus_per_slot=1)
+    backend.check()
+    backend.submit([job])
+    wait_for(lambda: over(backend, job))
+    assert (job.folder / "cores").read_text() == repr(cores[:1])
+    with pytest.raises(InputError, match=f"at most the {len(cores)} cores"):
+        local(work(), slots=len(cores) + 1, cpus_per_slot=1).check()
+
+
+def test_no_further_cell_is_started_when_memory_is_short(job: Job) -> None:
+    short = local(sleeper(), slots=2, min_free_gb=1e6)
+    assert short.room([]) == 2 and short.room([job]) == 0
+    assert local(sleeper(), slots=2, min_free_gb=0.001).room([job]) == 1
 
 
 @pytest.mark.parametrize(
-    ("gpus", "slot", "seen"), [(("3", "5"), 1, "5"), (("3", "5"), 2, "3"), ((), 0, None)]
+    ("gpus", "before", "seen"), [(("3", "5"), 1, "5"), (("3", "5"), 2, "3"), ((), 0, None)]
 )
 def test_a_slot_has_its_gpu(
-    spec: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], slot: int, seen: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], before: int, seen: str | None
 ) -> None:
     class Submitted:
         job_id = str(os.getpid())
 
+        def done(self) -> bool:
+            return False
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("submitit.LocalExecutor.submit", lambda self, job, path: Submitted())
-    local(sleeper(), gpus=gpus).start(spec, slot=slot)
+    monkeypatch.setattr("submitit.LocalExecutor.submit", lambda self, work, path: Submitted())
+    backend = local(sleeper(), gpus=gpus, slots=3)
+    jobs = [Job(cell="c", number=number, folder=tmp_path / str(number)) for number in range(before + 1)]
+    for job in jobs:
+        job.folder.mkdir()
+        write_json(job.spec, {})
+    backend.submit(jobs)
     # submitit would hide every GPU: the worker sets the variable itself, or takes it away.
-    assert json.loads(spec.read_text())["environment"] == {"CUDA_VISIBLE_DEVICES": seen}
-
-
-SHIMS = {
-    "sinfo": "exit 0",
-    "srun": "exit 0",
-    "sbatch": 'cp "$1" "$HERE/batch.sh"; echo "Submitted batch job 77"',
-    "squeue": 'echo "$@" >> "$HERE/squeue.log"; cat "$HERE/queue" 2>/dev/null; exit 0',
-    "scancel": 'echo "$@" >> "$HERE/scancel.log"; rm -f "$HERE/queue"',
-    "sacct": "exit 1",
-}
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, body in SHIMS.items():
-        path = folder / name
-        path.write_text(f"#!/bin/sh\nHERE={tmp_path}\n{body}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr("hpdm_core.study.backends._SlurmJob.POLL_SECONDS", 0.0)
-    (tmp_path / "queue").write_text("PENDING\n")
-    return tmp_path
-
-
-def slurm(**options: Any) -> Any:
-    return make_backend("slurm", options, job=sleeper(), tick=lambda: None)
-
-
-def test_slurm_submits_one_job_and_follows_it(cluster: Path, spec: Path) -> None:
-    backend = slurm(partition="gpu", time=90, gpus_per_node=1, cpus_per_task=4, wckey="")
-    backend.check()
-    handle = backend.start(spec, slot=0)
-    batch = (cluster / "batch.sh").read_text()
-    for line in ("--partition=gpu", "--time=90", "--gpus-per-node=1", "SRUN_CPUS_PER_TASK=4"):
-        assert line in batch
-    assert "submitit" not in next((row for row in batch.splitlines() if "wckey" in row), "")
-    for state, alive in (("CONFIGURING", True), ("NODE_FAIL", False)):
-        (cluster / "queue").write_text(f"{state}\n")
-        assert handle.alive() is alive
-
-
-def test_a_slurm_job_is_adopted_by_its_number_and_cancelled(cluster: Path, spec: Path) -> None:
-    slurm().start(spec, slot=0)
-    adopted = adopt(spec.parent)
-    assert adopted is not None and adopted.alive()
-    end_all([adopted])
-    assert (cluster / "scancel.log").read_text() == "77\n"
-    assert adopt(spec.parent) is None
-
-
-def test_without_slurm_the_backend_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="needs the commands sinfo and sbatch"):
-        slurm().check()
-
-
-def test_slurm_that_does_not_answer_is_refused(cluster: Path) -> None:
-    (cluster / "bin" / "sinfo").write_text(
-        "#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n"
-    )
-    with pytest.raises(InputError, match="Unable to contact slurm controller"):
-        slurm().check()
-
-
-def test_sbatch_that_refuses_is_one_line(cluster: Path, spec: Path) -> None:
-    (cluster / "bin" / "sbatch").write_text(
-        "#!/bin/sh\necho 'invalid partition specified: gpu' >&2\nexit 1\n"
-    )
-    from hpdm_core.errors import TroubleError
-
-    with pytest.raises(TroubleError, match=r"sbatch refused the job: .*invalid partition"):
-        slurm().start(spec, slot=0)
+    spec = json.loads(jobs[-1].spec.read_text())
+    assert spec["environment"] == {"CUDA_VISIBLE_DEVICES": seen}
+    assert spec["gpus"] == backend.gpus == (1 if gpus else 0)

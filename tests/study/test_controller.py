@@ -3,15 +3,19 @@ import errno
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpdm_core.errors import TroubleError
+from hpdm_core.files import write_json
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.study import controller as controller_module
+from hpdm_core.study.jobs import Job, SystemClock
 from hpdm_core.study.lease import Lease, Process
+from hpdm_core.study.states import Seen
 
 
 def index(folder: Path) -> dict[tuple[str, str], str]:
@@ -61,16 +65,34 @@ def test_two_cells_of_one_model_train_it_once(study: Any, cell: Any) -> None:
 class Threads:
     """A backend whose jobs all run at once, as far as the controller lets them."""
 
+    attached = False
+    gpus = 0
+
     def __init__(self, job: Any) -> None:
-        self.slots = 4
+        self.clock = SystemClock()
         self.job = job
+        self.threads: dict[str, threading.Thread] = {}
 
     def check(self) -> None: ...
 
-    def start(self, spec: Path, *, slot: int) -> Any:
-        thread = threading.Thread(target=self.job, args=(str(spec),))
-        thread.start()
-        return type("Handle", (), {"alive": lambda self: thread.is_alive()})()
+    def room(self, under_way: Sequence[Job]) -> int:
+        return 4 - len(under_way)
+
+    def interval(self, under_way: int) -> float:
+        return 0.05
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            write_json(job.folder / "job.json", {})
+            self.threads[job.id] = threading.Thread(target=self.job, args=(str(job.spec),))
+            self.threads[job.id].start()
+
+    def poll(self, jobs: Sequence[Job]) -> dict[str, Seen]:
+        alive = {job.id: job.id in self.threads and self.threads[job.id].is_alive() for job in jobs}
+        return {identity: Seen(phase="alive" if each else "over") for identity, each in alive.items()}
+
+    def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
+        return True
 
 
 def test_cells_of_one_model_wait_for_it_and_others_do_not(study: Any, cell: Any, fake_job: Any) -> None:
@@ -127,8 +149,10 @@ def test_a_model_that_failed_is_not_tried_by_each_of_its_cells(study: Any, cell:
 
 def test_a_worker_that_was_killed_is_run_again(study: Any, cell: Any, tmp_path: Path) -> None:
     class Killed(Threads):
-        def start(self, spec: Path, *, slot: int) -> Any:
-            return type("Handle", (), {"alive": lambda self: False})()
+        def submit(self, jobs: Sequence[Job]) -> None:
+            for job in jobs:
+                write_json(job.folder / "job.json", {})
+                write_json(job.folder / "heartbeat.json", {"beat": 1})
 
     killed = study([cell("a")], backend=Killed(None))
     assert killed.code == 1 and "without a word" in killed.text
@@ -201,7 +225,7 @@ def test_a_damaged_journal_is_one_line_and_the_work_goes_on(study: Any, cell: An
 def test_only_some_cells(study: Any, cell: Any, tmp_path: Path) -> None:
     run = study([cell("a")], others=[cell("b")])
     assert run.code == 0 and len(run.made) == 2
-    assert index(tmp_path) == {("a", "0"): "done", ("b", "0"): "waiting"}
+    assert index(tmp_path) == {("a", "0"): "done", ("b", "0"): "planned"}
 
 
 def test_the_report_is_shown_and_observers_hear_the_end(study: Any, cell: Any, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_spans_are_said_as_people_do() -> None:
 def test_plain_lines_come_at_changes_only() -> None:
     display, text = plain([0.0])
     rows = [Row(name="a", state="running", progress={"stage": "train", "step": 1, "steps": 9})]
-    display.update([Row(name="a", state="waiting")], "0 of 1 cells done")
+    display.update([Row(name="a", state="planned")], "0 of 1 cells done")
     display.update(rows, "0 of 1 cells done")
     display.update([Row(name="a", state="running", progress={"stage": "train", "step": 2, "steps": 9})], "s")
     display.update([Row(name="a", state="failed", reason="no data")], "s")
@@ -62,7 +62,7 @@ def test_lines_are_not_broken_or_coloured() -> None:
 
 def test_the_last_word_is_the_summary() -> None:
     display, text = plain([0.0])
-    display.update([Row(name="a", state="waiting")], "0 of 1 cells done")
+    display.update([Row(name="a", state="planned")], "0 of 1 cells done")
     display.update([Row(name="a", state="done")], "1 of 1 cells done")
     display.close()
     assert text.getvalue().splitlines()[-1] == "1 of 1 cells done"

@@ -68,7 +68,7 @@ def wait_for_worker(study: "subprocess.Popen[bytes]", results: Path) -> None:
 
 def living_workers(results: Path) -> list[Process]:
     """Return the workers that live, without their launchers."""
-    found = [Process.read(read_json(path)) for path in (results / "tiny" / "jobs").glob("*/worker.json")]
+    found = [Process.read(read_json(path)) for path in (results / "tiny" / "jobs").glob("*/*/worker.json")]
     return [process for process in found if process is not None and process.alive()]
 
 
@@ -85,7 +85,7 @@ def assassin(folder: Path, *moments: str, sent: str = "SIGKILL") -> str:
 def workers(results: Path) -> list[Process]:
     """Return the living workers and launchers of the study."""
     found = []
-    for path in (results / "tiny" / "jobs").glob("*/*.json"):
+    for path in (results / "tiny" / "jobs").glob("*/*/*.json"):
         with contextlib.suppress(OSError, ValueError):
             data = json.loads(path.read_text())
             found.append(Process.read(data.get("launcher", data)))
