@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpdm_core.errors import InputError
 from hpdm_core.metrics import c3d, i3d
-from hpdm_core.metrics.preprocessing import RESIZE_RULES, ResizeRule, pixels
+from hpdm_core.metrics.preprocessing import RESIZE_RULES, ResizeRule, check_uint8, pixels
 from hpdm_core.metrics.protocol import Scaling, colour
 from hpdm_core.metrics.weights import (
     WeightIdentity,
@@ -82,6 +82,7 @@ class I3DDetector:
         """Return float64 [n, 400] of uint8 ``videos`` [n, F, H, W, C], C in (1, 3), F at least 9."""
         if videos.shape[1] < i3d.LEAST_FRAMES:
             raise InputError(f"i3d: clips of {videos.shape[1]} frames; it needs at least {i3d.LEAST_FRAMES}")
+        check_uint8(videos)
         network, scripted = self._network
         network.to(videos.device)
         with reference_arithmetic(videos.device):
@@ -161,6 +162,7 @@ class C3DDetector:
         """Return float64 [n, 101] (logits) or [n, 4096] (fc7) of uint8 ``videos`` [n, 16, H, W, C]."""
         if videos.shape[1] != c3d.FRAMES:
             raise InputError(f"c3d: clips of {videos.shape[1]} frames; it takes exactly {c3d.FRAMES}")
+        check_uint8(videos)
         network, mean = self._network
         network.to(videos.device)
         with reference_arithmetic(videos.device):

@@ -19,6 +19,7 @@ __all__ = [
     "RESIZE_RULES",
     "ResizeRule",
     "aligned_corners",
+    "check_uint8",
     "cubic_then_crop",
     "legacy_bilinear",
     "pixels",
@@ -32,13 +33,15 @@ ResizeRule = Literal[
 ]
 
 
-def pixels(videos: Tensor) -> Tensor:
-    """Return uint8 ``videos`` [n, F, H, W, 3] as float32 [n, 3, F, H, W], still 0..255.
-
-    Raises InputError for another type: a video on another scale would pass unseen.
-    """
+def check_uint8(videos: Tensor) -> None:
+    """Raise InputError unless ``videos`` are uint8: a video on another scale would pass unseen."""
     if videos.dtype != torch.uint8:
         raise InputError(f"detector: videos of type {videos.dtype}; allowed is uint8, 0..255")
+
+
+def pixels(videos: Tensor) -> Tensor:
+    """Return uint8 ``videos`` [n, F, H, W, 3] as float32 [n, 3, F, H, W], still 0..255."""
+    check_uint8(videos)
     return rearrange(videos, "n f h w c -> n c f h w").float()
 
 
