@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from hpdm_core.metrics.frechet import Features
 from hpdm_core.metrics.protocol_records import Preparation
 
 __all__ = ["Extracted", "Extraction", "FeatureCache", "Task"]
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 SHARE = 4
 """Clips that a process takes at a time."""
@@ -119,8 +116,6 @@ class Extraction:
     cache: FeatureCache
     device: torch.device
     progress: Counting | None = None
-    alone: bool = False
-    """Whether this process does all by itself, also where there are others that do something else."""
 
     def run(
         self,
@@ -139,12 +134,12 @@ class Extraction:
         anything is decoded. ``keep`` puts the result into the cache's folder. ``expected``: the content that
         the clips must have; InputError when it has changed.
         """
-        wave = self._on_main(lambda: _take(choices, count, check))
+        wave = distributed.on_main(lambda: _take(choices, count, check))
         hashes = self._hashes(wave)
         if expected is not None:
             _check_content(hashes, expected)
         key = _key(task, count, wave, hashes)
-        found = self._on_main(lambda: self.cache.get(key))
+        found = distributed.on_main(lambda: self.cache.get(key))
         if found is not None:
             return found
         total = len(wave)
@@ -163,13 +158,13 @@ class Extraction:
                     self.progress(done + start, total)
                 return self._work(task, wave[part], hashes[part])
 
-            for made in self._spread(range(0, len(wave), SHARE), work):
+            for made in distributed.spread(range(0, len(wave), SHARE), work):
                 rows += made.rows
                 entries += made.entries
                 facts += made.facts
                 unreadable.update(made.unreadable)
             missing = 0 if count is None else count - len(rows)
-            wave = self._on_main(partial(_take, choices, missing)) if missing else []
+            wave = distributed.on_main(partial(_take, choices, missing)) if missing else []
             hashes = self._hashes(wave)
         if self.progress is not None and distributed.is_main():
             self.progress(len(rows), len(rows))
@@ -179,13 +174,7 @@ class Extraction:
         return extracted
 
     def _hashes(self, wave: Sequence[Choice]) -> list[str]:
-        return self._spread(wave, _hash)
-
-    def _spread(self, items: Sequence[A], work: Callable[[A], B]) -> list[B]:
-        return [work(item) for item in items] if self.alone else distributed.spread(items, work)
-
-    def _on_main(self, work: Callable[[], A]) -> A:
-        return work() if self.alone else distributed.on_main(work)
+        return distributed.spread(wave, _hash)
 
     def _work(self, task: Task, choices: Sequence[Choice], hashes: Sequence[str]) -> _Made:
         made = _Made([], [], [], {})

@@ -8,7 +8,7 @@ weights arrive: the key of the result holds what the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm_core import distributed
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError
 from hpdm_core.evaluator.extraction import Extraction, FeatureCache, Task
@@ -83,6 +84,10 @@ class ProtocolMetric:
         except MissingWeights as error:
             return str(error)
         return None
+
+    def stand_ins(self, plugins: Plugins) -> list[str]:
+        """Return the names of what stands in for it without weights."""
+        return [plugins.make("metrics", part).name for part in self.substitutes]
 
     def fitted(self, config: CellConfig, plugins: Plugins, sizes: Sequence[tuple[int, int, int]]) -> Fitted:
         """Return the record for a cell with levels of ``sizes``. Raises InputError when it fits none."""
@@ -189,7 +194,7 @@ class ProtocolMetric:
         reals, drawn = None, None
         if record.reals is not None:
             reals, drawn = self._reals(context, fitted, extractor, described)
-        fakes = np.stack(list(self._fakes(context, fitted, extractor)))
+        fakes = np.stack(self._fakes(context, fitted, extractor))
         found = measured(record, reals, fakes, replicates=self.replicates)
         context.details.update({name: value for name, value in found.items() if name != "value"})
         modified = [*fitted.modified, *([drawn] if drawn else [])]
@@ -200,13 +205,16 @@ class ProtocolMetric:
 
     def _fakes(
         self, context: EvaluationContext, fitted: Fitted, extractor: FeatureExtractor
-    ) -> Iterator[Features]:
+    ) -> list[Features]:
         rule, frames = fitted.record.fakes, fitted.record.frames
         taken = slice(0, frames * rule.stride, rule.stride)
         assert isinstance(rule.count, int), "fitted to the number of samples"
-        for index in range(rule.count):
+
+        def work(index: int) -> Features:
             video = context.samples(fitted.level, [index])[0, taken]
-            yield _row(extractor, prepared(_rgb(video), rule.prepare), context.device)
+            return _row(extractor, prepared(_rgb(video), rule.prepare), context.device)
+
+        return distributed.spread(range(rule.count), work)
 
     def _reals(
         self,
@@ -236,7 +244,6 @@ class ProtocolMetric:
             reader=context.assembly.dataset.reader,  # type: ignore[attr-defined]  # it has files
             cache=FeatureCache(context.cache_folder),
             device=context.device,
-            alone=True,
         )
         task = Task(record.frames, rule.prepare, dict(described), extractor.features, None)
         count = None if rule.count == "all" else rule.count
@@ -258,12 +265,11 @@ class ProtocolMetric:
         count = context.assembly.config.evaluation.reals
         name = context.assembly.config.data.dataset.use
 
-        def clips() -> Iterator[Features]:
-            for number in range(count):
-                levels, _ = context.reals("train", [number])
-                clip = levels[fitted.level][0, : record.frames]
-                coded = rule.prepare.model_copy(update={"average": (1, 1, 1), "size": "stored"})
-                yield _row(extractor, prepared(_rgb(clip), coded), context.device)
+        def work(number: int) -> Features:
+            levels, _ = context.reals("train", [number])
+            clip = levels[fitted.level][0, : record.frames]
+            coded = rule.prepare.model_copy(update={"average": (1, 1, 1), "size": "stored"})
+            return _row(extractor, prepared(_rgb(clip), coded), context.device)
 
         facts = {
             "protocol": dict(described),
@@ -272,19 +278,19 @@ class ProtocolMetric:
             "level": fitted.level,
             "count": count,
         }
-        rows = context.kept(facts, lambda: [np.stack(list(clips()))])
+        rows = context.kept(facts, lambda: [np.stack(distributed.spread(range(count), work))])
         return rows[0], f"reals: {count} random windows that the data set '{name}' draws"
 
 
 def lacking(configs: Sequence[CellConfig], plugins: Plugins) -> list[str]:
-    """Return a sentence for each protocol of a study whose weights are missing, each once."""
+    """Return a sentence for each metric of a study whose weights are missing, each once."""
     said: dict[str, str] = {}
     for config in configs:
         for part in config.evaluation.metrics:
             metric = plugins.make("metrics", part)
-            reason = metric.lacks(plugins) if isinstance(metric, ProtocolMetric) else None
-            if isinstance(metric, ProtocolMetric) and reason is not None:
-                names = ", ".join(plugins.make("metrics", each).name for each in metric.substitutes)
+            reason = metric.lacks(plugins) if hasattr(metric, "lacks") else None
+            if reason is not None:
+                names = ", ".join(metric.stand_ins(plugins))
                 said[metric.name] = (
                     f"{metric.name} cannot be measured: {reason}. {names} stand in, which compare with themselves "
                     "only; when the weights are there, the same command with --evaluate-only completes the study"

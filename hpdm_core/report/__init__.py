@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import disk_trouble, write_bytes
+from hpdm_core.report.curves import curves_figure
 from hpdm_core.report.differences import (
     configuration_differences,
     pair_lines,
@@ -26,8 +27,8 @@ _NAMED = 12  # cells that a sentence names
 
 
 def write_report(folder: Path) -> str:
-    """Write results.{parquet,csv}, table.{md,tex} and arms.png into ``folder``/report and return the tables
-    as text.
+    """Write results.{parquet,csv}, table.{md,tex}, arms.png and perhaps fakes.png into ``folder``/report, and
+    return the tables as text.
 
     ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is none, TroubleError when
     nothing can be written there; what is missing is shown as a hole.
@@ -69,11 +70,11 @@ def _write_files(
     latex = [f"% {line}" for line in first.splitlines()]
     latex += ["% needs: \\usepackage{booktabs}", "", *(to_latex(table) for table in tables)]
     write_bytes(target / "table.tex", ("\n".join(latex) + "\n").encode())
-    picture = arms_figure(results)
-    if picture is None:
-        (target / "arms.png").unlink(missing_ok=True)  # of samples that are there no more
-    else:
-        write_bytes(target / "arms.png", picture)
+    for name, picture in (("arms.png", arms_figure(results)), ("fakes.png", curves_figure(results))):
+        if picture is None:
+            (target / name).unlink(missing_ok=True)  # of samples that are there no more
+        else:
+            write_bytes(target / name, picture)
 
 
 def _lead(results: StudyResults) -> list[str]:

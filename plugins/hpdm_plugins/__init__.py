@@ -26,4 +26,5 @@ PLUGIN_MODULES = (
     "metrics",
     "memorisation",
     "protocol_metric",
+    "fake_counts",
 )
