@@ -2,7 +2,8 @@
 key.
 
 `Cell.run` does what is missing and nothing else. It may be killed at any moment and run again. What a worker
-process does around it stands in `hpdm_core.study.job`.
+process does around it stands in `hpdm_core.study.job`. Of several processes (`hpdm_core.distributed`) the main
+one claims the stages and writes results; the others do their share of each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpdm_core import distributed
 from hpdm_core.config.keys import (
     canonical_json,
     data_key,
@@ -26,7 +28,7 @@ from hpdm_core.config.keys import (
 )
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
-from hpdm_core.files import clear_temporaries, read_json, write_json
+from hpdm_core.files import read_json, write_json
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.lease import Held, Process
@@ -35,10 +37,13 @@ from hpdm_core.study.worker import Progress, Reporter
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
+    from hpdm_core.denoiser import Denoiser
 
 __all__ = ["Cell", "Keys", "Step"]
 
 WAIT_SECONDS = 0.5
+MEASURED_ALONE = ("configuration", "training")
+"""What metrics read that one process measures by itself."""
 SHEET_ROWS = 8
 
 
@@ -111,7 +116,8 @@ class Cell:
         from hpdm_core.metrics.protocol import data_facts
 
         metric = self.plugins.make("metrics", part)
-        base = {"training": train, "model": train, "samples": samples}.get(metric.needs)
+        bases = {"configuration": samples, "training": train, "model": train, "samples": samples}
+        base = bases.get(metric.needs)
         if base is None:
             base = data_key(data_facts(self.config, self.plugins, self._known), self.config, self.plugins)
         protocol = {**metric.protocol(self.assembly), "metric": metric.name}
@@ -163,6 +169,11 @@ class Cell:
     def _needs(self) -> list[str]:
         return [self.plugins.make("metrics", part).needs for part in self.config.evaluation.metrics]
 
+    @property
+    def only_measured(self) -> bool:
+        """Whether no metric reads anything that has to be trained: then nothing is."""
+        return bool(self._needs) and set(self._needs) == {"configuration"}
+
     def missing(self) -> list[Step]:
         """Return what is still to be done, in order. Reads result files only.
 
@@ -171,11 +182,10 @@ class Cell:
         """
         evaluations = list(zip(self._needs, self.evaluation_stages(), strict=True))
         open_needs = {need for need, (_, stage) in evaluations if not stage.done}
-        steps = [
-            Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part))
-            for _, (part, stage) in evaluations
-            if not stage.done
-        ]
+        train, sample, *evaluate = self._steps()
+        steps = [step for step in evaluate if not step.stage.done]
+        if self.only_measured:
+            return steps
         sampled = [stage for need, (_, stage) in evaluations if need == "samples"]
         evaluated = bool(sampled) and all(stage.done for stage in sampled)
         recorded = (self.sample_stage.result() or {}).get("samples", 0) >= self.config.evaluation.samples
@@ -183,11 +193,22 @@ class Cell:
         if "samples" in open_needs and not self._samples_present():
             to_sample = True
         if to_sample:
-            steps.insert(0, Step(name="sample", stage=self.sample_stage, run=self._sample))
+            steps.insert(0, sample)
         weights = (self.train_stage.folder / "model.safetensors").exists()
         if not self.train_stage.done or ((to_sample or "model" in open_needs) and not weights):
-            steps.insert(0, Step(name="train", stage=self.train_stage, run=self._train))
+            steps.insert(0, train)
         return steps
+
+    def _steps(self) -> list[Step]:
+        """Every stage: train, sample, and one for each metric."""
+        return [
+            Step(name="train", stage=self.train_stage, run=self._train),
+            Step(name="sample", stage=self.sample_stage, run=self._sample),
+            *(
+                Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part, need))
+                for need, (part, stage) in zip(self._needs, self.evaluation_stages(), strict=True)
+            ),
+        ]
 
     def results(self) -> dict[str, Any]:
         """Return stage name -> result of the stages that are done."""
@@ -208,25 +229,39 @@ class Cell:
 
         ``progress`` is called with a dict about every second and at each stage's start; ``own_output`` sends
         what this process prints to the attempts' log files. Raises what a stage raises, after noting it in
-        the attempt.
+        the attempt. Each of several processes calls it; the main one's arguments count.
         """
-        steps = self.missing()
+        steps = distributed.on_main(lambda: [step.stage.key for step in self.missing()])
         if not steps:
             return self.results()
         from hpdm_core.runtime import prepare_torch
 
+        # Before any stage, also one that needs no model: a metric alone must give the same bits.
+        if not distributed.is_main():
+            prepare_torch(self.config.runtime)
+            return self._follow()
         self.observers.call("before_cell_started")
         try:
-            # Before any stage, also one that needs no model: a metric alone must give the same bits.
             prepare_torch(self.config.runtime)
-            for step in steps:
-                self._run_step(step, progress, own_output=own_output)
+            for step in self._steps():
+                if step.stage.key in steps:
+                    self._run_step(step, progress, own_output=own_output)
+            distributed.broadcast(None)  # nothing is left to follow
         except Exception as error:
             self.observers.call("on_cell_error", error=error)
             raise
         results = self.results()
         self.observers.call("after_cell_finished", result=results)
         return results
+
+    def _follow(self) -> dict[str, Any]:
+        """Do this process's share of each stage that the main process works on, until it has done all."""
+        while (told := distributed.broadcast(None)) is not None:
+            kind, key, number = told
+            stage = self.store.stage(kind, key)
+            step = next(step for step in self._steps() if step.stage == stage)
+            step.run(stage.attempt(number), lambda progress: None)
+        return self.results()
 
     def _run_step(self, step: Step, progress: Progress | None, *, own_output: bool) -> None:
         with contextlib.ExitStack() as stack:
@@ -246,6 +281,7 @@ class Cell:
             report = Reporter(step.name, attempt, progress)
             report({})
             started = time.monotonic()
+            distributed.broadcast((step.stage.kind, step.stage.key, attempt.number))
             made = dict(step.run(attempt, report))
             files = made.pop("files", {})
             attempt.finish(
@@ -267,50 +303,29 @@ class Cell:
     def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
         from hpdm_core.training.trainer import Trainer
 
-        write_json(attempt.stage.folder / "spec.json", self.spec())
+        if distributed.is_main():
+            write_json(attempt.stage.folder / "spec.json", self.spec())
         trainer = Trainer(self.assembly, folder=attempt.folder, previous=attempt.previous, cell=self)
         result = trainer.run(report)
         return {**result, "files": {"model.safetensors": "model.safetensors"}}
 
     def _sample(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
         from hpdm_core.sampling import files
-        from hpdm_core.sampling.cascade import label_of, sample
-        from hpdm_core.training.trainer import load_ema_model
+        from hpdm_core.sampling.stage import sample_missing
 
-        folder = attempt.stage.folder
-        clear_temporaries(folder)
-        count = self.config.evaluation.samples
-        classes = self.config.model.classes
+        folder, count = attempt.stage.folder, self.config.evaluation.samples
         started = time.monotonic()
-        missing = files.missing_samples(folder, count)
-        batches = files.batches_to_sample(missing, count, self.config.runtime.sample_batch)
-        have = count - len(missing)
-
-        def sampled(numbers: Mapping[str, Any]) -> None:
-            report({**numbers, "step": have, "steps": count})
-
-        denoiser = None
-        for batch in batches:
-            if denoiser is None:
-                denoiser = self.assembly.denoiser(
-                    load_ema_model(self.assembly, self.train_stage.folder / "model.safetensors")
-                )
-            labels = [label_of(index, classes) for index in batch]
-            sampled({})
-            levels = sample(
-                self.assembly,
-                denoiser,
-                batch,
-                labels,
-                observe=lambda level, videos: self.observers.call(
-                    "after_level_sampled", level=level, videos=videos
-                ),
-                progress=sampled,
-            )
-            for row, (index, label) in enumerate(zip(batch, labels, strict=True)):
-                if index in missing:
-                    files.write_sample(folder, index, [level[row] for level in levels], label=label)
-                    have += 1
+        sample_missing(
+            self.assembly,
+            folder,
+            self._denoiser,
+            observe=lambda level, videos: self.observers.call(
+                "after_level_sampled", level=level, videos=videos
+            ),
+            report=report,
+        )
+        if not distributed.is_main():
+            return {}
         shown = [files.read_sample(folder, index) for index in range(min(count, SHEET_ROWS))]
         files.contact_sheet(attempt.folder / "contact_sheet.png", shown)
         return {
@@ -319,16 +334,24 @@ class Cell:
             "files": {"contact_sheet.png": "contact_sheet.png"},
         }
 
+    def _denoiser(self) -> Denoiser:
+        from hpdm_core.training.trainer import load_ema_model
+
+        weights = self.train_stage.folder / "model.safetensors"
+        return self.assembly.denoiser(load_ema_model(self.assembly, weights))
+
     def _samples_present(self) -> bool:
         folder = self.sample_stage.folder
         return all(
             (folder / f"{index:06d}.safetensors").exists() for index in range(self.config.evaluation.samples)
         )
 
-    def _evaluator(self, part: Part) -> Callable[[Attempt, Progress], Mapping[str, Any]]:
+    def _evaluator(self, part: Part, need: str) -> Callable[[Attempt, Progress], Mapping[str, Any]]:
         def evaluate(attempt: Attempt, report: Progress) -> Mapping[str, Any]:
             from hpdm_core.evaluate import evaluate_metric
 
+            if need in MEASURED_ALONE and not distributed.is_main():
+                return {}
             return evaluate_metric(
                 self.assembly,
                 part,

@@ -28,6 +28,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from hpdm_core import distributed
 from hpdm_core.config.compose import load_trained
 from hpdm_core.config.keys import parts_in, plugin_hashes
 from hpdm_core.config.schema import Part
@@ -144,10 +145,13 @@ class EvaluationContext:
         folder = self.samples_folder
         count = self.assembly.config.evaluation.samples
         extract = self.extractor(part).features
-        levels = [
-            _stacked(extract(self.samples(level, batch)) for batch in _batches(count))
-            for level in range(self.assembly.config.model.levels)
-        ]
+
+        def work(batch: range) -> list[Tensor]:
+            levels = range(self.assembly.config.model.levels)
+            return [extract(self.samples(level, batch).to(self.device)).cpu() for level in levels]
+
+        done = distributed.spread(list(_batches(count)), work)
+        levels = [_stacked(list(made)) for made in zip(*done, strict=True)]
         self.facts["labels_of_fakes"] = _counted([read_label(folder, index) for index in range(count)])
         return levels
 
@@ -171,10 +175,12 @@ class EvaluationContext:
         }
         key = _sha256(asked)
         if key not in self._features:
-            found = self._cached(key, self.assembly.config.model.levels + 1)
+            arrays = self.assembly.config.model.levels + 1
+            found = distributed.on_main(lambda: self._cached(key, arrays))
             if found is None:
                 found = self._extract_reals(part, split=split, count=count, corruption=corruption)
-                self._keep(key, found)
+                if distributed.is_main():
+                    self._keep(key, found)
             self._features[key] = found[:-1]
             self.facts[f"labels_of_reals_{split}"] = _counted(found[-1].astype(int).tolist())
         return self._features[key]
@@ -192,10 +198,11 @@ class EvaluationContext:
             "torch": torch.__version__,
         }
         key = _sha256(asked)
-        found = self._cached(key, 1)
+        found = distributed.on_main(lambda: self._cached(key, 1))
         if found is None:
             found = make()
-            self._keep(key, found)
+            if distributed.is_main():
+                self._keep(key, found)
         return found
 
     def _sources(self, part: Part) -> dict[str, str]:
@@ -217,11 +224,10 @@ class EvaluationContext:
     ) -> list[Features]:
         """Return the features per level, then the labels [count]."""
         extract = self.extractor(part).features
-        labels: list[int] = []
-        parts: list[list[Tensor]] = [[] for _ in range(self.assembly.config.model.levels)]
-        for batch in _batches(count):
+
+        def work(batch: range) -> tuple[list[int], list[Tensor]]:
             levels, drawn = self.reals(split, batch)
-            labels += drawn
+            made = []
             for level, videos in enumerate(levels):
                 if corruption is not None:
                     spoil = CORRUPTIONS[corruption]
@@ -229,8 +235,13 @@ class EvaluationContext:
                     videos = torch.stack(
                         [spoil(clip, stream) for clip, stream in zip(videos, streams, strict=True)]
                     )
-                parts[level].append(extract(videos))
-        return [*(_stacked(made) for made in parts), np.asarray(labels, dtype=np.float64)]
+                made.append(extract(videos.to(self.device)).cpu())
+            return drawn, made
+
+        done = distributed.spread(list(_batches(count)), work)
+        labels = [label for drawn, _ in done for label in drawn]
+        parts = zip(*(made for _, made in done), strict=True)
+        return [*(_stacked(list(made)) for made in parts), np.asarray(labels, dtype=np.float64)]
 
     def _cached(self, key: str, count: int) -> list[Features] | None:
         if self.cache_folder is None:
@@ -314,7 +325,7 @@ def _batches(count: int) -> Iterator[range]:
     return (range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH))
 
 
-def _stacked(parts: Iterator[Tensor] | list[Tensor]) -> Features:
+def _stacked(parts: list[Tensor]) -> Features:
     made: Features = torch.cat(list(parts)).double().cpu().numpy()
     return made
 

@@ -17,6 +17,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from hpdm_core import distributed
 from hpdm_core.diffusion import noise_clean
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import level_patch
@@ -110,16 +111,10 @@ class HeldOutLoss:
             for kind in PARENTS
             for level in range(levels)
         }
-        for start in range(0, self.patches, _ROWS):
-            patches = self._draw(context, range(start, min(start + _ROWS, self.patches)))
-            first = self._errors(context, patches, level=0, contexts=None)
-            for kind, sigma_eff in PARENTS.items():
-                total[kind, 0] += first
-                sources: list[Any] = []
-                for level in range(1, levels):
-                    sources.append(self._encode(context, patches, level - 1, sigma_eff, sources))
-                    contexts = context.denoiser.contexts(level, patches.coords[level], sources)
-                    total[kind, level] += self._errors(context, patches, level=level, contexts=contexts)
+        batches = [range(start, min(start + _ROWS, self.patches)) for start in range(0, self.patches, _ROWS)]
+        for found in distributed.spread(batches, lambda numbers: self._batch_errors(context, numbers)):
+            for key, sums in found.items():
+                total[key] += sums
         rows: list[Row] = []
         for (kind, level), errors in total.items():
             means = (errors / self.patches).tolist()
@@ -129,6 +124,20 @@ class HeldOutLoss:
                 for sigma_eff, value in pairs
             ]
         return rows
+
+    def _batch_errors(self, context: EvaluationContext, numbers: range) -> dict[tuple[str, int], Tensor]:
+        """Return the sums [K] over the patches ``numbers``, per kind of parents and level."""
+        patches = self._draw(context, numbers)
+        first = self._errors(context, patches, level=0, contexts=None)
+        found = {}
+        for kind, sigma_eff in PARENTS.items():
+            found[kind, 0] = first
+            sources: list[Any] = []
+            for level in range(1, context.assembly.config.model.levels):
+                sources.append(self._encode(context, patches, level - 1, sigma_eff, sources))
+                contexts = context.denoiser.contexts(level, patches.coords[level], sources)
+                found[kind, level] = self._errors(context, patches, level=level, contexts=contexts)
+        return found
 
     def _draw(self, context: EvaluationContext, numbers: range) -> _Patches:
         assembly = context.assembly

@@ -113,6 +113,17 @@ class Stage:
                 attempt.fail(error)
                 raise
 
+    def attempt(self, number: int) -> "Attempt":
+        """Return attempt ``number``, claimed by the main one of the processes that work on it together."""
+        earlier = [path for path in self.attempts() if int(path.name) < number]
+        return Attempt(
+            stage=self,
+            folder=self.folder / "attempts" / str(number),
+            number=number,
+            previous=tuple(reversed(earlier)),
+            lease=Lease(self.folder / "lease.json"),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
