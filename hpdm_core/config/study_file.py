@@ -23,7 +23,7 @@ from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.passwords import without_password
 from hpdm_core.plugins import Plugins
 
-__all__ = ["BACKENDS", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
+__all__ = ["BACKENDS", "Budget", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
 
 BACKENDS = ("inline", "local", "slurm")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -34,6 +34,15 @@ SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
 
 Seed = Annotated[int, Field(ge=0)]
 Overrides = dict[str, Any]
+
+
+class Budget(Frozen):
+    """Limits beyond which nothing more is started; null for none."""
+
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """GPU hours of all attempts of the study; what runs is ended with a checkpoint when they are spent."""
+    max_failures: Annotated[int, Field(gt=0)] | None = None
+    """Failed cells; what runs goes on to its end."""
 
 
 class StudyKeys(Frozen):
@@ -49,6 +58,7 @@ class StudyKeys(Frozen):
     """Dotted key -> values; every combination is an arm."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     backend: Part = Part(use="local")
+    budget: Budget = Budget()
     storage: str | None = None
     """URL of the ledger's storage; null for a journal file beside the results."""
     scales: dict[str, Overrides | None] = Field(default_factory=dict)
@@ -75,6 +85,7 @@ class StudyConfig:
     factors: dict[str, tuple[Any, ...]]
     seeds: tuple[int, ...]
     backend: Part
+    budget: Budget
     storage: str | None
     selected: tuple[str, ...]
     """The arms that ``--only`` leaves, in order; all without it."""
@@ -194,6 +205,7 @@ def load_study(
         factors=keys.factors,
         seeds=keys.seeds,
         backend=keys.backend,
+        budget=keys.budget,
         storage=keys.storage,
         selected=selected,
         resolved=_shown({**layers.data, "name": name, "plugins": list(composed.plugins.names)}),

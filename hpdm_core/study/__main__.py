@@ -6,10 +6,12 @@ import argparse
 import errno
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -97,9 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(describe_study(study, given.results))
         return 0
-    again = shlex.join(
-        ["python", "-m", "hpdm_core.study", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if given.status or given.cancel:
+        return _look_or_cancel(study, given.results.resolve(), cancel=given.cancel)
+    if given.detach and (given.backend or study.backend.use) != "slurm":
+        return _detached(study, given.results.resolve(), given.backend or study.backend.use, words)
+    again = shlex.join(["python", "-m", "hpdm_core.study", *(each for each in words if each != "--detach")])
     return run_study(
         study,
         given.results,
@@ -120,8 +125,12 @@ def run_study(
     retry_failed: bool = False,
     evaluate_only: bool = False,
     again: str = "",
+    detach: bool = False,
 ) -> int:
-    """Run ``study`` with its results under ``results`` and return the exit code."""
+    """Run ``study`` with its results under ``results`` and return the exit code.
+
+    ``detach`` (slurm) submits what may be submitted and returns.
+    """
     from hpdm_core.evaluator.study_metric import lacking
     from hpdm_core.study.cells import cells_of
     from hpdm_core.study.controller import Controller
@@ -159,6 +168,9 @@ def run_study(
             retry_failed=retry_failed,
             report=_report,
             again=again,
+            detach=detach,
+            prepare=_freezer(results / study.name, study) if use == "slurm" else None,
+            budget=study.budget,
         )
     )
     before = (
@@ -170,6 +182,51 @@ def run_study(
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what makes a spec run from a copy of the code, made when the first one is submitted."""
+    from hpdm_core.study.freeze import Frozen, freeze
+
+    made: list[Frozen] = []
+
+    def prepare(spec: dict[str, Any]) -> dict[str, Any]:
+        if not made:
+            made.append(freeze(folder / "code", study.plugins))
+        return made[0].spec(spec)
+
+    return prepare
+
+
+def _look_or_cancel(study: StudyConfig, results: Path, *, cancel: bool) -> int:
+    from hpdm_core.study.cells import cells_of
+    from hpdm_core.study.status import cancel_study, status_of
+
+    folder = results / study.name
+    if cancel:
+        return cancel_study(study.name, folder, say=print)
+    cells, _ = cells_of(study, results / "store")
+    print(status_of(cells, folder))
+    return 0
+
+
+def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str]) -> int:
+    """Start the command again without a terminal, since on this machine somebody must hand out the slots."""
+    if use == "inline":
+        raise InputError("--detach: the backend 'inline' runs in this very process; allowed: local, slurm")
+    check_writable(results)
+    folder = results / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "controller.log"
+    command = [sys.executable, "-m", "hpdm_core.study", *(each for each in words if each != "--detach")]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    print(f"study '{study.name}' is run by process {process.pid} on this machine; what it says: {log}")
+    look = ["python", "-m", "hpdm_core.study", str(study.file), "--results", str(results), "--status"]
+    print(f"To look: {shlex.join(look)}")
+    return 0
 
 
 def study_text(study: StudyConfig, command: str) -> str:

@@ -1,24 +1,13 @@
 """What a study may spend: GPU hours and failures. Counted from the heartbeats of its attempts."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from hpdm_core.config.schema import Frozen
+from hpdm_core.config.study_file import Budget
 from hpdm_core.files import read_json
 from hpdm_core.study.jobs import Job
 
-__all__ = ["Budget", "Spending"]
-
-
-class Budget(Frozen):
-    """Limits beyond which nothing more is started; null for none."""
-
-    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """GPU hours of all attempts of the study; what runs is ended with a checkpoint when they are spent."""
-    max_failures: Annotated[int, Field(gt=0)] | None = None
-    """Failed cells; what runs goes on to its end."""
+__all__ = ["Spending"]
 
 
 class Spending:

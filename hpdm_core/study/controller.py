@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
+from hpdm_core.config.study_file import Budget
 from hpdm_core.errors import HpdmError
 from hpdm_core.files import write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.adoption import Keepers, end_jobs
 from hpdm_core.study.attempts import Attempts
-from hpdm_core.study.budget import Budget, Spending
+from hpdm_core.study.budget import Spending
 from hpdm_core.study.jobs import Backend, Job, Planner
 from hpdm_core.study.ledger import Ledger
 from hpdm_core.study.locking import folder_trouble, locked

@@ -273,7 +273,8 @@ class Slurm:
         index = data.get("index")
         for number in lines:
             if (index is None and "_" not in number) or number.endswith(f"_{index}"):
-                write_json(job.folder / "job.json", {**data, "slurm": number}, durable=False)
+                with contextlib.suppress(OSError):  # whoever only looks may not write
+                    write_json(job.folder / "job.json", {**data, "slurm": number}, durable=False)
                 return number
         return Seen(phase="over", cause="never started", word="it never reached the queue")
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.plugins import build_plugins
-from hpdm_core.study.inline import Inline, InlineOptions
 from hpdm_core.study.controller import Controller
+from hpdm_core.study.inline import Inline, InlineOptions
 from hpdm_core.study.progress import PlainDisplay
 from hpdm_core.study.store import Stage, Store
 

@@ -25,6 +25,9 @@ def test_the_flags_are_a_promise() -> None:
         "--max-parallel",
         "--retry-failed",
         "--dry-run",
+        "--detach",
+        "--status",
+        "--cancel",
     }
     assert str(build_parser().get_default("results")) == "results"
     assert [action.dest for action in build_parser()._actions if not action.option_strings] == ["file"]
