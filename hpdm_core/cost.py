@@ -1,29 +1,46 @@
-"""What a cell costs before it is run: parameters, floating-point operations of a training step, disk.
+"""What a cell costs before it is run: parameters, floating-point operations, memory, time, disk.
 
-Operations are counted by running the real training step (`hpdm_core.training.step`) on the meta device, where
-tensors have shapes and no contents: nothing is computed and no memory is used. Times are not estimated here.
+Operations are counted by running the real training step (`hpdm_core.training.step`) and the sampler's network
+calls on the meta device, where tensors have shapes and no contents: nothing is computed and no memory is used.
+Memory is what the same training step would keep for its backward pass. Times are operations at a stated rate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpdm_core.model.execution import Execution
+from hpdm_core.model.hpdm import Encoded
 from hpdm_core.training.batches import Batch
 from hpdm_core.training.step import joint_loss, make_entries, self_conditioning_latents
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["count_parameters", "disk_bytes", "training_flops"]
+__all__ = [
+    "count_parameters",
+    "disk_bytes",
+    "flops_per_second",
+    "predicted_sampling",
+    "predicted_training",
+    "sampling_flops",
+    "training_flops",
+    "training_memory",
+]
+
+Made = TypeVar("Made")
 
 BYTES = 4
 """Bytes of a float32."""
+DURING_TRAINING = 5
+"""Tensors per weight while training: itself, gradient, the two moments of Adam or LAMB, the average."""
 TENSORS_PER_CHECKPOINT = 4
 """Weights, their average, and the two moments of Adam or LAMB."""
 CHECKPOINTS = 3
@@ -48,13 +65,106 @@ def training_flops(assembly: Assembly) -> int:
     batch = _meta_batch(assembly)
     if share == 0:
         batch = replace(batch, conditioned=batch.conditioned[:0])
+
+    def both_passes() -> None:
+        joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
+
+    _, both = _counted(both_passes)
+    entries = make_entries(assembly, batch)
+    _, first = _counted(lambda: self_conditioning_latents(model, entries, batch.conditioned))
+    return both - round((1 - share) * first)
+
+
+def training_memory(assembly: Assembly) -> int:
+    """Return the bytes that training takes on one device: five tensors per weight (`DURING_TRAINING`), and
+    what a step keeps for its backward pass.
+
+    That is counted on the meta device, with ``runtime.micro_batch`` and ``runtime.activation_checkpointing``
+    as set; with bf16 it is less. What kernels use for a moment is not in it, nor is a share of the batch or
+    of the weights that other processes take.
+    """
+    runtime = assembly.config.runtime
+    model = assembly.build_model(device="meta")
+    model.execution = Execution(checkpointing=runtime.activation_checkpointing)
+    weights = [parameter.untyped_storage() for parameter in model.parameters()]
+    kept = {storage._cdata: storage for storage in weights}  # by identity: views share a storage
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    part = _meta_batch(assembly, runtime.micro_batch)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = joint_loss(assembly, model, part)  # alive until all is counted
+    activations = sum(storage.nbytes() for storage in kept.values()) - sum(each.nbytes() for each in weights)
+    del loss
+    return DURING_TRAINING * BYTES * count_parameters(assembly) + activations
+
+
+def flops_per_second(assembly: Assembly) -> float:
+    """Return the rate of one GPU that predicted times assume: ``runtime.utilisation`` of its peak rate."""
+    runtime = assembly.config.runtime
+    return runtime.utilisation * runtime.peak_tflops * 1e12
+
+
+def predicted_training(assembly: Assembly, flops: int) -> dict[str, float]:
+    """Return what training is expected to take, with ``flops`` operations per step, as JSON.
+
+    ``memory_bytes`` of one device (`training_memory`), ``train_seconds`` of one GPU, and the
+    ``flops_per_second`` that they rest on.
+    """
+    rate = flops_per_second(assembly)
+    return {
+        "memory_bytes": training_memory(assembly),
+        "train_seconds": assembly.config.training.steps * flops / rate,
+        "flops_per_second": rate,
+    }
+
+
+def predicted_sampling(assembly: Assembly) -> float:
+    """Return the seconds of one GPU that sampling all the cell's videos is expected to take."""
+    config = assembly.config
+    each = sampling_flops(assembly, cached=config.runtime.cache == "contexts")
+    return config.evaluation.samples * each / flops_per_second(assembly)
+
+
+def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
+    """Return the floating-point operations of sampling one video on all levels, as `training_flops` counts.
+
+    With ``cached`` each distinct ancestor patch is run, and each tile's contexts are made, once per video;
+    without, at every call of the denoiser (``runtime.cache: none``).
+    """
+    pyramid, solver = assembly.pyramid, assembly.solver
+    denoiser = assembly.denoiser(assembly.build_model(device="meta"))
+    label = torch.empty(1, dtype=torch.long, device="meta")
+    encoded: list[Encoded] = []  # one patch of each coarser level
+    encoding: list[int] = []  # operations of each
+    total = 0
+    for level in range(pyramid.levels):
+        tiles = pyramid.tiles(level, assembly.config.sampling.overlap)
+        chains = [pyramid.chain(level, offset) for offset in tiles]
+        coords = pyramid.coords(level, torch.zeros(1, 3, dtype=torch.long)).to("meta")
+        z = torch.empty(1, assembly.config.model.channels, *pyramid.patch, device="meta")
+        patch = (level, z, torch.empty(1, device="meta"), coords, label)
+        contexts, each = _counted(lambda: denoiser.contexts(level, coords, encoded))  # noqa: B023 - called here
+        ancestors = sum(len({chain[: k + 1] for chain in chains}) * encoding[k] for k in range(level))
+        once = len(tiles) * each + ancestors
+        _, step = _counted(lambda: denoiser(*patch, contexts if level else None, None))  # noqa: B023
+        calls = solver.calls(level)
+        total += calls * len(tiles) * step + (once if cached else calls * once)
+        made, flops = _counted(lambda: denoiser.encode(*patch, encoded))  # noqa: B023
+        encoded.append(made)
+        encoding.append(flops)
+    return total
+
+
+def _counted(work: Callable[[], Made]) -> tuple[Made, int]:
+    """Return what ``work`` returns, and its floating-point operations."""
     # The math form of attention is made of matrix products, which the counter sees on every device.
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as both:
-            joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
-        with FlopCounterMode(display=False) as first:
-            self_conditioning_latents(model, make_entries(assembly, batch), batch.conditioned)
-    return int(both.get_total_flops()) - round((1 - share) * int(first.get_total_flops()))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made = work()
+    return made, int(counter.get_total_flops())
 
 
 def disk_bytes(assembly: Assembly) -> int:
@@ -72,9 +182,10 @@ def disk_bytes(assembly: Assembly) -> int:
     return kept * TENSORS_PER_CHECKPOINT * weights + weights + config.evaluation.samples * pixels
 
 
-def _meta_batch(assembly: Assembly) -> Batch:
-    """Return a batch of shapes."""
-    videos, slots = assembly.config.training.batch, assembly.noise_sampler.slots
+def _meta_batch(assembly: Assembly, most: int | None = None) -> Batch:
+    """Return a batch of shapes, with at most ``most`` videos."""
+    slots = assembly.noise_sampler.slots
+    videos = min(assembly.config.training.batch, most or assembly.config.training.batch)
 
     def patches() -> list[Tensor]:
         shape = (videos, assembly.config.model.channels, *assembly.config.model.patch)

@@ -1,13 +1,17 @@
 """The machine's side of a run: device, threads and arithmetic settings of torch."""
 
 import shutil
+from pathlib import Path
 
 import torch
 
 from hpdm_core.config.schema import RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
 
-__all__ = ["available_devices", "compiler_problem", "prepare_torch", "weights_dtype"]
+__all__ = ["available_devices", "compiler_problem", "free_memory", "prepare_torch", "weights_dtype"]
+
+MUCH = 2**60
+"""Bytes: more than any machine has."""
 
 TF32 = ("tf32", "bf16")
 """Precisions whose float32 matrix products are rounded to TF32 on CUDA."""
@@ -66,3 +70,15 @@ def compiler_problem(device: torch.device) -> str | None:
     except (exc.InvalidCxxCompiler, OSError) as error:
         return str(error).strip().partition("\n")[0] or "no C++ compiler"
     return None if shutil.which(found) else f"no C++ compiler '{found}'"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on ``device``, or very many where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return MUCH
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return MUCH if free is None else free

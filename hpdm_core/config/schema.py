@@ -193,6 +193,11 @@ class RuntimeConfig(Frozen):
     cache_memory: Annotated[float, Field(ge=0)] | None = None
     """Memory in GiB for contexts on the device; null for half of what is free. What does not fit goes to host memory on
     CUDA, and to a scratch file on the CPU."""
+    peak_tflops: Annotated[float, Field(gt=0)] = 156.0
+    """Peak rate of one GPU, in 10^12 operations per second, that predicted times assume: an A100's with TF32."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the peak rate that predicted times assume. The paper's 4.4 videos/s per A100 in training HPDM-L are
+    about 63 TFLOP/s by our count, 0.4 of the peak."""
     checkpoint_every: Positive = 250
     """Steps between checkpoints."""
     log_every: Positive = 10

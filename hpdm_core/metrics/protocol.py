@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureExtractor", "Metric", "Need", "Row", "Scaling", "colour", "data_facts", "resolution"]
 
-Need = Literal["data", "training", "model", "samples"]
-"""What a metric reads, and so what its key hangs on: the data alone (`data_facts`; computed once per
-study), the train stage's result, the trained weights (both: train key), or the sampled videos (sample key).
+Need = Literal["configuration", "data", "training", "model", "samples"]
+"""What a metric reads, and so what its key hangs on: how the cell is set up (nothing is trained for it), the
+data alone (`data_facts`; computed once per study), the train stage's result, the trained weights (both: train
+key), or the sampled videos (sample key).
 """
 
 Scaling = Literal["none", "features", "directions"]

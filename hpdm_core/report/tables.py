@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from hpdm_core.report.efficiency import PREFIX, cost_table, efficiency_tables
 from hpdm_core.report.frame import COLUMNS, StudyResults, by_seed
 from hpdm_core.report.statistics import CONFIDENCE, Paired, Summary, pair, summarise
 from hpdm_core.report.text import HOLE, MARK, Table, number, protocol_text, show, show_pair
@@ -47,6 +48,9 @@ def metric_tables(results: StudyResults) -> list[Table]:
         if len(results.arms) > 1:
             tables.append(_differences(results, block))
     tables += _per_sigma(results)
+    tables += efficiency_tables(results)
+    costs = cost_table(results)
+    tables += [] if costs is None else [costs]
     sensitivity = _sensitivity(results)
     return tables if sensitivity is None else [*tables, sensitivity]
 
@@ -108,7 +112,7 @@ def _blocks(results: StudyResults) -> list[_Block]:
         return []
     extra = [name for name in frame.columns if name not in COLUMNS and name != "sigma_eff"]
     keep = ~frame["metric"].str.endswith((_FLOOR, _SENSITIVITY)) & ~frame["metric"].str.startswith(
-        "throughput."
+        ("throughput.", PREFIX)
     )
     if "sigma_eff" in frame:
         keep &= frame["sigma_eff"].isna()

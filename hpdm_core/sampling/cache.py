@@ -13,16 +13,16 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hpdm_core.runtime import free_memory
 from hpdm_core.sampling.parents import Ancestors
 from hpdm_core.sampling.tiles import TileBatch
 
-__all__ = ["CachedContexts", "FreshContexts", "LevelContexts", "NoContexts", "free_memory"]
+__all__ = ["CachedContexts", "FreshContexts", "LevelContexts", "NoContexts"]
 
 GIB = 2**30
 FREE_SHARE = 0.5
@@ -188,15 +188,3 @@ def _mapped(tensor: Tensor) -> Tensor:
         os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
         made = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return made.view(tensor.shape).copy_(tensor)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on ``device``, or very many where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1024 * GIB
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return 1024 * GIB if free is None else free

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -19,27 +20,34 @@ def describe_study(study: StudyConfig, results: Path) -> str:
     from hpdm_core import cost
 
     cells, _ = cells_of(study, results.resolve() / "store")
-    figures: dict[str, tuple[int, int, int]] = {}
+    figures: dict[str, _Figures] = {}
     for cell in cells:  # the seeds of an arm cost the same
         if cell.arm not in figures:
             assembly = cell.assembly
-            figures[cell.arm] = (
-                cost.count_parameters(assembly),
-                cost.training_flops(assembly),
-                cost.disk_bytes(assembly),
+            flops = cost.training_flops(assembly)
+            predicted = cost.predicted_training(assembly, flops)
+            figures[cell.arm] = _Figures(
+                parameters=cost.count_parameters(assembly),
+                flops=flops,
+                disk=cost.disk_bytes(assembly),
+                memory=int(predicted["memory_bytes"]),
+                train_hours=0.0 if cell.only_measured else predicted["train_seconds"] / 3600,
+                sample_hours=0.0 if cell.only_measured else cost.predicted_sampling(assembly) / 3600,
             )
     rows = []
     for cell in cells:
-        parameters, flops, disk = figures[cell.arm]
+        found = figures[cell.arm]
         missing = [step.name for step in cell.missing()]
         rows.append(
             {
                 "arm": cell.arm,
                 "seed": cell.seed,
-                "parameters": amount(parameters),
-                "FLOPs/step": amount(flops),
+                "parameters": amount(found.parameters),
+                "FLOPs/step": amount(found.flops),
                 "steps": cell.config.training.steps,
-                "disk": f"{amount(disk)}B",
+                "GPU memory": f"{amount(found.memory)}B",
+                "GPU-hours": f"{found.train_hours + found.sample_hours:.3g}",
+                "disk": f"{amount(found.disk)}B",
                 "done": _short(_done(cell, missing)),
                 "to do": _short(missing),
             }
@@ -47,20 +55,53 @@ def describe_study(study: StudyConfig, results: Path) -> str:
     to_train = {
         cell.keys.train: cell for cell in cells if any(step.name == "train" for step in cell.missing())
     }
-    work = sum(figures[cell.arm][1] * cell.config.training.steps for cell in to_train.values())
-    disk = sum(figures[cell.arm][2] for cell in cells if cell.missing())
+    work = sum(figures[cell.arm].flops * cell.config.training.steps for cell in to_train.values())
+    hours = sum(figures[cell.arm].train_hours for cell in to_train.values())
+    to_sample = {
+        cell.keys.samples: cell for cell in cells if any(step.name == "sample" for step in cell.missing())
+    }
+    hours += sum(figures[cell.arm].sample_hours for cell in to_sample.values())
+    disk = sum(figures[cell.arm].disk for cell in cells if cell.missing())
     lines = [
         f"study '{study.name}': {len(cells)} cells, {len(figures)} arms, baseline '{study.baseline}', "
         f"backend {study.backend.use}, results in {results / study.name}",
         tabulate(rows, headers="keys", disable_numparse=True),
         f"to do: {sum(bool(cell.missing()) for cell in cells)} cells, {len(to_train)} models to train "
-        f"({amount(work)}FLOPs), at most {amount(disk)}B of disk; nothing was run or written",
+        f"({amount(work)}FLOPs), {hours:.3g} GPU-hours, at most {amount(disk)}B of disk; nothing was run or "
+        "written",
+        _assumptions(cells),
     ]
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    """What one arm costs, per cell."""
+
+    parameters: int
+    flops: int
+    disk: int
+    memory: int
+    """Bytes of a training step."""
+    train_hours: float
+    """Of one GPU."""
+    sample_hours: float
+
+
+def _assumptions(cells: Sequence[Cell]) -> str:
+    """Return on what the predictions rest."""
+    rates = {(cell.config.runtime.utilisation, cell.config.runtime.peak_tflops) for cell in cells}
+    listed = "; ".join(f"{share:g} of {peak:g} TFLOP/s" for share, peak in sorted(rates))
+    return (
+        f"predicted: GPU-hours of training and sampling at {listed} (runtime.utilisation, "
+        "runtime.peak_tflops); GPU memory of a training step in one process, by runtime.micro_batch and "
+        "runtime.activation_checkpointing; evaluation is not counted"
+    )
+
+
 def _done(cell: Cell, missing: Sequence[str]) -> list[str]:
-    names = ["train", "sample", *(f"evaluate {part.use}" for part in cell.config.evaluation.metrics)]
+    stages = [] if cell.only_measured else ["train", "sample"]
+    names = [*stages, *(f"evaluate {part.use}" for part in cell.config.evaluation.metrics)]
     return [name for name in dict.fromkeys(names) if name not in missing]
 
 

@@ -339,6 +339,7 @@ class Trainer:
         }
 
     def _result(self) -> dict[str, Any]:
+        flops = cost.training_flops(self.assembly)
         return {
             "steps": self.config.steps,
             "loss": self.loss.values(),
@@ -346,7 +347,8 @@ class Trainer:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "parameters": cost.count_parameters(self.assembly),
-            "flops_per_step": cost.training_flops(self.assembly),
+            "flops_per_step": flops,
+            "predicted": cost.predicted_training(self.assembly, flops),
             "resumed_from": self.resumed_from,
             "observer_errors": self.observers.errors,
         }

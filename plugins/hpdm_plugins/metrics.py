@@ -7,6 +7,7 @@ from pydantic import Field
 from hpdm_core.config.schema import Part
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.metrics.distance import CorruptionCheck, FeatureDistance
+from hpdm_core.metrics.efficiency import Efficiency
 from hpdm_core.metrics.frechet import Features, frechet_distance
 from hpdm_core.metrics.held_out_loss import SIGMAS, HeldOutLoss
 from hpdm_core.metrics.kernel import kernel_distance
@@ -69,6 +70,16 @@ def held_out_loss(
     return HeldOutLoss(patches=patches, split=split, sigmas=sigmas, self_conditioning=self_conditioning)
 
 
+def efficiency(
+    *,
+    memory: Annotated[float, Field(gt=0)] | None = None,
+    most: Annotated[int, Field(gt=0)] = 256,
+    steps: Annotated[int, Field(gt=0)] = 3,
+) -> Efficiency:
+    """Parameters, FLOPs, memory and speed of a training step, each process held to ``memory`` GiB."""
+    return Efficiency(memory=memory, most=most, steps=steps)
+
+
 @hookimpl
 def register_metrics(register: Register) -> None:
     """Register the built-in metrics."""
@@ -79,3 +90,6 @@ def register_metrics(register: Register) -> None:
     register("kvd", kvd, source="Unterthiner et al. 2018 (1812.01717); Binkowski et al. 2018 (1801.01401)")
     register("sensitivity", sensitivity, source="HPDM: corruptions of real clips, in units of the floor")
     register("throughput", Throughput, source="HPDM: speed, memory, parameters and FLOPs of training")
+    register(
+        "efficiency", efficiency, source="HPDM, Table 1: memory at batch 1, and speed at the largest batch"
+    )

@@ -1,0 +1,101 @@
+"""What a network costs, measured before anything is trained: Table 1 of the paper.
+
+Parameters and operations are counted; memory and speed of the trainer's own step are measured in processes of
+their own (`hpdm_core.probe`), so that running out of memory is a result: OOM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpdm_core import cost
+from hpdm_core.probe import Probe, largest_batch, probe_training
+from hpdm_core.runtime import free_memory
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.metrics.protocol import Need, Row
+
+__all__ = ["Efficiency"]
+
+FIGURES = {
+    "tokens": "tokens of one video in a training step, on all levels together",
+    "parameters": "trainable parameters",
+    "training_flops": "floating-point operations of training on one video, self-conditioning's pass in it",
+    "sampling_flops": "floating-point operations of sampling one video, contexts computed once",
+    "peak_memory_bytes": "peak of a training step of one video: weights, gradients, moments, average and "
+    "activations; on CUDA what PyTorch had allocated, else what the process grew by",
+    "batch": "largest batch that fits, up to the one allowed",
+    "videos_per_second": "speed of the training step at that batch, making batches aside",
+}
+GIB = 2**30
+FREE_SHARE = 0.8
+
+
+class Efficiency:
+    """The metric ``efficiency``: a row ``efficiency.FIGURE`` for each of `FIGURES`, without a level.
+
+    ``memory``: limit in GiB of each process; None for the GPU's memory, or 0.8 of what is free on a CPU.
+    ``most``: largest batch that is tried; ``steps``: steps that are timed.
+    """
+
+    name = "efficiency"
+    needs: Need = "configuration"
+
+    def __init__(self, *, memory: float | None, most: int, steps: int) -> None:
+        self.memory = memory
+        self.most = most
+        self.steps = steps
+
+    def protocol(self, assembly: Assembly) -> dict[str, Any]:
+        """Return what each figure is. Where it was taken is no part of the key but of what was found."""
+        limits = {"memory_gib": self.memory, "most": self.most, "steps": self.steps}
+        return {"metric": self.name, "figures": FIGURES, **limits}
+
+    def evaluate(self, context: EvaluationContext) -> list[Row]:
+        """Return the rows; one that ran out of memory has no value, and ``outcome`` OOM."""
+        assembly = context.assembly
+        limit = self._limit(assembly)
+
+        def probe(batch: int) -> Probe:
+            return probe_training(assembly, batch=batch, steps=self.steps, memory=limit)
+
+        best, probes = largest_batch(probe, memory=limit, most=self.most)
+        one = probes[0]
+        context.facts["memory_limit_bytes"] = limit
+        context.facts["probes"] = [asdict(each) for each in probes]
+        context.facts.update(device=one.device or assembly.config.runtime.device)
+        context.facts.update(threads=assembly.config.runtime.threads)
+        figures: dict[str, float | None] = {
+            "tokens": assembly.pyramid.levels * math.prod(assembly.pyramid.grid),
+            "parameters": cost.count_parameters(assembly),
+            "training_flops": cost.training_flops(assembly) / assembly.config.training.batch,
+            "sampling_flops": cost.sampling_flops(assembly),
+            "peak_memory_bytes": one.peak,
+            "batch": None if best is None else best.batch,
+            "videos_per_second": None if best is None or best.seconds is None else best.batch / best.seconds,
+        }
+        oom = best is None
+        return [
+            {
+                "metric": f"{self.name}.{name}",
+                "level": None,
+                "value": value,
+                "outcome": "OOM" if oom and value is None else "ok",
+            }
+            for name, value in figures.items()
+            if value is not None or oom
+        ]
+
+    def _limit(self, assembly: Assembly) -> int:
+        if self.memory is not None:
+            return int(self.memory * GIB)
+        device = torch.device(assembly.config.runtime.device)
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).total_memory)
+        return int(FREE_SHARE * free_memory(device))
