@@ -24,6 +24,7 @@ from hpdm_core.config.schema import CellConfig
 from hpdm_core.config.study_file import StudyConfig
 from hpdm_core.errors import HpdmError
 from hpdm_core.files import write_json
+from hpdm_core.study.overview import index_row
 from hpdm_core.study.search_arm import ArmSearch, Proposed
 from hpdm_core.study.search_feed import Curve, objective_name, objective_of
 from hpdm_core.study.storage import Storage
@@ -138,18 +139,20 @@ class Search:
             not self._waiting and all(arm.exhausted for arm in self._arms.values()) and not self._open_ends()
         )
 
-    def rows(self) -> Iterator[tuple[Cell, str]]:
-        """Yield what index.csv lists: the cells that the arms are compared by, so far, and their states."""
-        for cells in self._finals.values():
-            for cell in cells:
-                settled = self._settled.get(cell.identity)
-                yield cell, settled[1] if settled is not None else "done" if not cell.missing() else "planned"
+    def rows(self) -> Iterator[tuple[list[str], str]]:
+        """Yield what index.csv lists: the cells that the arms are compared by, and their states.
 
-    def pending(self) -> Iterator[tuple[str, int]]:
-        """Yield arm and seed of the cells that the arms will be compared by, and that are not known yet."""
+        Those of an arm that is still searched have no keys yet, nor has an arm of which no proposal was done.
+        """
         for name in self._arms:
-            if name not in self._finals:
-                yield from ((name, seed) for seed in self.study.seeds)
+            cells = {cell.seed: cell for cell in self._finals.get(name, ())}
+            for seed in self.study.seeds:
+                if seed not in cells:
+                    yield [name, str(seed), "", "", ""], "planned"
+                    continue
+                settled = self._settled.get(cells[seed].identity)
+                state = settled[1] if settled is not None else "planned" if cells[seed].missing() else "done"
+                yield index_row(cells[seed]), state
 
     # Proposals
 
