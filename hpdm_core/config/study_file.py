@@ -25,7 +25,7 @@ from hpdm_core.plugins import Plugins
 
 __all__ = ["BACKENDS", "Budget", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
 
-BACKENDS = ("inline", "local", "slurm")
+BACKENDS = ("inline", "local", "slurm", "simulated")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ARM_NAME = re.compile(r"[A-Za-z0-9][^,:\s]*", re.ASCII)
 ARM_RULE = "should begin with a letter or digit and hold no spaces, commas or colons"

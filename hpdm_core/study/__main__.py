@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hpdm_core.config.study_file import StudyConfig, load_study
 from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
+from hpdm_core.passwords import without_passwords
 from hpdm_core.study.backends import BACKENDS, make_backend
 
 __all__ = ["build_parser", "main"]
@@ -137,6 +138,7 @@ def run_study(
     from hpdm_core.study.evaluate_only import only_evaluations
     from hpdm_core.study.job import run_job
     from hpdm_core.study.progress import make_display
+    from hpdm_core.study.simulated import results_for
     from hpdm_core.study.storage import check_storage
 
     use, options = study.backend.use, study.backend.options
@@ -146,9 +148,15 @@ def run_study(
     chosen = make_backend(use, options, work=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
     chosen.check()
     check_writable(results)
-    results = results.resolve()
+    results = results_for(use, results.resolve())
     check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
+    search = None
+    if study.search is not None:
+        from hpdm_core.study.search import Search
+
+        search = Search(study, store=results / "store", folder=results / study.name)
+        cells, others = [], []
     if evaluate_only:
         cells, rest = only_evaluations(cells)
         others = [*others, *rest]
@@ -163,11 +171,12 @@ def run_study(
             study=study.name,
             backend=chosen,
             display=make_display(console),
-            source=study_text(study, again),
+            source=study_text(study, without_passwords(again)),
             storage=study.storage,
             retry_failed=retry_failed,
             report=_report,
-            again=again,
+            planner=search,
+            again=without_passwords(again),
             detach=detach,
             prepare=_freezer(results / study.name, study) if use == "slurm" else None,
             budget=study.budget,

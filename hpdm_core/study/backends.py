@@ -13,6 +13,7 @@ from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.study.inline import Inline, InlineOptions, Work
 from hpdm_core.study.jobs import Backend
 from hpdm_core.study.local import Local, LocalOptions
+from hpdm_core.study.simulated import Simulated, SimulatedOptions
 from hpdm_core.study.slurm import Slurm, SlurmOptions
 
 __all__ = ["BACKENDS", "make_backend"]
@@ -21,6 +22,7 @@ BACKENDS: Mapping[str, type[BaseModel]] = {
     "inline": InlineOptions,
     "local": LocalOptions,
     "slurm": SlurmOptions,
+    "simulated": SimulatedOptions,
 }
 """Name in a study file -> the options that the backend takes."""
 
@@ -39,6 +41,8 @@ def make_backend(
     checked = BACKENDS[name].model_validate(dict(options))
     if isinstance(checked, InlineOptions):
         return Inline(checked, work=work, tick=tick)
+    if isinstance(checked, SimulatedOptions):
+        return Simulated(checked if slots is None else checked.model_copy(update={"slots": slots}))
     made: Local | Slurm
     if isinstance(checked, LocalOptions):
         made = Local(checked, work=work)

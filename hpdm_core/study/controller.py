@@ -121,7 +121,8 @@ class Controller:
             if self.detach and self.attempts.tasks:
                 return self._detached()
             self._finish()
-        return 1 if self.trouble or any(task.state != "done" for task in self.tasks) else 0
+        missed = any(task.state != "done" and task.cause != "pruned" for task in self.tasks)
+        return 1 if self.trouble or missed else 0
 
     def _begin(self) -> None:
         self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
@@ -129,18 +130,29 @@ class Controller:
             self.trouble = True
             self.display.line(notice)
         write_bytes(self.folder / "study.yaml", self.source.encode())
-        for task in self.tasks[:1]:  # the report tells older results from these
-            planned = {**versions(), "plugins": task.cell.plugins.versions()}
-            write_json(self.folder / "versions.json", planned)
+        if self.planner is not None:
+            self.planner.begin(self.ledger.storage)
+            left = self.planner.next(0)
+            self.tasks += [Task(cell, self.folder / "jobs" / cell.identity) for cell in left]
+        self._write_versions(self.tasks[:1])
         (self.folder / CANCEL).unlink(missing_ok=True)
         (self.folder / "jobs").mkdir(exist_ok=True)
         self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
+        self.overview.listed = None if self.planner is None else self.planner.rows
         self._end_strangers()
         present = {path.name for path in (self.folder / "jobs").iterdir()}
         for task in self.tasks:
             self._plan(task, has_jobs=task.cell.identity in present)
         self.ledger.sync([(task.entry, task.state, self._work(task)) for task in self.tasks])
+        for task in self.tasks if self.planner is not None else ():
+            if task.state not in OPEN and self.planner is not None:
+                self.planner.settled(task.cell, task.state, task.cause)
         self.overview.write_index(force=True)
+
+    def _write_versions(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:  # the report tells older results from these
+            planned = {**versions(), "plugins": task.cell.plugins.versions()}
+            write_json(self.folder / "versions.json", planned)
 
     def _end_strangers(self) -> None:
         """End jobs of cells that the study no longer has."""
@@ -287,6 +299,7 @@ class Controller:
                 continue
             known.add(cell.identity)
             task = Task(cell, self.folder / "jobs" / cell.identity)
+            self._write_versions([task] if not self.tasks else [])
             self.tasks.append(task)
             self._plan(task, has_jobs=task.folder.is_dir())
             self.ledger.sync([(task.entry, task.state, self._work(task))])
@@ -403,7 +416,7 @@ class Controller:
 
     def _finish(self) -> None:
         for task in self.tasks:
-            if task.state in ("failed", "interrupted", "cancelled"):
+            if task.state in ("failed", "interrupted", "cancelled") and task.cause != "pruned":
                 for line in task.reason.splitlines():
                     self.display.line(f"{task.state}: {task.cell.name}: {line} (log: {task.log})")
                 for line in task.tail.splitlines():

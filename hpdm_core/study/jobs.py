@@ -43,7 +43,7 @@ The controller calls ``settled`` exactly once per cell and command.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,7 @@ from hpdm_core.study.states import Cause, Seen, State
 
 if TYPE_CHECKING:
     from hpdm_core.cell import Cell
+    from hpdm_core.study.storage import Storage
 
 __all__ = ["Backend", "Clock", "Job", "Planner", "SystemClock"]
 
@@ -138,8 +139,18 @@ class Backend(Protocol):
 class Planner(Protocol):
     """Decides while the study runs."""
 
+    def begin(self, storage: "Storage") -> None:
+        """Take up what an earlier command left in the ledger's storage; called first, under the study's lock."""
+        ...
+
+    def rows(self) -> Iterable[tuple[Sequence[str], str]]:
+        """Return index.csv's rows, without their state, and their states: what the study is to compare."""
+        ...
+
     def next(self, free: int) -> Sequence["Cell"]:
-        """Return cells to add to the study now; ``free`` is how many could start at once."""
+        """Return cells to add to the study now; ``free`` is how many could start at once. With 0, asked once before
+        anything else, those that an earlier command may have left running.
+        """
         ...
 
     def ends(self, cell: "Cell") -> str | None:

@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hpdm_core.files import write_bytes
 from hpdm_core.study.progress import Display, Row, seconds_left, span
 from hpdm_core.study.tasks import Task
 
-__all__ = ["Overview", "summary"]
+__all__ = ["Overview", "index_row", "summary"]
 
 SHARE = 20.0
 """What costs t seconds is not done again before 20 t have passed: thousands of rows are shown less often."""
@@ -28,6 +28,8 @@ class Overview:
         self.folder = folder
         self.tasks = tasks
         self.display = display
+        self.listed: Callable[[], Iterable[tuple[Sequence[str], str]]] | None = None
+        """What index.csv lists instead of the tasks."""
         self._others = [(cell, "planned" if cell.missing() else "done") for cell in others]
         self._next_show = self._next_write = float("-inf")
         self._changed = True
@@ -92,8 +94,9 @@ class Overview:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["arm", "seed", "train", "samples", "evaluations", "state"])
         rows = [(task.cell, str(task.state)) for task in self.tasks]
-        for cell, state in [*rows, *self._others]:
-            writer.writerow([*self._fixed(cell), state])
+        fixed = ((self._fixed(cell), state) for cell, state in [*rows, *self._others])
+        for known, state in fixed if self.listed is None else self.listed():
+            writer.writerow([*known, state])
         write_bytes(self.folder / "index.csv", text.getvalue().encode())
         self._changed = False
         end = time.perf_counter()
@@ -101,10 +104,14 @@ class Overview:
 
     def _fixed(self, cell: Cell) -> list[str]:
         if cell.identity not in self._keys:
-            keys = cell.keys
-            made = [cell.arm, str(cell.seed), keys.train, keys.samples, ";".join(keys.evaluations)]
-            self._keys[cell.identity] = made
+            self._keys[cell.identity] = index_row(cell)
         return self._keys[cell.identity]
+
+
+def index_row(cell: Cell) -> list[str]:
+    """Return a cell's row in index.csv, without its state."""
+    keys = cell.keys
+    return [cell.arm, str(cell.seed), keys.train, keys.samples, ";".join(keys.evaluations)]
 
 
 def summary(counts: Mapping[Any, int], total: int) -> str:
