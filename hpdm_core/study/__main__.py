@@ -73,9 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate-only", action="store_true", help="measure what is trained and sampled, and nothing else"
     )
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--dry-run", action="store_true", help="print what would be run and what it takes; write nothing"
     )
+    way.add_argument(
+        "--detach", action="store_true", help="submit and return; the same command later collects and goes on"
+    )
+    way.add_argument("--status", action="store_true", help="print where every cell stands; write nothing")
+    way.add_argument("--cancel", action="store_true", help="end what runs or waits, wherever it does")
     return parser
 
 
@@ -114,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         retry_failed=given.retry_failed,
         evaluate_only=given.evaluate_only,
         again=again,
+        detach=given.detach,
     )
 
 
