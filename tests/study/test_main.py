@@ -25,6 +25,7 @@ def test_the_flags_are_a_promise() -> None:
         "--max-parallel",
         "--retry-failed",
         "--dry-run",
+        "--evaluate-only",
         "--detach",
         "--status",
         "--cancel",
