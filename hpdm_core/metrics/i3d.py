@@ -8,6 +8,8 @@ The graph has no learned scale in its batch normalisation; a network made from i
 ``epsilon`` is 1e-3; several well-known PyTorch copies use 1e-5, which changes every feature a little.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -122,14 +124,21 @@ class _Unit(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Maximum over a window. Padding with zeros is exact: what comes in is not negative."""
+    """Maximum over a window. Padding with zeros is exact: what comes in is not negative.
+
+    Axis by axis, as maxima of shifted views: the same values as max_pool3d, which on a CPU takes as long as
+    all convolutions together.
+    """
 
     def __init__(self, kernel: Triple, stride: Triple) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.max_pool3d(_same(hidden, self.kernel, self.stride), self.kernel, self.stride)
+        hidden = _same(hidden, self.kernel, self.stride)
+        for axis, (window, step) in enumerate(zip(self.kernel, self.stride, strict=True), start=2):
+            hidden = _maximum(hidden, axis, window, step)
+        return hidden
 
 
 class _Mixed(nn.Module):
@@ -176,6 +185,19 @@ def _same(hidden: Tensor, kernel: Triple, stride: Triple) -> Tensor:
         total = max(window - (size % step or step), 0)
         pads = [total // 2, total - total // 2, *pads]  # the last axis comes first
     return functional.pad(hidden, pads) if any(pads) else hidden
+
+
+def _maximum(hidden: Tensor, axis: int, window: int, step: int) -> Tensor:
+    """Return the maxima of windows along one axis, that begin every ``step``."""
+    if window == 1:
+        return hidden
+    count = (hidden.shape[axis] - window) // step + 1
+    every = (slice(None),) * axis
+    shifted = [
+        hidden.narrow(axis, start, (count - 1) * step + 1)[(*every, slice(None, None, step))]
+        for start in range(window)
+    ]
+    return functools.reduce(torch.maximum, shifted)
 
 
 def _check(videos: Tensor) -> None:

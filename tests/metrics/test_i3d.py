@@ -124,6 +124,19 @@ def test_padding_is_tensorflows_same_rule(size: int, kernel: int, stride: int) -
     assert across.flatten().tolist() == covered
 
 
+@pytest.mark.parametrize("size", [(9, 13, 12), (4, 7, 7), (5, 6, 8)])
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1))],
+)
+def test_pooling_is_the_maximum_over_every_window(
+    size: tuple[int, int, int], kernel: tuple[int, int, int], stride: tuple[int, int, int]
+) -> None:
+    hidden = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    padded = i3d._same(hidden, kernel, stride)
+    assert torch.equal(i3d._Pool(kernel, stride)(hidden), functional.max_pool3d(padded, kernel, stride))
+
+
 def test_branches_stand_in_order() -> None:
     """With silent convolutions a unit gives the ReLU of its bias: the order of channels is seen."""
     widths = MIXED["Mixed_3b"]
