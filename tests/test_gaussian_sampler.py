@@ -367,8 +367,8 @@ def test_draws_have_the_covariance():
 
 @pytest.mark.slow
 def test_many_draws_of_many_steps_have_the_fields_covariance():
-    options = options_of(64, 2)
-    check_draws(options, channels=64, videos=8)
+    options = {**options_of(32, 2), "sigma_eff_max": (20.0,) * LEVELS, "sigma_eff_min": (2e-4,) * LEVELS}
+    check_draws(options, channels=32, videos=2)
     for level, row in enumerate(corner_maps(options)[0]):
         exact = world(1).covariance((level, (0, 0, 0)), (level, (0, 0, 0)))
-        assert ((row @ row.T - exact).norm() / exact.norm()).item() < 0.02
+        assert ((row @ row.T - exact).norm() / exact.norm()).item() < 0.05
