@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,6 +110,69 @@ def test_a_silent_holder_on_another_host_is_replaced_whatever_its_clock_says(
     hands.now += lease_module.STALE_SECONDS + 1
     with Lease(path):
         assert Lease.holder(path) == Process.here()
+
+
+def test_a_holder_on_another_host_is_given_all_of_its_time(tmp_path: Path, hands: Hands) -> None:
+    path = tmp_path / "lease"
+    elsewhere(path, 7)
+    for _ in range(3):  # looking does not start the time anew
+        with pytest.raises(Held), Lease(path):
+            pass
+        hands.now += lease_module.STALE_SECONDS / 3 - 1
+    with pytest.raises(Held), Lease(path):
+        pass
+    data = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**data, "token": "new"})
+    )  # another holder, its counter where the old one's was
+    hands.now += 4
+    with pytest.raises(Held), Lease(path):
+        pass
+
+
+def test_a_watch_that_was_told_to_forget_begins_again(hands: Hands) -> None:
+    watch = Watch(hands)
+    assert watch.silent("a", 1) == 0
+    hands.now += 5
+    assert (watch.silent("a", 1), watch.silent("b", 1)) == (5, 0)
+    watch.forget("a")
+    assert watch.silent("a", 1) == 0
+    watch.forget("never seen")
+
+
+def test_a_second_lease_without_content_is_given_its_own_time(tmp_path: Path, hands: Hands) -> None:
+    path = tmp_path / "lease"
+    for _ in range(2):
+        path.touch()
+        with pytest.raises(Held), Lease(path):
+            pass
+        hands.now += lease_module.EMPTY_SECONDS + 1
+        with Lease(path):
+            pass
+
+
+def test_a_lease_makes_its_folder(tmp_path: Path) -> None:
+    with Lease(tmp_path / "a" / "b" / "lease") as lease:
+        assert lease.mine()
+    assert not lease.mine()
+
+
+def test_one_process_of_a_host_at_a_time_judges_a_lease(tmp_path: Path) -> None:
+    """Or two find the same dead lease, and the second throws away the first one's new one."""
+    fcntl = pytest.importorskip("fcntl")
+    entered = threading.Event()
+
+    def enter() -> None:
+        with Lease(tmp_path / "lease"):
+            entered.set()
+
+    with (tmp_path / ".lease.guard").open("a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    thread.join()
 
 
 def test_a_lease_without_content_is_given_time_and_then_replaced(tmp_path: Path, hands: Hands) -> None:

@@ -1,10 +1,14 @@
+import errno
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hpdm_core.errors import TroubleError
-from hpdm_core.study.lease import Held
-from hpdm_core.study.store import Stage, Store
+from hpdm_core.study.lease import Held, LeaseLost
+from hpdm_core.study.store import Attempt, Stage, Store, describe
 
 
 @pytest.fixture
@@ -83,3 +87,88 @@ def test_dropping_keeps_what_was_asked_for(stage: Stage) -> None:
     left = sorted(str(path.relative_to(stage.folder)) for path in stage.folder.rglob("checkpoints/*"))
     assert left == ["attempts/2/checkpoints/00000002"]
     assert len(list(stage.folder.rglob("metrics.jsonl"))) == 2
+
+
+def test_stages_of_each_kind_lie_apart(tmp_path: Path) -> None:
+    folders = [Store(tmp_path).stage(kind, "abc").folder for kind in ("train", "samples", "evaluations")]
+    assert folders == [
+        tmp_path / "train" / "abc",
+        tmp_path / "samples" / "abc",
+        tmp_path / "evaluations" / "abc",
+    ]
+
+
+def test_an_attempt_that_was_deleted_gives_its_number_to_nobody(stage: Stage) -> None:
+    for _ in range(3):
+        with stage.claim():
+            pass
+    shutil.rmtree(stage.folder / "attempts" / "2")
+    (stage.folder / "attempts" / "notes").mkdir()
+    with stage.claim() as attempt:
+        assert attempt.number == stage.newest() == 4
+    assert [folder.name for folder in attempt.previous] == ["3", "1"]
+
+
+def test_progress_is_the_newest_attempts(stage: Stage) -> None:
+    assert stage.progress() is None
+    for step in (5, 2):
+        with stage.claim() as attempt:
+            attempt.heartbeat({"step": step})
+    assert stage.progress() == {"step": 2}
+
+
+def test_a_log_grows(stage: Stage) -> None:
+    with pytest.raises(ValueError, match="bang"), stage.claim() as attempt:
+        attempt.log("one")
+        attempt.log("two")
+        raise ValueError("bang")
+    log = (attempt.folder / "log.txt").read_text()
+    assert [line.split(" ", 2)[2] for line in log.splitlines()[:2]] == ["one", "two"]
+    assert "Traceback" in log and "ValueError: bang" in log
+
+
+def test_what_was_taken_over_is_not_put_in_place(stage: Stage) -> None:
+    with pytest.raises(LeaseLost), stage.claim() as attempt:
+        (attempt.folder / "w").write_text("weights")
+        (stage.folder / "lease.json").write_text("{}")
+        attempt.finish({"steps": 3}, files={"w": "model.safetensors"})
+    assert not stage.done and not (stage.folder / "model.safetensors").exists()
+
+
+def test_a_failure_that_cannot_be_noted_is_still_that_failure(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hpdm_core.study.store.write_json", full)
+    with pytest.raises(TroubleError, match="not finite"), stage.claim() as attempt:
+        monkeypatch.setattr(Attempt, "log", full)
+        raise TroubleError("the loss is not finite")
+    assert stage.failure() is None and attempt.number == 1
+
+
+def test_all_that_a_process_prints_goes_to_the_log(stage: Stage) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from hpdm_core.study.store import Store
+with Store(Path({str(stage.folder.parent.parent)!r})).stage("train", "abc").claim() as attempt:
+    attempt.log("before")
+    print("lost otherwise", end="")
+    attempt.take_output()
+    print("printed", flush=True)
+    os.write(2, b"from native code\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("lost otherwise", "")
+    log = (stage.folder / "attempts" / "1" / "log.txt").read_text()
+    assert "before" in log and log.endswith("printed\nfrom native code\n")
+
+
+def test_errors_are_described_for_people(stage: Stage) -> None:
+    full = describe(OSError(errno.ENOSPC, "No space left on device"))
+    assert full["passing"] and full["class"] == "OSError"
+    bug = describe(ValueError("first line\nC++ stack"))
+    assert not bug["passing"] and bug["message"] == "ValueError: first line"
+    assert describe(TroubleError("one", "two"))["message"].splitlines() == ["one", "two"]
