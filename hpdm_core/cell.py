@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdm_core import distributed
-from hpdm_core.config.keys import (
-    canonical_json,
-    data_key,
-    evaluation_key,
-    places_in,
-    sample_key,
-    train_key,
-)
+from hpdm_core.cell_keys import Keys, Kin
+from hpdm_core.config.keys import canonical_json, places_in
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
@@ -48,15 +42,6 @@ SHEET_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keys:
-    """The keys of a cell's stages; ``evaluations`` stand in the order of the configuration's metrics."""
-
-    train: str
-    samples: str
-    evaluations: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """One stage of one cell: its name for people, where it lies, and what runs it under a claim."""
 
@@ -70,7 +55,8 @@ class Cell:
 
     ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
     store. ``contents``: what lay at the places that the configuration names (`places_in`), for those that
-    are gone; without it what the store remembers of them, so that done work is still known.
+    are gone; without it what the store remembers of them, so that done work is still known. ``kin``: of a
+    cell of the same arm in the same store, which saves working out its keys anew.
     """
 
     def __init__(
@@ -82,6 +68,7 @@ class Cell:
         arm: str = "run",
         study: str = "",
         contents: Mapping[str, str] | None = None,
+        kin: Kin | None = None,
     ) -> None:
         self.config = config
         self.plugins = plugins
@@ -90,6 +77,7 @@ class Cell:
         self.study = study
         self.store = Store(store)
         self.contents = dict(contents or {})
+        self.kin = kin or Kin(config, plugins, self._known)
         self.observers = Observers(plugins, self)
 
     @property
@@ -107,21 +95,7 @@ class Cell:
     @cached_property
     def keys(self) -> Keys:
         """The keys of the stages."""
-        train = train_key(self.config, self.plugins, self._known)
-        samples = sample_key(train, self.config, self.plugins, self._known)
-        made = tuple(self._evaluation_key(part, train, samples) for part in self.config.evaluation.metrics)
-        return Keys(train=train, samples=samples, evaluations=made)
-
-    def _evaluation_key(self, part: Part, train: str, samples: str) -> str:
-        from hpdm_core.metrics.protocol import data_facts
-
-        metric = self.plugins.make("metrics", part)
-        bases = {"configuration": samples, "training": train, "model": train, "samples": samples}
-        base = bases.get(metric.needs)
-        if base is None:
-            base = data_key(data_facts(self.config, self.plugins, self._known), self.config, self.plugins)
-        protocol = {**metric.protocol(self.assembly), "metric": metric.name}
-        return evaluation_key(base, protocol, part=part, plugins=self.plugins)
+        return self.kin.keys(self.seed)
 
     def _known(self, place: str) -> str | None:
         """Return the fingerprint of what lay at ``place``, now gone: as given, or as last trained on."""
@@ -165,14 +139,10 @@ class Cell:
         parts = self.config.evaluation.metrics
         return [(part, self.store.stage("evaluations", key)) for part, key in zip(parts, keys, strict=True)]
 
-    @cached_property
-    def _needs(self) -> list[str]:
-        return [self.plugins.make("metrics", part).needs for part in self.config.evaluation.metrics]
-
     @property
     def only_measured(self) -> bool:
         """Whether no metric reads anything that has to be trained: then nothing is."""
-        return bool(self._needs) and set(self._needs) == {"configuration"}
+        return bool(self.kin.needs) and set(self.kin.needs) == {"configuration"}
 
     def missing(self) -> list[Step]:
         """Return what is still to be done, in order. Reads result files only.
@@ -180,7 +150,7 @@ class Cell:
         Samples and weights whose evaluations are done are caches: they are made again only when something
         needs them.
         """
-        evaluations = list(zip(self._needs, self.evaluation_stages(), strict=True))
+        evaluations = list(zip(self.kin.needs, self.evaluation_stages(), strict=True))
         open_needs = {need for need, (_, stage) in evaluations if not stage.done}
         train, sample, *evaluate = self._steps()
         steps = [step for step in evaluate if not step.stage.done]
@@ -206,7 +176,7 @@ class Cell:
             Step(name="sample", stage=self.sample_stage, run=self._sample),
             *(
                 Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part, need))
-                for need, (part, stage) in zip(self._needs, self.evaluation_stages(), strict=True)
+                for need, (part, stage) in zip(self.kin.needs, self.evaluation_stages(), strict=True)
             ),
         ]
 

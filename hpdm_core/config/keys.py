@@ -19,12 +19,15 @@ from hpdm_core.plugins import FAMILIES, Plugins
 __all__ = [
     "canonical_json",
     "data_key",
+    "evaluation_facts",
     "evaluation_key",
     "keyed_section",
     "parts_in",
     "places_in",
     "plugin_hashes",
+    "sample_facts",
     "sample_key",
+    "train_facts",
     "train_key",
 ]
 
@@ -97,15 +100,17 @@ def train_key(config: CellConfig, plugins: Plugins, known: Known | None = None) 
 
     ``known`` tells what lay where nothing lies now.
     """
+    return _digest({**train_facts(config, plugins, known), "seed": config.seed})
+
+
+def train_facts(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, Any]:
+    """Return what `train_key` hashes, besides the seed."""
     sections = ("model", "diffusion", "data", "training")
-    return _digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "seed": config.seed,
-            **{section: keyed_section(config, section, plugins, known) for section in sections},
-            "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
-        }
-    )
+    return {
+        "schema": SCHEMA_VERSION,
+        **{section: keyed_section(config, section, plugins, known) for section in sections},
+        "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
+    }
 
 
 def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> str:
@@ -115,13 +120,18 @@ def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> 
 
 def sample_key(train_key: str, config: CellConfig, plugins: Plugins, known: Known | None = None) -> str:
     """Return the key of the samples drawn from the weights ``train_key``. Their number is not part of it."""
-    return _digest(
-        {
-            "train": train_key,
-            "sampling": keyed_section(config, "sampling", plugins, known),
-            "plugins": plugin_hashes(plugins, parts_in(config, "sampling")),
-        }
-    )
+    return _digest(sample_facts(train_key, config, plugins, known))
+
+
+def sample_facts(
+    train_key: str, config: CellConfig, plugins: Plugins, known: Known | None = None
+) -> dict[str, Any]:
+    """Return what `sample_key` hashes."""
+    return {
+        "train": train_key,
+        "sampling": keyed_section(config, "sampling", plugins, known),
+        "plugins": plugin_hashes(plugins, parts_in(config, "sampling")),
+    }
 
 
 def evaluation_key(
@@ -136,5 +146,12 @@ def evaluation_key(
     With the metric's validated ``part`` and ``plugins``, the plugin files of the metric and its extractor
     count too.
     """
+    return _digest(evaluation_facts(base_key, protocol, part=part, plugins=plugins))
+
+
+def evaluation_facts(
+    base_key: str, protocol: Mapping[str, Any], *, part: Part | None = None, plugins: Plugins | None = None
+) -> dict[str, Any]:
+    """Return what `evaluation_key` hashes."""
     hashes = plugin_hashes(plugins, [("metrics", part)]) if part is not None and plugins is not None else {}
-    return _digest({"base": base_key, "protocol": dict(protocol), "plugins": hashes})
+    return {"base": base_key, "protocol": dict(protocol), "plugins": hashes}

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from hpdm_core.cell import Cell
+from hpdm_core.cell_keys import Kin
 from hpdm_core.config.study_file import StudyConfig
 from hpdm_core.study.design import plan
 
@@ -18,9 +19,18 @@ def cells_of(study: StudyConfig, store: Path) -> tuple[list[Cell], list[Cell]]:
     Nothing is read or written. Raises `InputError` when a part's options turn out wrong only now.
     """
     whole = dataclasses.replace(study, selected=tuple(study.arms))
-    cells = [
-        Cell(planned.config, study.plugins, store=store, arm=planned.arm, study=study.name)
-        for planned in plan(whole).cells
-    ]
+    kin: dict[str, Kin] = {}
+    cells = []
+    for planned in plan(whole).cells:
+        cell = Cell(
+            planned.config,
+            study.plugins,
+            store=store,
+            arm=planned.arm,
+            study=study.name,
+            kin=kin.get(planned.arm),
+        )
+        kin[planned.arm] = cell.kin
+        cells.append(cell)
     chosen = set(study.selected)
     return [cell for cell in cells if cell.arm in chosen], [cell for cell in cells if cell.arm not in chosen]
