@@ -1,0 +1,116 @@
+"""The keys of a cell's stages, worked out once for all seeds of an arm.
+
+A study of thousands of cells has few arms: what a key depends on besides the seed (sections, parts, plugins' sources,
+protocols, what lies at a path) is gathered and hashed once, and each seed adds its digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hpdm_core.config.content import Known
+from hpdm_core.config.keys import (
+    canonical_json,
+    data_key,
+    evaluation_facts,
+    sample_facts,
+    train_facts,
+)
+from hpdm_core.config.schema import CellConfig, Part
+from hpdm_core.errors import InputError
+from hpdm_core.plugins import Plugins
+
+__all__ = ["Keys", "Kin"]
+
+HOLE = "\x00hole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The keys of a cell's stages; ``evaluations`` stand in the order of the configuration's metrics."""
+
+    train: str
+    samples: str
+    evaluations: tuple[str, ...]
+
+
+class _Template:
+    """The digest of canonical JSON in which one value, `HOLE`, is still to be filled in."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        head, tail = canonical_json(facts).split(json.dumps(HOLE))
+        self._head = hashlib.sha256(head.encode())
+        self._tail = tail.encode()
+
+    def digest(self, value: int | str) -> str:
+        whole = self._head.copy()
+        whole.update(json.dumps(value).encode() + self._tail)
+        return whole.hexdigest()
+
+
+class Kin:
+    """What the cells share that differ from ``config`` in their seed alone. ``known``: see `hpdm_core.config.keys`."""
+
+    def __init__(self, config: CellConfig, plugins: Plugins, known: Known | None = None) -> None:
+        self.config = config
+        self.plugins = plugins
+        self._known = known
+
+    def keys(self, seed: int) -> Keys:
+        """Return the keys of the cell with ``seed``."""
+        train = self._train.digest(seed)
+        samples = self._samples.digest(train)
+        bases = {"configuration": samples, "training": train, "model": train, "samples": samples}
+        made = tuple(
+            template.digest(bases[need] if need in bases else self._data)
+            for need, template in zip(self.needs, self._evaluations, strict=True)
+        )
+        return Keys(train=train, samples=samples, evaluations=made)
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """What each metric reads."""
+        return tuple(metric.needs for _, metric in self._metrics)
+
+    @cached_property
+    def _metrics(self) -> list[tuple[Part, Any]]:
+        return [(part, self.plugins.make("metrics", part)) for part in self.config.evaluation.metrics]
+
+    @cached_property
+    def _train(self) -> _Template:
+        return _Template({**train_facts(self.config, self.plugins, self._known), "seed": HOLE})
+
+    @cached_property
+    def _samples(self) -> _Template:
+        return _Template(sample_facts(HOLE, self.config, self.plugins, self._known))
+
+    @cached_property
+    def _evaluations(self) -> list[_Template]:
+        return [
+            _Template(evaluation_facts(HOLE, self._protocol(metric), part=part, plugins=self.plugins))
+            for part, metric in self._metrics
+        ]
+
+    @cached_property
+    def _data(self) -> str:
+        from hpdm_core.metrics.protocol import data_facts
+
+        return data_key(data_facts(self.config, self.plugins, self._known), self.config, self.plugins)
+
+    def _protocol(self, metric: Any) -> dict[str, Any]:
+        from hpdm_core.assembly import Assembly
+
+        seeds = (self.config.seed, self.config.seed + 1)
+        found = [
+            metric.protocol(Assembly(self.config.model_copy(update={"seed": seed}), self.plugins)) for seed in seeds
+        ]
+        if found[0] != found[1]:
+            raise InputError(
+                f"metric {metric.name}: its protocol depends on the cell's seed; a protocol is the same for all seeds"
+            )
+        return {**found[0], "metric": metric.name}
