@@ -67,7 +67,7 @@ class Kin:
         samples = self._samples.digest(train)
         bases = {"configuration": samples, "training": train, "model": train, "samples": samples}
         made = tuple(
-            template.digest(bases[need] if need in bases else self._data)
+            template.digest(bases.get(need) or self._data)
             for need, template in zip(self.needs, self._evaluations, strict=True)
         )
         return Keys(train=train, samples=samples, evaluations=made)
@@ -107,7 +107,8 @@ class Kin:
 
         seeds = (self.config.seed, self.config.seed + 1)
         found = [
-            metric.protocol(Assembly(self.config.model_copy(update={"seed": seed}), self.plugins)) for seed in seeds
+            metric.protocol(Assembly(self.config.model_copy(update={"seed": seed}), self.plugins))
+            for seed in seeds
         ]
         if found[0] != found[1]:
             raise InputError(
