@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpdm_core import distributed
 from hpdm_core.cell_keys import Keys, Kin
-from hpdm_core.config.keys import canonical_json, places_in
+from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
@@ -123,12 +123,12 @@ class Cell:
 
     # Stages
 
-    @property
+    @cached_property
     def train_stage(self) -> Stage:
         """Where the model is."""
         return self.store.stage("train", self.keys.train)
 
-    @property
+    @cached_property
     def sample_stage(self) -> Stage:
         """Where the generated videos are."""
         return self.store.stage("samples", self.keys.samples)
@@ -150,14 +150,15 @@ class Cell:
         Samples and weights whose evaluations are done are caches: they are made again only when something
         needs them.
         """
-        evaluations = list(zip(self.kin.needs, self.evaluation_stages(), strict=True))
-        open_needs = {need for need, (_, stage) in evaluations if not stage.done}
-        train, sample, *evaluate = self._steps()
-        steps = [step for step in evaluate if not step.stage.done]
+        evaluations = list(zip(self.kin.needs, (step.stage for step in self._steps[2:]), strict=True))
+        is_open = [not stage.done for _, stage in evaluations]
+        open_needs = {need for (need, _), still in zip(evaluations, is_open, strict=True) if still}
+        train, sample, *evaluate = self._steps
+        steps = [step for step, still in zip(evaluate, is_open, strict=True) if still]
         if self.only_measured:
             return steps
-        sampled = [stage for need, (_, stage) in evaluations if need == "samples"]
-        evaluated = bool(sampled) and all(stage.done for stage in sampled)
+        sampled = [still for (need, _), still in zip(evaluations, is_open, strict=True) if need == "samples"]
+        evaluated = bool(sampled) and not any(sampled)
         recorded = (self.sample_stage.result() or {}).get("samples", 0) >= self.config.evaluation.samples
         to_sample = not recorded and not evaluated
         if "samples" in open_needs and not self._samples_present():
@@ -169,6 +170,7 @@ class Cell:
             steps.insert(0, train)
         return steps
 
+    @cached_property
     def _steps(self) -> list[Step]:
         """Every stage: train, sample, and one for each metric."""
         return [
@@ -356,7 +358,7 @@ class Cell:
                 "samples": self.keys.samples,
                 "evaluations": list(self.keys.evaluations),
             },
-            "contents": places_in(self.config, self.plugins, self._known),
+            "contents": self.kin.contents,
             "arm": self.arm,
             "study": self.study,
             "store": str(self.store.root.resolve()),

@@ -18,6 +18,7 @@ from hpdm_core.config.keys import (
     canonical_json,
     data_key,
     evaluation_facts,
+    places_in,
     sample_facts,
     train_facts,
 )
@@ -76,6 +77,11 @@ class Kin:
     def needs(self) -> tuple[str, ...]:
         """What each metric reads."""
         return tuple(metric.needs for _, metric in self._metrics)
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Place -> fingerprint of all that the keys take by its content."""
+        return places_in(self.config, self.plugins, self._known)
 
     @cached_property
     def _metrics(self) -> list[tuple[Part, Any]]:

@@ -38,9 +38,9 @@ class Keepers:
         """Return the backend that can find ``job``."""
         kind = self._kinds.get(job.id)
         if kind is None:
-            data = read_json(job.folder / "job.json") or {}
-            kind = next((name for name in KINDS if name in data), "")
-            if kind:
+            data = read_json(job.folder / "job.json")
+            kind = next((name for name in KINDS if name in (data or {})), "")
+            if data is not None:  # it is written once, by the backend that starts the job
                 self._kinds[job.id] = kind
         if not kind or isinstance(self._backend, KINDS[kind]):
             return self._backend
