@@ -6,7 +6,7 @@ import torch
 from hpdm_core.diffusion import c_in, noise_clean, per_row, plan, sigma_eff
 from hpdm_plugins.objectives import EffectiveV, SnapV
 
-OBJECTIVES = [SnapV(), SnapV(weighting="v"), EffectiveV()]
+OBJECTIVES = [SnapV(), SnapV(weighting="v"), EffectiveV(), SnapV(sigma_data=0.2), EffectiveV(sigma_data=0.5)]
 SIGMAS_IN = [1.0, 4.0, 8.0, 16.0]
 
 
@@ -47,7 +47,9 @@ def test_more_values_of_snap_v_and_of_effective_v():
     assert skip / 4 == pytest.approx(0.409836, rel=1e-5)  # 1 / (1 + sigma_eff^2)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["snap_c", "snap_v", "effective"])
+@pytest.mark.parametrize(
+    "objective", OBJECTIVES, ids=["snap_c", "snap_v", "effective", "snap_.2", "effective_.5"]
+)
 @pytest.mark.parametrize("sigma_in", SIGMAS_IN)
 def test_a_perfect_answer_gives_the_clean_patch_back(objective, sigma_in):
     sigma = torch.logspace(math.log10(0.002), math.log10(80), 9, dtype=torch.float64)
@@ -75,11 +77,42 @@ def test_the_weighted_loss_is_the_weighted_error_of_the_denoised_patch(sigma_in)
     for objective, weight_of_x in [
         (SnapV(), 1 + sigma**-2),
         (EffectiveV(), 1 + (sigma_in * sigma) ** -2),
+        (SnapV(sigma_data=0.2), 25 + sigma**-2),
+        (EffectiveV(sigma_data=0.5), 4 + (sigma_in * sigma) ** -2),
     ]:
         answer = objective.target(clean, noise, sigma, sigma_in) + error
         loss = objective.weight(sigma, sigma_in) * error.square().flatten(1).mean(dim=1)
         off = objective.denoised(z, answer, sigma, sigma_in) - clean
         torch.testing.assert_close(loss, weight_of_x * off.square().flatten(1).mean(dim=1), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("sigma_data", [0.2, 1.0])
+def test_at_input_scale_one_both_objectives_are_edm_for_any_sigma_data(sigma_data):
+    # EDM, Table 1 (VE notation): c_skip = d^2 / (s^2 + d^2), c_out = s d / sqrt(s^2 + d^2), here with v's sign.
+    for objective in (SnapV(sigma_data=sigma_data), EffectiveV(sigma_data=sigma_data)):
+        for sigma in (0.05, 0.2, 3.0):
+            total = sigma**2 + sigma_data**2
+            expected = (sigma_data**2 / total, -sigma * sigma_data / math.sqrt(total))
+            assert coefficients(objective, sigma, 1.0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_general_snap_v_follows_its_closed_form():
+    # c_skip = sigma_in d^2 / (sigma_in sigma^2 + d^2), c_out = -sigma_in sigma d sqrt(sigma^2 + d^2) / (the same)
+    sigma, sigma_in, d = 0.3, 4.0, 0.5
+    below = sigma_in * sigma**2 + d**2
+    expected = (sigma_in * d**2 / below, -sigma_in * sigma * d * math.sqrt(sigma**2 + d**2) / below)
+    assert coefficients(SnapV(sigma_data=d), sigma, sigma_in) == pytest.approx(expected, rel=1e-12)
+    weight = ((sigma**2 + d**2) / (sigma**2 + d**2 / sigma_in)) ** 2
+    s = torch.tensor([sigma], dtype=torch.float64)
+    assert SnapV(sigma_data=d).weight(s, sigma_in).item() == pytest.approx(weight, rel=1e-12)
+
+
+def test_the_target_has_unit_variance_where_data_has_the_given_deviation():
+    clean, noise = (torch.randn(1, 3, 20, 40, 40, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    for objective in (SnapV(sigma_data=0.2), EffectiveV(sigma_data=0.2)):
+        for sigma in (0.02, 0.2, 2.0):
+            target = objective.target(0.2 * clean, noise, torch.tensor([sigma]), 1.0)
+            assert target.std().item() == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_flat_weighting_counts_every_answer_the_same():

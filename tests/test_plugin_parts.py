@@ -86,7 +86,55 @@ def test_clean_parents_need_a_parent():
     assert sigma.shape == (1,)
 
 
-@pytest.mark.parametrize("sampler", [coordinates.NestedUniform, coordinates.NestedTopDown])
+def test_a_clean_stream_feeds_every_level_in_every_draw():
+    sampler = noise.CleanStream((4.0, 8.0, 16.0), mean=0.5, std=0.7)
+    assert [(slot.level, slot.sources) for slot in sampler.slots] == [
+        (0, ()),
+        (0, ()),
+        (1, (0,)),
+        (1, (0,)),
+        (2, (0, 2)),
+    ]
+    sigma, in_loss = draws(sampler)
+    assert in_loss.unique(dim=0).tolist() == [[False, True, False, True, True]]
+    clean = sigma[:, [0, 2]]
+    torch.testing.assert_close(clean, torch.tensor([0.05 / 4, 0.05 / 8]).expand_as(clean))
+    logs = sigma[:, [1, 3, 4]].log()
+    assert logs.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert logs.std().item() == pytest.approx(0.7, abs=0.03)
+    assert logs.T.corrcoef().fill_diagonal_(0).abs().max() < 0.05
+
+
+def test_a_clean_stream_of_one_level_is_that_level():
+    sampler = noise.CleanStream((4.0,))
+    assert [(slot.level, slot.sources) for slot in sampler.slots] == [(0, ())]
+    assert sampler.draw(generator(0))[1].tolist() == [True]
+
+
+@pytest.mark.parametrize("overlap", [(), ("h", "w")])
+def test_sampled_tiles_are_what_tiled_sampling_visits(overlap):
+    sampler = coordinates.SampledTiles(SMALL, overlap=overlap)
+    tiles = {level: set(SMALL.tiles(level, overlap)) for level in (1, 2)}
+    visited = {level: set() for level in (1, 2)}
+    for index in range(4000):
+        rows = [tuple(row) for row in sampler.sample(generator(3, "offsets", 0, index)).tolist()]
+        finest = rows[2] in tiles[2] and SMALL.chain(2, rows[2]) == tuple(rows[:2])
+        middle = rows[1] in tiles[1] and rows[2] in tiles[2]
+        assert finest or middle
+        for level in (1, 2):
+            if rows[level] in tiles[level] and SMALL.chain(level, rows[level]) == tuple(rows[:level]):
+                visited[level].add(rows[level])
+    assert visited == tiles
+
+
+def test_sampled_tiles_of_one_level_are_the_whole_video():
+    pyramid = Pyramid((4, 8, 8), (4, 8, 8), (1, 2, 2), 1)
+    assert coordinates.SampledTiles(pyramid).sample(generator(0)).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "sampler", [coordinates.NestedUniform, coordinates.NestedTopDown, coordinates.SampledTiles]
+)
 @pytest.mark.parametrize("pyramid", [SMALL, Pyramid((6, 36, 40), (6, 4, 10), (2, 1, 5), 3)])
 def test_offsets_are_nested_and_on_their_lattices(sampler, pyramid):
     made = sampler(pyramid)

@@ -6,19 +6,26 @@ Offsets are whole numbers of each level's own pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hpdm_core.hookspecs import Register, hookimpl
-from hpdm_core.pyramid import Pyramid
+from hpdm_core.pyramid import Pyramid, Triple
 
-__all__ = ["NestedTopDown", "NestedUniform"]
+__all__ = ["NestedTopDown", "NestedUniform", "SampledTiles"]
 
 
 def _between(bounds: Sequence[tuple[int, int]], generator: torch.Generator) -> list[int]:
     """Draw one whole number per axis, uniform over its bounds (both included)."""
     return [int(torch.randint(first, last + 1, (), generator=generator)) for first, last in bounds]
+
+
+def _contains(pyramid: Pyramid, level: int, parent: Triple, child: Triple) -> bool:
+    """Whether the patch of ``level`` at ``child`` lies in that of the level below at ``parent``."""
+    bounds = pyramid.containing(level, child)
+    return all(first <= start <= last for start, (first, last) in zip(parent, bounds, strict=True))
 
 
 class NestedUniform:
@@ -63,8 +70,44 @@ class NestedTopDown:
         return torch.tensor(offsets, dtype=torch.int64)
 
 
+class SampledTiles:
+    """Only patches that sampling visits: a tile of a level above 0, with the chain of parents that serves it.
+
+    The level is uniform over those above 0, the tile uniform over its tiles; finer levels are tiles of theirs
+    within it. ``overlap``: the axes on which tiles overlap by half, as in ``sampling.overlap``; what sampling
+    with more overlap visits is not trained.
+    """
+
+    def __init__(self, pyramid: Pyramid, *, overlap: tuple[Literal["f", "h", "w"], ...] = ()) -> None:
+        self.pyramid = pyramid
+        tiles = [pyramid.tiles(level, overlap) for level in range(pyramid.levels)]
+        self.tiles = tiles
+        # Which tiles of the next level lie in a tile, worked out once: a draw happens for every video.
+        self.inside: list[dict[Triple, list[Triple]]] = [{} for _ in tiles]
+        for level in range(1, pyramid.levels):
+            for tile in tiles[level]:
+                for parent in tiles[level - 1]:
+                    if _contains(pyramid, level, parent, tile):
+                        self.inside[level - 1].setdefault(parent, []).append(tile)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """See `hpdm_core.pyramid.CoordinateSampler`."""
+        pyramid = self.pyramid
+        level = int(torch.randint(1, pyramid.levels, (), generator=generator)) if pyramid.levels > 1 else 0
+        offset = self._one_of(self.tiles[level], generator)
+        offsets = [*pyramid.chain(level, offset), offset]
+        for coarser in range(level, pyramid.levels - 1):
+            offsets.append(self._one_of(self.inside[coarser][offsets[-1]], generator))
+        return torch.tensor(offsets, dtype=torch.int64)
+
+    @staticmethod
+    def _one_of(tiles: Sequence[Triple], generator: torch.Generator) -> Triple:
+        return tiles[int(torch.randint(len(tiles), (), generator=generator))]
+
+
 @hookimpl
 def register_coordinate_samplers(register: Register) -> None:
     """Add the built-in coordinate samplers."""
     register("nested_uniform", NestedUniform, source="ours: the paper's nesting with an even finest level")
+    register("sampled_tiles", SampledTiles, source="ours: trains what tiled sampling visits, nothing else")
     register("nested_topdown", NestedTopDown, source="HPDM, section 4.1, Eq 6")

@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdm_core.diffusion import plan
+from hpdm_core.diffusion import Slot, plan
 from hpdm_core.hookspecs import Register, hookimpl
 
-__all__ = ["CleanParents", "Independent", "Shared", "constant", "exponential"]
+__all__ = ["CleanParents", "CleanStream", "Independent", "Shared", "constant", "exponential"]
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +87,47 @@ class CleanParents(Independent):
         return sigma, in_loss
 
 
+class CleanStream:
+    """A second stream of nearly clean patches feeds every level, as finished parents do at inference.
+
+    Slots, for three levels: 0 clean, 0, 1 clean, 1, 2. The clean ones stand at ``context_sigma_eff`` in data
+    units and are in no loss; the others have their own sigma, ln sigma ~ N(mean, std^2), and are fed by the
+    clean ones alone. Costs about 1.8 times the block calls of `Independent` with adaptive computation, and
+    trains every level in every step under the condition it is sampled in.
+    """
+
+    def __init__(
+        self,
+        sigma_in: Sequence[float],
+        *,
+        mean: float = -1.2,
+        std: Positive = 1.2,
+        context_sigma_eff: Positive = 0.05,
+    ) -> None:
+        finest = len(sigma_in) - 1
+        clean: tuple[int, ...] = ()
+        slots: list[Slot] = []
+        fixed: list[float] = []
+        for level, scale in enumerate(sigma_in):
+            sources = clean
+            if level < finest:
+                clean = (*clean, len(slots))
+                slots.append(Slot(level=level, sources=sources))
+                fixed.append(context_sigma_eff / scale)
+            slots.append(Slot(level=level, sources=sources))
+            fixed.append(0.0)
+        self.slots = tuple(slots)
+        self.fixed = torch.tensor(fixed)
+        self.mean = mean
+        self.std = std
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `hpdm_core.diffusion.NoiseSampler`."""
+        drawn = (self.mean + self.std * torch.randn(len(self.slots), generator=generator)).exp()
+        in_loss = self.fixed == 0
+        return torch.where(in_loss, drawn, self.fixed), in_loss
+
+
 @hookimpl
 def register_noise_scalings(register: Register) -> None:
     """Add the built-in noise scalings."""
@@ -102,3 +143,4 @@ def register_noise_samplers(register: Register) -> None:
     register(
         "clean_parents", CleanParents, source="ours: trains the condition of cached inference (HPDM, 4.4)"
     )
+    register("clean_stream", CleanStream, source="ours: `clean_parents` for every level in every step")

@@ -1,14 +1,17 @@
 """Objectives: target, decoder and loss weight, which belong together.
 
-Both predict v under input scaling; they differ in which noise level v is taken at. Data has standard
-deviation 1.
+Both predict v under input scaling; they differ in which noise level v is taken at. ``sigma_data`` is the
+standard deviation that data is taken to have, 1 in Snap Video, .5 in EDM (2206.00364, Table 1): around it the
+network's task turns from telling the noise (below) to telling the clean patch (above). Small networks do the
+second much better than the first.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hpdm_core.diffusion import per_row
@@ -16,59 +19,70 @@ from hpdm_core.hookspecs import Register, hookimpl
 
 __all__ = ["EffectiveV", "SnapV"]
 
+Positive = Annotated[float, Field(gt=0)]
+
 
 class SnapV:
     """v at sigma, decoded with the input scale: Snap Video (2402.14797), Table 1.
 
-    v = (n - sigma x) / sqrt(1 + sigma^2);
-    x = (sigma_in z - sigma_in sigma sqrt(1 + sigma^2) v) / (1 + sigma_in sigma^2).
-    The weight ``c`` is (1 + sigma^2)^2 / (sigma^2 + 1 / sigma_in)^2, by which the error of x counts 1 + 1 /
-    sigma^2; ``v`` is 1.
+    With d = ``sigma_data`` and the answer v = (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)),
+    x = (sigma_in d^2 z - sigma_in sigma d sqrt(sigma^2 + d^2) v) / (sigma_in sigma^2 + d^2).
+    The weight ``c`` is (sigma^2 + d^2)^2 / (sigma^2 + d^2 / sigma_in)^2, by which the error of x counts 1 / d^2 +
+    1 / sigma^2; ``v`` is 1.
     """
 
-    def __init__(self, *, weighting: Literal["c", "v"] = "c") -> None:
+    def __init__(self, *, weighting: Literal["c", "v"] = "c", sigma_data: Positive = 1.0) -> None:
         self.weighting = weighting
+        self.variance = sigma_data**2
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
-        s = per_row(sigma, clean)
-        return (noise - s * clean) / (1 + s.square()).sqrt()
+        return _velocity(clean, noise, per_row(sigma, clean), self.variance)
 
     def denoised(self, noisy: Tensor, prediction: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
         s = per_row(sigma, noisy)
-        scale = sigma_in / (1 + sigma_in * s.square())
-        return scale * noisy - scale * s * (1 + s.square()).sqrt() * prediction
+        scale = sigma_in / (sigma_in * s.square() + self.variance)
+        root = (self.variance * (s.square() + self.variance)).sqrt()
+        return scale * self.variance * noisy - scale * s * root * prediction
 
     def weight(self, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
         if self.weighting == "v":
             return torch.ones_like(sigma)
         square = sigma.square()
-        return ((1 + square) / (square + 1 / sigma_in)).square()
+        return ((square + self.variance) / (square + self.variance / sigma_in)).square()
 
 
 class EffectiveV:
-    """Exact v at sigma_eff = sigma_in sigma; every answer counts the same.
+    """Exact v at s = sigma_eff = sigma_in sigma; every answer counts the same.
 
-    v = (n - sigma_eff x) / sqrt(1 + sigma_eff^2);
-    x = sigma_in z / (1 + sigma_eff^2) - sigma_eff / sqrt(1 + sigma_eff^2) v.
+    With d = ``sigma_data``: v = (d^2 n - s x) / (d sqrt(s^2 + d^2));
+    x = d^2 sigma_in z / (s^2 + d^2) - s d / sqrt(s^2 + d^2) v. The error of x counts 1 / d^2 + 1 / s^2.
     """
+
+    def __init__(self, *, sigma_data: Positive = 1.0) -> None:
+        self.variance = sigma_data**2
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
-        s = per_row(sigma_in * sigma, clean)
-        return (noise - s * clean) / (1 + s.square()).sqrt()
+        return _velocity(clean, noise, per_row(sigma_in * sigma, clean), self.variance)
 
     def denoised(self, noisy: Tensor, prediction: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
         s = per_row(sigma_in * sigma, noisy)
-        variance = 1 + s.square()
-        return sigma_in * noisy / variance - s / variance.sqrt() * prediction
+        total = s.square() + self.variance
+        out = s * (self.variance / total).sqrt()
+        return self.variance * sigma_in * noisy / total - out * prediction
 
     def weight(self, sigma: Tensor, sigma_in: float) -> Tensor:
         """See `hpdm_core.diffusion.Objective`."""
         return torch.ones_like(sigma)
+
+
+def _velocity(clean: Tensor, noise: Tensor, sigma: Tensor, variance: float) -> Tensor:
+    """Return (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)) for d^2 = ``variance``; unit variance if x has d^2."""
+    return (variance * noise - sigma * clean) / (variance * (sigma.square() + variance)).sqrt()
 
 
 @hookimpl
