@@ -161,12 +161,15 @@ class EvaluationContext:
         """Return the features [count, d] of real clips per level, corrupted after they were made small if
         asked for.
         """
+        places = getattr(self.extractor(part), "places", ())
         asked = {
             **data_facts(self.assembly.config, self.assembly.plugins),
             "fingerprint": self.data_fingerprint,
             "extractor": self.extractor(part).describe(),
-            # What an extractor says of itself need not name all of its options.
-            "part": part.model_dump(mode="json"),
+            # What an extractor says of itself need not name all of its options; of its files, it says the hash.
+            "part": {
+                name: value for name, value in part.model_dump(mode="json").items() if name not in places
+            },
             "plugins": {} if self.cache_folder is None else self._sources(part),
             "split": split,
             "count": count,

@@ -198,6 +198,26 @@ def test_features_follow_the_extractors_options_and_its_plugin_file(tmp_path: Pa
     assert np.array_equal(features(EXTRACTOR.replace("* self.gain", "* self.gain * 3"), gain=1.0), 3 * once)
 
 
+PLACED = EXTRACTOR.replace("gain: float = 1.0", "file: str, gain: float = 1.0").replace(
+    "        self.gain = gain",
+    "        self.gain, self.places = (gain if file == 'here' else 0.0), ('file',)",
+)
+
+
+def test_features_are_found_again_when_the_extractors_files_have_moved(tmp_path: Path) -> None:
+    (tmp_path / "placed.py").write_text(PLACED)
+    bench = Bench()
+    bench.plugins = build_plugins([str(tmp_path / "placed.py")])
+    context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+    here = context.real_features(part(use="grey", file="here"), split="train", count=3)[0]
+    context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+    assert np.array_equal(
+        context.real_features(part(use="grey", file="there"), split="train", count=3)[0], here
+    )
+    other = context.real_features(part(use="grey", file="there", gain=2.0), split="train", count=3)[0]
+    assert not np.array_equal(other, here)
+
+
 def test_a_damaged_feature_file_is_made_again(tmp_path: Path) -> None:
     bench = Bench()
     fakes = write_fakes(tmp_path / "s", bench)

@@ -60,6 +60,8 @@ class I3DDetector:
     name = "i3d"
     scaling: Scaling = "none"
     least_frames = i3d.LEAST_FRAMES
+    places = ("weights", "trust_weights")
+    """Options that say where files are: no key holds them, what lies there is in `describe`."""
 
     def __init__(
         self,
@@ -137,6 +139,7 @@ class C3DDetector:
     name = "c3d"
     scaling: Scaling = "none"
     least_frames = c3d.FRAMES
+    places = ("weights", "trust_weights", "mean")
 
     def __init__(
         self,

@@ -42,7 +42,11 @@ further columns of plain values, such as ``sigma_eff``.
 
 
 class FeatureExtractor(Protocol):
-    """A fixed map from videos to vectors."""
+    """A fixed map from videos to vectors.
+
+    One that reads files may have an attribute ``places``: the names of its options that say where they lie.
+    Features are then found again when the files have moved, as long as `describe` is the same.
+    """
 
     name: str
     """Column stem: a distance on these features is called ``frechet[NAME]``."""
