@@ -215,7 +215,7 @@ class Cell:
         self.observers.call("before_cell_started")
         try:
             prepare_torch(self.config.runtime)
-            for step in self._steps():
+            for step in self._steps:
                 if step.stage.key in steps:
                     self._run_step(step, progress, own_output=own_output)
             distributed.broadcast(None)  # nothing is left to follow
@@ -231,7 +231,7 @@ class Cell:
         while (told := distributed.broadcast(None)) is not None:
             kind, key, number = told
             stage = self.store.stage(kind, key)
-            step = next(step for step in self._steps() if step.stage == stage)
+            step = next(step for step in self._steps if step.stage == stage)
             step.run(stage.attempt(number), lambda progress: None)
         return self.results()
 
