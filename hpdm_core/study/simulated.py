@@ -35,6 +35,8 @@ WRITTEN: tuple[Cause, ...] = ("code error", "diverged")
 """Failures that a worker writes down itself; of the others the scheduler knows."""
 CAUSES: tuple[Cause, ...] = (*WRITTEN, "out of memory", "lost node", "preempted", "killed")
 BEAT_SECONDS = 15.0
+COLUMNS = {"held_out_loss": {"parents": "clean", "sigma_eff": None}}
+"""Columns that the report looks for in a metric's rows."""
 POINTS = 100
 """Lines of a finished metrics.jsonl."""
 
@@ -139,7 +141,10 @@ class _Running:
 
 
 class Simulated:
-    """Jobs on a virtual clock; see the module's text. ``seconds`` is the real time that simulating took."""
+    """Jobs on a virtual clock; see the module's text.
+
+    ``seconds`` and ``busy`` are the real time, and the processor's time, that simulating took by now.
+    """
 
     attached = False
 
@@ -147,6 +152,7 @@ class Simulated:
         self.clock = clock or VirtualClock()
         self.gpus = 1
         self.seconds = 0.0
+        self.busy = 0.0
         self.polls = 0
         self._options = options
         self._toy = Toy(options)
@@ -165,21 +171,25 @@ class Simulated:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Start the jobs now, in virtual time."""
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         for job in jobs:
             seconds, cause = fate(self._options, job.cell, job.number)
             write_json(job.folder / "job.json", {"simulated": seconds}, durable=False)
             now = self.clock.monotonic()
             self._running[job.id] = _Running(job, now, now + seconds, cause)
-        self.seconds += time.perf_counter() - started
+        self._count(*started)
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
         """Let what ended since the last look have ended; jobs of another process are over."""
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         self.polls += 1
         seen = {job.id: self._seen(job) for job in jobs}
-        self.seconds += time.perf_counter() - started
+        self._count(*started)
         return seen
+
+    def _count(self, seconds: float, busy: float) -> None:
+        self.seconds += time.perf_counter() - seconds
+        self.busy += time.process_time() - busy
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """End the jobs at once."""
@@ -216,7 +226,8 @@ class Simulated:
         if self._options.curve:
             part = min(1.0, (now - running.begun) / (running.ends - running.begun))
             beat.update(self._toy.train(self._spec(running), number=running.job.number, part=part))
-        write_bytes(running.job.folder / "heartbeat.json", json.dumps(beat).encode(), durable=False)
+        # Its only reader is this very process: nothing can be read half.
+        (running.job.folder / "heartbeat.json").write_text(json.dumps(beat))
 
     def _spec(self, running: _Running) -> dict[str, Any]:
         if not running.spec:

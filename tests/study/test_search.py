@@ -61,6 +61,10 @@ class ToyCell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def keys(self) -> Any:
+        return SimpleNamespace(train=self.identity, samples=self.identity, evaluations=(self.identity,))
+
+    @property
     def train_stage(self) -> Any:
         attempt = self.folder / self.identity
         return SimpleNamespace(attempts=lambda: [attempt] if attempt.is_dir() else [])
@@ -100,6 +104,7 @@ class Toy:
     storage: Storage = field(init=False)
     search: Search = field(init=False)
     seen: list[tuple[str, int]] = field(default_factory=list)
+    made: dict[str, ToyCell] = field(default_factory=dict)
 
     def open(self) -> Toy:
         """Begin as a new process would."""
@@ -108,10 +113,15 @@ class Toy:
             self.study,
             store=self.folder,
             folder=self.folder,
-            make_cell=lambda config, arm: ToyCell(config, arm, self.folder / "cells"),  # type: ignore[arg-type,return-value]
+            make_cell=self.make,
         )
         self.search.begin(self.storage)
         return self
+
+    def make(self, config: CellConfig, arm: str) -> Any:
+        cell = ToyCell(config, arm, self.folder / "cells")
+        self.made[cell.identity] = cell
+        return cell
 
     def close(self) -> None:
         self.storage.close()
@@ -283,10 +293,11 @@ def test_arms_take_turns_and_end_with_the_same_budget(make: Make) -> None:
 
 def test_the_best_of_an_arm_is_run_with_the_studys_seeds(make: Make) -> None:
     toy = make(arms=("a", "b"), seeds=(0, 1))
-    assert list(toy.search.pending()) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    unknown = [([arm, seed, "", "", ""], "planned") for arm in "ab" for seed in "01"]
+    assert list(toy.search.rows()) == unknown
     toy.run(train=False)
-    rows = {(cell.arm, cell.seed): cell for cell, state in toy.search.rows() if state == "done"}
-    assert list(rows) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] and not list(toy.search.pending())
+    rows = {(row[0], int(row[1])): toy.made[row[2]] for row, state in toy.search.rows() if state == "done"}
+    assert list(rows) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     best = min(toy.proposals("a"), key=lambda each: each["objectives"][0])
     assert rows["a", 1].config.training.learning_rate == best["values"]["training.learning_rate"]
     # Seed 0 is what the proposals were tried with: that cell is known already.
@@ -413,7 +424,7 @@ def test_a_result_without_the_objective_is_a_failure_that_says_so(make: Make) ->
     toy.run(train=False)
     assert toy.proposals()[0]["state"] == "failed"
     assert toy.proposals()[0]["reason"] == "no row of held_out_loss, finest level, parents=clean"
-    assert toy.search.finished() and list(toy.search.rows()) == []
+    assert toy.search.finished() and list(toy.search.rows()) == [(["default", "0", "", "", ""], "planned")]
 
 
 def test_hyperband_gives_up_at_its_rungs(make: Make) -> None:

@@ -1,0 +1,124 @@
+"""What the controller costs: a study of thousands of simulated cells, per cell and per poll, and a second run of it.
+
+    python benchmarks/controller.py [--cells 10000] [--failures 0.05] [--slots 256] [--storage URL] [--json]
+
+Controller time is the time of the whole command (reading the study, planning, polling, settling, the ledger, index.csv,
+the report) without what the simulated backend takes for itself: writing results that workers would have written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from hpdm_core.study import __main__ as command
+from hpdm_core.study.ledger import Ledger
+from hpdm_core.study.simulated import Simulated
+
+SHARES = {"lost node": 0.3, "preempted": 0.2, "out of memory": 0.2, "code error": 0.2, "diverged": 0.1}
+"""How failures are distributed."""
+
+
+def study_of(cells: int, *, failures: float, slots: int, storage: str | None) -> dict[str, Any]:
+    """Return a study file's data: two arms, as many seeds as it takes, one metric."""
+    return {
+        "name": "scale",
+        "extends": "tiny_clips",
+        "arms": {"default": {}, "none": {"model.context_fusion": "none"}},
+        "seeds": list(range((cells + 1) // 2)),
+        "evaluation": {"metrics": ["held_out_loss"]},
+        "storage": storage,
+        "backend": {
+            "use": "simulated",
+            "slots": slots,
+            "failures": {name: share * failures for name, share in SHARES.items()},
+        },
+    }
+
+
+def measure(cells: int, *, failures: float, slots: int, storage: str | None = None) -> dict[str, Any]:
+    """Run the study and run it again; return figures, times in seconds."""
+    backends: list[Simulated] = []
+    make = command.make_backend
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        made = make(*arguments, **options)
+        backends.append(made)  # type: ignore[arg-type]
+        return made
+
+    command.make_backend = watched
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            file = folder / "scale.yaml"
+            file.write_text(yaml.safe_dump(study_of(cells, failures=failures, slots=slots, storage=storage)))
+            arguments = [str(file), "--results", str(folder / "results")]
+            (first, busy), (again, _) = _timed(arguments), _timed(arguments)
+            ledger = Ledger(folder / "results" / "simulated" / "scale", study="scale", storage=storage)
+            states = Counter(ledger.states().values())
+            records = len(ledger.records())
+            ledger.close()
+    finally:
+        command.make_backend = make
+    simulating, polls = backends[0].seconds, backends[0].polls
+    own = first - simulating
+    return {
+        "cells": cells,
+        "attempts": records,
+        "states": dict(states),
+        "polls": polls,
+        "seconds": first,
+        "simulating_seconds": simulating,
+        "controller_ms_per_cell": 1000 * own / cells,
+        "controller_cpu_ms_per_cell": 1000 * (busy - backends[0].busy) / cells,
+        "controller_ms_per_poll": 1000 * own / polls,
+        "again_seconds": again,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _timed(arguments: Sequence[str]) -> tuple[float, float]:
+    """Return the seconds, and the processor's seconds, that a command takes."""
+    begin = time.perf_counter(), time.process_time()
+    command.main(arguments)
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, default=10_000)
+    parser.add_argument("--failures", type=float, default=0.05, help="share of attempts that fail")
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--storage", help="URL of the ledger's storage; a journal file without it")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, the study's own words on standard error"
+    )
+    given = parser.parse_args(arguments)
+    begin = sys.stdout
+    sys.stdout = sys.stderr
+    try:
+        found = measure(given.cells, failures=given.failures, slots=given.slots, storage=given.storage)
+    finally:
+        sys.stdout = begin
+    if given.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(tabulate([[name, value] for name, value in found.items()], tablefmt="github", floatfmt=".3f"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
