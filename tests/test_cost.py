@@ -12,6 +12,7 @@ from hpdm_core.assembly import Assembly
 from hpdm_core.config.compose import load_cell
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.plugins import build_plugins
+from hpdm_core.sampling import sample
 from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.step import joint_loss
 
@@ -123,3 +124,46 @@ def test_parameters_and_disk(assemble: Callable[..., Assembly]) -> None:
     pixels = 3 * sum(2 * 4 * 6 * 8**level for level in range(3))
     # Four checkpoints (two newest, one in the writing, one kept) of four float32 per weight; the final one.
     assert cost.disk_bytes(assembly) == 4 * 16 * parameters + 4 * parameters + 7 * pixels
+
+
+def test_sampling_operations_are_those_of_the_real_cascade(assemble: Callable[..., Assembly]) -> None:
+    """One video with and without a cache, every product counted while it is sampled."""
+    apart = cost.sampling_flops(assemble(), cached=False) / cost.sampling_flops(assemble())
+    assert apart > 1.5
+    for cache, cached in (("contexts", True), ("none", False)):
+        assembly = assemble()
+        sampling = {"overlap": ("h", "w"), "solver": {"use": "edm", "steps": (2,), "churn": (0.0,)}}
+        config = CellConfig.model_validate(
+            assembly.config.model_dump() | {"sampling": sampling, "runtime": {"cache": cache}}
+        )
+        assembly = Assembly(config, assembly.plugins)
+        denoiser = assembly.denoiser(assembly.build_model())
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            sample(assembly, denoiser, [0], [1])
+        # Recall from nothing is once per call of the network, whatever its batch: we count it per tile.
+        assert cost.sampling_flops(assembly, cached=cached) == pytest.approx(
+            counter.get_total_flops(), rel=0.05
+        )
+
+
+def test_memory_of_training_is_counted_with_what_the_machine_is_told(
+    assemble: Callable[..., Assembly],
+) -> None:
+    def memory(**runtime: Any) -> int:
+        assembly = assemble(training={"batch": 8})
+        config = CellConfig.model_validate(assembly.config.model_dump() | {"runtime": runtime})
+        return cost.training_memory(Assembly(config, assembly.plugins))
+
+    weights = 5 * 4 * cost.count_parameters(assemble())
+    whole, parts = memory() - weights, memory(micro_batch=4) - weights
+    assert whole == pytest.approx(2 * parts, rel=0.05)
+    assert memory(activation_checkpointing=True) - weights < 0.5 * whole
+
+
+def test_predictions_rest_on_the_stated_rate(assemble: Callable[..., Assembly]) -> None:
+    assembly = assemble()
+    flops = cost.training_flops(assembly)
+    made = cost.predicted_training(assembly, flops)
+    assert made["flops_per_second"] == pytest.approx(0.4 * 156e12)
+    assert made["train_seconds"] == pytest.approx(10 * flops / 62.4e12)
+    assert cost.predicted_sampling(assembly) == pytest.approx(7 * cost.sampling_flops(assembly) / 62.4e12)

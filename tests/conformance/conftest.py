@@ -99,6 +99,8 @@ def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str,
                     "latent_head_dim": 5,
                     "heads": 2,
                 }
+            case "metrics/efficiency":
+                return {"most": 1, "steps": 1, "memory": 2.0}
             case "datasets/video_folder":
                 return {"root": str(request.getfixturevalue("class_folders"))}
             case "datasets/ucf101":
