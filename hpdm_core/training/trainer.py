@@ -116,6 +116,8 @@ class Trainer:
 
     def _can_compile(self) -> bool:
         problem = compiler_problem(self.device)
+        # Parts are built when they are asked for, under a lock that a compiler cannot see through.
+        _ = self.assembly.objective, self.assembly.noise_sampler, self.assembly.sigma_in
         if problem is not None:
             log.warning("runtime.compile: %s; training goes on as it is, not compiled", problem)
         return problem is None
