@@ -155,7 +155,8 @@ class Held:
     def wait(self, ready: Callable[[], bool], what: str, *, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < deadline, f"waited in vain for {what}: {self.text}"
+            late = time.monotonic() > deadline or self.process.poll() is not None
+            assert not late, f"waited in vain for {what}: {self.text}"
             time.sleep(0.05)
 
     @property
