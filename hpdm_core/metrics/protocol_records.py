@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.loader import Document, load_yaml
-from hpdm_core.config.problems import check
+from hpdm_core.config.problems import Problem, check
 from hpdm_core.config.schema import Frozen, Part
 from hpdm_core.errors import InputError, did_you_mean
 
@@ -132,17 +132,6 @@ class ProtocolRecord(Frozen):
     choices: tuple[str, ...] = ()
     """What its source leaves open and was chosen here."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> ProtocolRecord:
-        if self.measure == "inception_score":
-            if self.reals is not None or self.score is None:
-                raise ValueError("an inception_score has a 'score' and no 'reals'")
-        elif self.reals is None or self.score is not None:
-            raise ValueError(f"a {self.measure} distance has 'reals' and no 'score'")
-        if self.title.startswith(("FVD", "KVD")) and not self.detector.use.startswith("i3d"):
-            raise ValueError(f"only distances on i3d are called {self.title[:3]}, give another 'title'")
-        return self
-
     def sides(self) -> dict[str, SideRule]:
         """Return the rules of the sides that there are, reals first."""
         both = {"reals": self.reals, "fakes": self.fakes}
@@ -175,7 +164,7 @@ def load_record(given: str, plugins: Plugins) -> ProtocolRecord:
     for name in known:
         families.setdefault(name.partition("/")[0], []).append(name.partition("/")[2])
     listed = "; ".join(f"{family}/{{{','.join(names)}}}" for family, names in families.items())
-    nearest = did_you_mean(given, known) or did_you_mean(given, {name.partition("/")[2] for name in known})
+    nearest = did_you_mean(given, known)
     raise InputError(f"--protocol {given}: no such protocol{nearest}; known: {listed}; or a file, X.yaml")
 
 
@@ -185,9 +174,35 @@ def record_from(document: Document, plugins: Plugins) -> ProtocolRecord:
     if record is None:
         raise InputError(*(f"{document.where(problem.path)}: {problem}" for problem in problems))
     part, problems = plugins.check("feature_extractors", record.detector, ("detector",))
+    problems += _relations(record)
     if problems:
         raise InputError(*(f"{document.where(problem.path)}: {problem}" for problem in problems))
     return record.model_copy(update={"detector": part})
+
+
+def _relations(record: ProtocolRecord) -> list[Problem]:
+    """Return what is wrong between fields that are each right."""
+    problems = []
+    if record.measure == "inception_score":
+        if record.reals is not None:
+            problems.append(Problem(("reals",), "an inception_score compares with no reals; leave it out"))
+        if record.score is None:
+            problems.append(Problem(("score",), "missing; an inception_score says its splits"))
+    else:
+        if record.reals is None:
+            problems.append(Problem(("reals",), f"missing; a {record.measure} distance compares with reals"))
+        if record.score is not None:
+            problems.append(
+                Problem(("score",), f"belongs to an inception_score, not to a {record.measure} distance")
+            )
+    if record.title.startswith(("FVD", "KVD")) and record.detector.use != "i3d":
+        problems.append(
+            Problem(
+                ("title",),
+                f"'{record.title}' is a distance on i3d; on {record.detector.use} it has another name",
+            )
+        )
+    return problems
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -78,14 +78,16 @@ def curves_figure(results: StudyResults) -> bytes | None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(levels), squeeze=False, sharex=True, sharey="col")
     counts = sorted({curve.fakes for curve in curves})
+    wide = {level: _wide([curve for curve in curves if curve.level == level]) for level in levels}
     for row, (distance, arm) in enumerate(rows):
         for column, level in enumerate(levels):
             axes = grid[row][column]
             for curve in curves:
                 if (curve.distance, curve.arm, curve.level) == (distance, arm, level):
                     _draw(axes, curve, counts)
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3, which="both")
+            if wide[level]:
+                axes.set_yscale("log")
+            axes.grid(alpha=0.3)
             if row == 0:
                 axes.set_title(names.get(level, f"level {level}"), fontsize=10)
             if column == 0:
@@ -104,6 +106,12 @@ def curves_figure(results: StudyResults) -> bytes | None:
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
+
+
+def _wide(curves: list[Curve]) -> bool:
+    """Whether the values call for a logarithmic axis."""
+    values = [value for curve in curves for value in curve.values.values()]
+    return min(values) > 0 and max(values) > 10 * min(values)
 
 
 def _draw(axes: Axes, curve: Curve, counts: list[int]) -> None:

@@ -62,7 +62,9 @@ def write_video(path: Path, frames: np.ndarray, *, codec: str = "mpeg4", fps: in
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.bit_rate = 400_000
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
         container.mux(stream.encode())
 
 
@@ -78,7 +80,9 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             clip = frames[index * FRAMES : (index + 1) * FRAMES]
             relative = f"{name}/v_{name}_g{index + 1:02d}_c01.avi"
             write_video(root / "UCF-101" / relative, clip)
-            (train if index < PER_CLASS else test).append(relative + (f" {number}" if index < PER_CLASS else ""))
+            (train if index < PER_CLASS else test).append(
+                relative + (f" {number}" if index < PER_CLASS else "")
+            )
     lists = root / "ucfTrainTestlist"
     lists.mkdir()
     (lists / "classInd.txt").write_text("\n".join(classes) + "\n")

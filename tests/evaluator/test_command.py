@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(run, ucf, fakes, protocol, out, *more):
-    assert run("--real", ucf, "--fake", fakes, "--protocol", protocol, "--out", out, "--bootstrap", 0, *more) == 0
+    assert (
+        run("--real", ucf, "--fake", fakes, "--protocol", protocol, "--out", out, "--bootstrap", 0, *more)
+        == 0
+    )
     return json.loads(out.read_text())["results"][0]
 
 
@@ -103,7 +106,9 @@ def test_features_of_reals_are_kept_by_content(run, ucf, fakes, protocol, tmp_pa
     moved = tmp_path / "moved"
     shutil.copytree(ucf, moved)
     again = measure(run, moved, fakes, protocol(), tmp_path / "c.json")
-    assert again["value"] == first["value"] and list(own_cache.iterdir()) == [kept]  # the place does not matter
+    assert again["value"] == first["value"] and list(own_cache.iterdir()) == [
+        kept
+    ]  # the place does not matter
     video = sorted(moved.rglob("*_g01_c01.avi"))[0]
     shutil.copy(sorted(moved.rglob("*_g02_c01.avi"))[-1], video)
     other = measure(run, moved, fakes, protocol(), tmp_path / "d.json")
@@ -114,7 +119,9 @@ def test_features_of_reals_are_kept_by_content(run, ucf, fakes, protocol, tmp_pa
 
 def test_a_changed_protocol_is_marked(run, ucf, fakes, protocol, tmp_path, capsys, first):
     out = tmp_path / "b.json"
-    changed = measure(run, ucf, fakes, protocol(), out, "--num-fakes", 3, "--split", "test", "--stride-fakes", 1)
+    changed = measure(
+        run, ucf, fakes, protocol(), out, "--num-fakes", 3, "--split", "test", "--stride-fakes", 1
+    )
     assert changed["modified"] == ["reals.split train -> test", "fakes.count 4 -> 3"]
     assert changed["sides"]["reals"]["clips"] == 3
     assert changed["identity"] != first["identity"]
@@ -190,27 +197,54 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
         (["--real", "REAL", "--fake", "FAKES"], "--protocol NAME is missing"),
         (["--real", "REAL", "--fake", "FAKES", "--protocol", "stylegan_v/fvd2048_16"], "did you mean"),
         (["--real", "REAL", "--fake", "FAKES", "--protocol", "fvd2048_16f"], "stylegan_v/{"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "hpdm/fvd10k_16f"], "'i3d_torchscript.pt' was not found"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--split", "trian"], "did you mean 'train'"),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "hpdm/fvd10k_16f"],
+            "'i3d_torchscript.pt' was not found",
+        ),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--split", "trian"],
+            "did you mean 'train'",
+        ),
         (["--real", "REAL", "--fake", "nowhere", "--protocol", "PROTOCOL"], "nowhere: does not exist"),
         (["--real", "REAL", "--fake", "EMPTY", "--protocol", "PROTOCOL"], "holds no video"),
         (["--real", "REAL", "--fake", "ONE", "--protocol", "PROTOCOL"], "1 clip can be used"),
-        (["--real", "REAL", "--fake", "PICTURES", "--protocol", "PROTOCOL"], "holds pictures, so it is one video"),
+        (
+            ["--real", "REAL", "--fake", "PICTURES", "--protocol", "PROTOCOL"],
+            "holds pictures, so it is one video",
+        ),
         (["--real", "REAL", "--fake", "FLOATS", "--protocol", "PROTOCOL"], "say --value-range"),
         (
             ["--real", "REAL", "--fake", "FLOATS", "--protocol", "PROTOCOL", "--value-range", "0..1"],
             "from -1 to 1, outside --value-range 0..1",
         ),
-        (["--real", "REAL", "--fake", "ONES", "--protocol", "PROTOCOL"], "all values of all clips are 0 or 1"),
+        (
+            ["--real", "REAL", "--fake", "ONES", "--protocol", "PROTOCOL"],
+            "all values of all clips are 0 or 1",
+        ),
         (["--real", "REAL", "--fake", "MIXED", "--protocol", "PROTOCOL"], "mixed sizes: '0.npy' is 32x32"),
         (["--real", "REAL", "--fake", "SHORT", "--protocol", "PROTOCOL"], "'0.npy' has 15 frames"),
         (["--real", "REAL", "--fake", "CUT", "--protocol", "PROTOCOL"], "3 clips can be used"),
         (["--real", "REAL", "--fake", "SHAPE", "--protocol", "PROTOCOL"], "has the shape [4, 16, 3, 32, 32]"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--num-fakes", "9"], "6 clips can be used"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--lists", "EMPTY"], "holds no train list"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--weights", "no.pt"], "does not exist"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--manifest", "no.json"], "cannot be read"),
-        (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--num-fakes", "1"], "allowed is 2 or more"),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--num-fakes", "9"],
+            "6 clips can be used",
+        ),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--lists", "EMPTY"],
+            "holds no train list",
+        ),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--weights", "no.pt"],
+            "does not exist",
+        ),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--manifest", "no.json"],
+            "cannot be read",
+        ),
+        (
+            ["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--num-fakes", "1"],
+            "allowed is 2 or more",
+        ),
         (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--protocoll", "x"], "unrecognized"),
         (["--metric", "throughput"], "belongs to a trained cell"),
         (["SOMEWHERE", "--fake", "FAKES"], "is measured by --metric"),
