@@ -145,6 +145,7 @@ def run_study(
     from hpdm_core.study.evaluate_only import only_evaluations
     from hpdm_core.study.job import run_job
     from hpdm_core.study.progress import make_display
+    from hpdm_core.study.reporting import report
     from hpdm_core.study.simulated import results_for
     from hpdm_core.study.storage import check_storage
 
@@ -181,7 +182,7 @@ def run_study(
             source=study_text(study, without_passwords(again)),
             storage=study.storage,
             retry_failed=retry_failed,
-            report=_report,
+            report=report,
             planner=search,
             again=without_passwords(again),
             detach=detach,
@@ -274,12 +275,6 @@ def check_writable(folder: Path) -> None:
         raise InputError(
             f"--results {folder}: not writable ({there}: {reason}); allowed: a folder that you may write"
         ) from error
-
-
-def _report(folder: Path) -> str:
-    from hpdm_core.report import write_report
-
-    return str(write_report(folder))
 
 
 def _positive(text: str) -> int:
