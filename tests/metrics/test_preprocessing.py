@@ -76,7 +76,7 @@ def corners(index: int, length: int, wanted: int) -> float:
     return index * (length - 1) / (wanted - 1)
 
 
-SIZES = [(5, 7), (16, 24), (9, 4), (30, 8)]
+SIZES = [(5, 7), (16, 24), (9, 4), (30, 8), (6, 11)]
 
 
 @pytest.mark.parametrize("size", SIZES)
