@@ -37,6 +37,8 @@ CAUSES: tuple[Cause, ...] = (*WRITTEN, "out of memory", "lost node", "preempted"
 BEAT_SECONDS = 15.0
 COLUMNS = {"held_out_loss": {"parents": "clean", "sigma_eff": None}}
 """Columns that the report looks for in a metric's rows."""
+FINISHED = "finished.log"
+"""A line in the train stage's folder for each attempt that came to its end: more than one would be work done twice."""
 POINTS = 100
 """Lines of a finished metrics.jsonl."""
 
@@ -298,6 +300,8 @@ class Toy:
             protocol = {"metric": name, "simulated": "made up, nothing was computed"}
             stage = Store(Path(spec["store"])).stage("evaluations", key)
             self._write(stage, {"rows": rows, "protocol": protocol, "wall_seconds": 0.0, **common})
+        with (self._stage(spec, "train").folder / FINISHED).open("a") as log:
+            log.write(f"{number}\n")
 
     def _stage(self, spec: Mapping[str, Any], kind: Any) -> Any:
         return Store(Path(spec["store"])).stage(kind, spec["keys"][kind])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.errors import InputError
-from hpdm_core.study.ledger import Ledger, LedgerCell
 from hpdm_core.passwords import without_password, without_passwords
+from hpdm_core.study.ledger import Ledger, LedgerCell
 from hpdm_core.study.storage import check_storage
 
 pytestmark = pytest.mark.postgres

@@ -1,0 +1,114 @@
+"""Kill the controller of a simulated study again and again, with SIGKILL, at random moments; then let it finish.
+
+    python kills.py FOLDER STORAGE KILLS SEED        STORAGE: a URL, or "journal"
+
+Run as a program: it forks a controller per kill, which takes a process without threads. Prints JSON: what was found.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpdm_core.config.study_file import StudyConfig, load_study
+from hpdm_core.study import reporting
+from hpdm_core.study.__main__ import run_study
+from hpdm_core.study.backends import BACKENDS
+from hpdm_core.study.ledger import Ledger
+from hpdm_core.study.simulated import FINISHED
+
+STUDY = {
+    "name": "killed",
+    "extends": "tiny_clips",
+    "evaluation": {"metrics": ["held_out_loss"]},
+    "backend": {
+        "use": "simulated",
+        "slots": 8,
+        "failures": {"lost node": 0.03, "code error": 0.02, "preempted": 0.02, "out of memory": 0.02},
+    },
+}
+
+
+def controller(study: StudyConfig, results: Path, log: Path) -> int:
+    """Start a controller in a process of its own and return its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        reporting.report = lambda folder: ""
+        code = run_study(study, results)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    folder, url, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    storage = None if url == "journal" else url
+    chance = random.Random(seed)
+    file, results, log = folder / "killed.yaml", folder / "results", folder / "log"
+    cells = 8 * kills + 40
+    file.write_text(yaml.safe_dump({**STUDY, "storage": storage, "seeds": list(range(cells))}))
+    study = load_study(file, backends=BACKENDS)
+    home = results / "simulated" / "killed"
+    found: dict[str, Any] = {"kills": 0, "unreadable": [], "ahead": [], "done": [], "cells": cells}
+
+    def look() -> Counter[str]:
+        ledger = Ledger(home, study="killed", storage=storage)
+        found["unreadable"] += ledger.notices
+        states = ledger.states()
+        ledger.close()
+        finished = {
+            path.parent.name for path in (home.parent / "store" / "evaluations").glob("*/result.json")
+        }
+        count = Counter(states.values())
+        if count["done"] > len(finished):  # the ledger never says more than the results
+            found["ahead"].append(count["done"] - len(finished))
+        return count
+
+    begin = time.monotonic()
+    usual = 1.5
+    while found["kills"] < kills:
+        started = time.monotonic()
+        pid = controller(study, results, log)
+        time.sleep(chance.uniform(0, usual))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            found["kills"] += 1
+        else:
+            found["ended"] = os.waitstatus_to_exitcode(status)
+        if home.is_dir():
+            count = look()
+            found["done"].append(count["done"])
+            # Late enough that each goes a little further than the last, early enough that all of it is hit.
+            step = found["done"][-1] - (found["done"][-2] if len(found["done"]) > 1 else 0)
+            usual = min(10.0, usual * 1.5) if step < 4 else max(0.3, usual / 1.5)
+        if time.monotonic() - started > 60 or time.monotonic() - begin > 500:
+            break
+    before = sum(look().values())
+    _, status = os.waitpid(controller(study, results, log), 0)
+    found["code"] = os.waitstatus_to_exitcode(status)
+    found["states"] = look()
+    found["before"] = before
+    logs = list((home.parent / "store" / "train").glob(f"*/{FINISHED}"))
+    found["twice"] = [path.parent.name for path in logs if len(path.read_text().split()) > 1]
+    found["trained"] = len(list((home.parent / "store" / "train").glob("*/result.json")))
+    found["seconds"] = time.monotonic() - begin
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
