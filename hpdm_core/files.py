@@ -6,6 +6,7 @@ checkpoints, samples, reports, the ledger's index and the locks are built on the
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import uuid
@@ -21,6 +22,7 @@ __all__ = [
     "of_the_disk",
     "publish",
     "read_json",
+    "sha256_of",
     "sync_folder",
     "trouble_when_unwritable",
     "whole_or_absent",
@@ -134,6 +136,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def publish(source: Path, target: Path) -> None:

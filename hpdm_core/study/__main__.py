@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -20,6 +20,9 @@ from hpdm_core.config.study_file import StudyConfig, load_study
 from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
 from hpdm_core.passwords import without_passwords
 from hpdm_core.study.backends import BACKENDS, make_backend
+
+if TYPE_CHECKING:
+    from hpdm_core.cell import Cell
 
 __all__ = ["build_parser", "main"]
 
@@ -68,6 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", metavar="NAME", help=f"where cells run: {', '.join(BACKENDS)}")
     parser.add_argument(
         "--max-parallel", type=_positive, metavar="N", help="how many cells may be under way at a time"
+    )
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        dest="imports",
+        help="take what is finished in another results folder, by its keys, before anything runs",
     )
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument(
@@ -119,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_parallel=given.max_parallel,
         retry_failed=given.retry_failed,
         evaluate_only=given.evaluate_only,
+        imports=given.imports,
         again=again,
         detach=given.detach,
     )
@@ -132,6 +145,7 @@ def run_study(
     max_parallel: int | None = None,
     retry_failed: bool = False,
     evaluate_only: bool = False,
+    imports: Sequence[Path] = (),
     again: str = "",
     detach: bool = False,
 ) -> int:
@@ -143,6 +157,7 @@ def run_study(
     from hpdm_core.study.cells import cells_of
     from hpdm_core.study.controller import Controller
     from hpdm_core.study.evaluate_only import only_evaluations
+    from hpdm_core.study.import_cells import Importer
     from hpdm_core.study.job import run_job
     from hpdm_core.study.progress import make_display
     from hpdm_core.study.reporting import report
@@ -159,11 +174,17 @@ def run_study(
     results = results_for(use, results.resolve())
     check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
+    importers = [Importer(folder) for folder in imports]
+
+    def take(cell: Cell) -> None:
+        for importer in importers:
+            importer.take(cell)
+
     search = None
     if study.search is not None:
         from hpdm_core.study.search import Search
 
-        search = Search(study, store=results / "store", folder=results / study.name)
+        search = Search(study, store=results / "store", folder=results / study.name, seen=take)
         cells, others = [], []
     if evaluate_only:
         cells, rest = only_evaluations(cells)
@@ -195,7 +216,13 @@ def run_study(
         signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        return controllers[0].run()
+        for cell in cells if importers else ():
+            take(cell)
+        code = controllers[0].run()
+        for importer in importers:
+            for text in importer.lines():
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return code
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])

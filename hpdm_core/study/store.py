@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hpdm_core.errors import HpdmError
-from hpdm_core.files import of_the_disk, publish, read_json, write_json
+from hpdm_core.files import of_the_disk, publish, read_json, sha256_of, write_json
 from hpdm_core.study.failures import kind_of
 from hpdm_core.study.lease import Lease, Process
 
-__all__ = ["Attempt", "Kind", "Stage", "Store", "describe"]
+__all__ = ["Attempt", "Kind", "Stage", "Store", "describe", "is_product"]
 
 Kind = Literal["train", "samples", "evaluations"]
 
@@ -146,12 +146,14 @@ class Attempt:
 
     def finish(self, result: Mapping[str, Any], *, files: Mapping[str, str] | None = None) -> None:
         """Rename ``files`` (name in the attempt -> name in the stage) into place, then write the result,
-        last.
+        last, with the SHA-256 of every file of the stage.
         """
         self.lease.check()
+        folder = self.stage.folder
         for source, target in (files or {}).items():
-            publish(self.folder / source, self.stage.folder / target)
-        write_json(self.stage.folder / "result.json", result)
+            publish(self.folder / source, folder / target)
+        hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if is_product(path)}
+        write_json(folder / "result.json", {**result, "sha256": hashes})
 
     def fail(self, error: BaseException) -> None:
         """Write ``error.json`` and the traceback into the log; on a full disk neither may be possible."""
@@ -176,6 +178,12 @@ class Attempt:
             for entry in (folder / name).glob("*"):
                 if entry.name not in kept:
                     shutil.rmtree(entry, ignore_errors=True)
+
+
+def is_product(path: Path) -> bool:
+    """Whether ``path`` in a stage's folder is a file that the stage made."""
+    other = path.name in ("result.json", "spec.json", "lease.json") or path.name.startswith(".")
+    return not other and path.is_file()
 
 
 def describe(error: BaseException) -> dict[str, Any]:
