@@ -6,6 +6,8 @@ that depends on the number of clips, and it can be negative.
 
 from typing import Any
 
+import numpy as np
+
 from hpdm_core.metrics.frechet import Features, checked_features
 
 __all__ = ["kernel_distance"]
@@ -25,9 +27,13 @@ def kernel_distance(first: Any, second: Any) -> float:
 
 def _kernel_sum(x: Features, y: Features) -> float:
     width = x.shape[1]
-    return float(
-        sum(((x[start : start + _ROWS] @ y.T / width + 1.0) ** 3).sum() for start in range(0, len(x), _ROWS))
-    )
+    total = 0.0
+    for start in range(0, len(x), _ROWS):
+        block = x[start : start + _ROWS] @ y.T
+        block /= width
+        block += 1.0
+        total += float(np.vdot(block * block, block))  # a general power takes ten times as long
+    return total
 
 
 def _kernel_diagonal(x: Features) -> float:
