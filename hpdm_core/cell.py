@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpdm_core import distributed
 from hpdm_core.cell_keys import Keys, Kin
-from hpdm_core.config.keys import canonical_json
+from hpdm_core.config.keys import absent_in, canonical_json
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
@@ -109,6 +109,10 @@ class Cell:
                 if place in remembered:
                     return str(remembered[place])
         return None
+
+    def absent(self) -> list[str]:
+        """Return a line per place that the cell needs, where nothing lies and never lay as far as is known."""
+        return absent_in(self.config, self.plugins, self._known)
 
     @cached_property
     def identity(self) -> str:

@@ -324,6 +324,11 @@ WRONG = [
         )
     ),
     Wrong(
+        "data that were never there",
+        [("data.dataset 'video_folder', option root: 'videoz' does not exist; allowed is an existing",)],
+        text=changed("dataset: synthetic", "dataset: {use: video_folder, root: videoz}"),
+    ),
+    Wrong(
         "storage: nobody answers",
         [("storage: 'redis://***@localhost:1/0' cannot be opened: ",)],
         text=TINY + "storage: redis://me:secret@localhost:1/0\n",

@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "Content",
     "Known",
+    "absent_of",
     "contents_of",
     "fingerprint_files",
     "fingerprint_tree",
@@ -192,6 +193,25 @@ def contents_of(plugins: Plugins, family: str, part: Part, known: Known | None =
                 fingerprint = _fingerprint(plugins, mark, path, known)
                 if fingerprint is not None:
                     found[place_of(path)] = fingerprint
+    return found
+
+
+def absent_of(
+    plugins: Plugins, family: str, part: Part, known: Known | None = None
+) -> list[tuple[str, str, Path]]:
+    """Return (part, option, path) of each path of a marked option at which nothing lies, nor is known to have
+    lain.
+    """
+    found = []
+    for inner, each in plugins.nested(family, part):
+        model = plugins.options(inner, each.use)
+        made, _ = check(model, each.options)
+        for name, mark in marked(model).items() if made is not None else ():
+            found += [
+                (each.use, name, path)
+                for path in _paths(getattr(made, name))
+                if _fingerprint(plugins, mark, path, known) is None
+            ]
     return found
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hpdm_core.config.content import Known, contents_of, keyed_part
+from hpdm_core.config.content import Known, absent_of, contents_of, keyed_part
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.plugins import FAMILIES, Plugins
 
 __all__ = [
+    "absent_in",
     "canonical_json",
     "data_key",
     "evaluation_facts",
@@ -82,6 +83,19 @@ def places_in(config: CellConfig, plugins: Plugins, known: Known | None = None) 
     for family, part in parts_in(config, "model", "diffusion", "data", "training", "sampling"):
         found.update(contents_of(plugins, family, part, known))
     return found
+
+
+def absent_in(config: CellConfig, plugins: Plugins, known: Known | None = None) -> list[str]:
+    """Return a line per path of ``config`` that is taken by its content, where nothing lies or is known to have
+    lain.
+    """
+    sections = ("model", "diffusion", "data", "training", "sampling")
+    return [
+        f"{FAMILIES[family].path} '{use}', option {option}: '{path}' does not exist; allowed is an existing file "
+        "or folder"
+        for family, part in parts_in(config, *sections)
+        for use, option, path in absent_of(plugins, family, part, known)
+    ]
 
 
 def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[str, str]:

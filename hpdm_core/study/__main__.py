@@ -154,7 +154,7 @@ def run_study(
     ``detach`` (slurm) submits what may be submitted and returns.
     """
     from hpdm_core.evaluator.study_metric import lacking
-    from hpdm_core.study.cells import cells_of
+    from hpdm_core.study.cells import cells_of, refuse_absent
     from hpdm_core.study.controller import Controller
     from hpdm_core.study.evaluate_only import only_evaluations
     from hpdm_core.study.import_cells import Importer
@@ -174,6 +174,7 @@ def run_study(
     results = results_for(use, results.resolve())
     check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
+    refuse_absent(cells)
     importers = [Importer(folder) for folder in imports]
 
     def take(cell: Cell) -> None:

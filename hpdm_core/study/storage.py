@@ -232,5 +232,7 @@ def _check_file(file: Path, folder: Path) -> None:
             connection.execute("BEGIN IMMEDIATE")  # asks for the right to write, and writes nothing
             connection.execute("ROLLBACK")
     elif not folder.is_relative_to(file.absolute().parent):  # those are made with the study's folder
-        with tempfile.TemporaryDirectory(prefix=".hpdm-", dir=file.parent):
-            pass
+        try:
+            tempfile.TemporaryDirectory(prefix=".hpdm-", dir=file.parent).cleanup()
+        except OSError as error:  # it names the temporary folder, which says nothing to anybody
+            raise OSError(f"{file.parent}: {error.strerror}") from error

@@ -113,6 +113,34 @@ def test_damage_sets_the_file_aside_and_says_so(tmp_path: Path) -> None:
         assert ledger.states() == {"aaaa": "done", "bbbb": "waiting"}
 
 
+def test_a_record_without_its_end_is_cut_too(tmp_path: Path) -> None:
+    """The next record would be written behind it, on the same line."""
+    open_ledger(tmp_path).sync([(A, "done", 1.0)])
+    journal = tmp_path / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-1])
+    assert mend_journal(journal) is None
+    assert journal.read_bytes() == b"".join(whole.splitlines(keepends=True)[:-1])
+
+
+@pytest.mark.parametrize("rubbish", ["garbage\n", '{"a": 1}\n', "[1]\n", '{"op_code": "x"}\n'])
+def test_damage_with_a_torn_end_is_damage(tmp_path: Path, rubbish: str) -> None:
+    open_ledger(tmp_path).sync([(A, "done", 1.0)])
+    journal = tmp_path / "journal.log"
+    first, *others = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([first, rubbish, *others, '{"op_code":8,"wor']))
+    notice = mend_journal(journal)
+    assert notice is not None and "line 2 is not a record" in notice and not journal.exists()
+
+
+def test_the_newest_record_of_a_cell_is_the_one_that_counts(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    for state in ("running", "failed", "running", "done"):
+        ledger.set(A, state)
+    assert len(ledger.records()) == 2
+    assert open_ledger(tmp_path).states() == {"aaaa": "done"}
+
+
 def test_records_that_make_no_sense_are_damage(tmp_path: Path) -> None:
     open_ledger(tmp_path).sync([(A, "done", 1.0)])
     journal = tmp_path / "journal.log"
