@@ -10,7 +10,7 @@ import numpy as np
 
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.evaluator.extraction import Extracted
-from hpdm_core.metrics.frechet import Features, frechet_distance
+from hpdm_core.metrics.frechet import Features, distance_between, fit_gaussian, frechet_distance
 from hpdm_core.metrics.inception_score import inception_score
 from hpdm_core.metrics.kernel import kernel_distance
 from hpdm_core.metrics.protocol_records import ProtocolRecord
@@ -50,7 +50,12 @@ def measured(
         )
     counts = [count for count in default_counts(len(fakes)) if count > 1 + record.ddof]
     if record.measure == "frechet" and len(set(counts)) >= 3 and len(fakes) >= 2 * GROUPS:
-        found = extrapolate(lambda some: distance(reals, some), fakes, counts=counts, seed=record.seed)
+        reference = fit_gaussian(reals, ddof=record.ddof)  # once, not for every subset of the fakes
+
+        def fitted(some: Features) -> float:
+            return distance_between(reference, fit_gaussian(some, ddof=record.ddof))
+
+        found = extrapolate(fitted, fakes, counts=counts, seed=record.seed)
         made["unlimited"] = {
             **asdict(found),
             "points": {str(count): point for count, point in found.points.items()},
