@@ -112,11 +112,16 @@ class Assembly:
     @cached_property
     def dataset(self) -> ClipDataset:
         """Where clips come from. Opening it may decode videos."""
+        from hpdm_core.data.clip_cache import CachedReader
         from hpdm_core.data.dataset import ClipShape
 
         frames, height, width = self.config.model.video
         clip = ClipShape(frames=frames, height=height, width=width, channels=self.config.model.channels)
         reader = self.plugins.make("video_readers", self.config.data.reader)
+        runtime = self.config.runtime
+        if runtime.clip_cache is not None:
+            limit = int(runtime.clip_cache_size * 2**30)
+            reader = CachedReader(reader, runtime.clip_cache, limit=limit)
         made: ClipDataset = self.plugins.make("datasets", self.config.data.dataset, clip, reader)
         wanted, found = self.config.model.classes, len(made.classes)
         if wanted and found != wanted:  # more would train and sample classes that no clip has

@@ -5,6 +5,7 @@ three keys (`hpdm_core.config.keys`) are hashes of parts of this form. Parts kee
 so that a changed default changes the key.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
@@ -203,7 +204,13 @@ class RuntimeConfig(Frozen):
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     prefetch: Annotated[int, Field(ge=0)] = 0
-    """Training batches prepared ahead in a thread; 0 for none."""
+    """Training batches prepared ahead in a thread, or by each worker; 0 for none (a worker: 2)."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that make training batches; 0 for none. The batches are the same."""
+    clip_cache: Path | None = None
+    """Folder in which decoded, resized frames of video files are kept, by content; may be shared."""
+    clip_cache_size: Annotated[float, Field(gt=0)] = 20.0
+    """Most GiB in that folder; what was used longest ago goes first."""
 
 
 class CellConfig(Frozen):

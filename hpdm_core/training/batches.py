@@ -8,15 +8,18 @@ state.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hpdm_core.config.schema import CellConfig
+from hpdm_core.data.loader import in_processes
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import level_patch
 from hpdm_core.randomness import generator, normal
@@ -24,7 +27,10 @@ from hpdm_core.randomness import generator, normal
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Batch", "TrainingBatches", "prefetched"]
+__all__ = ["Batch", "TrainingBatches", "loaded", "prefetched"]
+
+WORKER_AHEAD = 2
+"""Batches that a worker process prepares ahead where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,29 @@ class _Video:
 
 def _chance(probability: float, *key: int | str) -> bool:
     return float(torch.rand((), generator=generator(*key))) < probability
+
+
+def loaded(assembly: Assembly, steps: range, *, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Yield the batches of ``steps`` in order, made as ``runtime`` says: by worker processes, a thread, or
+    here.
+
+    They are the same in each case. ``rows``: see `TrainingBatches`.
+    """
+    runtime = assembly.config.runtime
+    if runtime.workers == 0:
+        yield from prefetched(TrainingBatches(assembly, rows), steps, ahead=runtime.prefetch)
+        return
+    spec = assembly.config.model_dump(mode="json")
+    build = functools.partial(_rebuilt, spec, tuple(assembly.plugins.names), rows)
+    yield from in_processes(build, steps, workers=runtime.workers, ahead=runtime.prefetch or WORKER_AHEAD)
+
+
+def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] | None) -> TrainingBatches:
+    """Return what makes batches, in a worker process."""
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.plugins import build_plugins
+
+    return TrainingBatches(Assembly(CellConfig.model_validate(spec), build_plugins(plugins)), rows)
 
 
 def prefetched(batches: TrainingBatches, steps: range, *, ahead: int) -> Iterator[Batch]:

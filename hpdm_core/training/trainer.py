@@ -31,7 +31,7 @@ from hpdm_core.model.hpdm import HPDM
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.runtime import compiler_problem, prepare_torch, weights_dtype
 from hpdm_core.training import checkpoint as checkpoints
-from hpdm_core.training.batches import Batch, TrainingBatches, prefetched
+from hpdm_core.training.batches import Batch, loaded
 from hpdm_core.training.ema import WeightAverage
 from hpdm_core.training.figures import MemoryMeter, RunningMean
 from hpdm_core.training.metrics_log import MetricsLog
@@ -134,14 +134,9 @@ class Trainer:
         """
         done = self._resume()
         steps = range(done + 1, self.config.steps + 1)
-        ahead = self.assembly.config.runtime.prefetch
         self.started = time.perf_counter()
         # With nothing left to do the dataset is not opened.
-        source: Iterator[Batch] = (
-            prefetched(TrainingBatches(self.assembly, self.rows), steps, ahead=ahead)
-            if steps
-            else (_ for _ in ())
-        )
+        source: Iterator[Batch] = loaded(self.assembly, steps, rows=self.rows) if steps else (_ for _ in ())
         with interruption.deferred(), closing(source):  # type: ignore[type-var]  # both are generators
             tick = time.perf_counter()
             for batch in source:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hpdm_core.assembly import Assembly
+from hpdm_core.config.compose import load_cell
 from hpdm_core.data.dataset import Clip
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator, normal
-from hpdm_core.training.batches import Batch, TrainingBatches, prefetched
+from hpdm_core.training.batches import Batch, TrainingBatches, loaded, prefetched
 
 Make = Callable[..., Assembly]
 MANY = {"video": (2, 4, 6), "patch": (2, 4, 6), "token": (2, 4, 6), "levels": 1}
@@ -173,3 +174,16 @@ def test_closing_early_ends_the_thread(assemble: Make) -> None:
     assert "hpdm-prefetch" in {thread.name for thread in threading.enumerate()}
     running.close()
     assert "hpdm-prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_same_from_any_number_of_worker_processes(workers: int) -> None:
+    def batches(count: int) -> list[Batch]:
+        sets = ["data.dataset=synthetic", "training.batch=2", f"runtime.workers={count}"]
+        sets += ["model.classes=0", "model.video=[4,8,8]", "model.patch=[1,2,2]", "model.token=[1,1,1]"]
+        return list(loaded(load_cell("tiny_clips", sets=sets), range(1, 6), rows=[0, 1]))
+
+    for made, expected in zip(batches(workers), batches(0), strict=True):
+        assert made.step == expected.step
+        for name, tensor in tensors(expected).items():
+            assert torch.equal(tensors(made)[name], tensor), name
