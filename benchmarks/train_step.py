@@ -1,149 +1,192 @@
-"""Where does the time of a training step go?
+"""Where does the time of a training step go, and how much of the machine does it use?
 
-    python benchmarks/train_step.py [--cell tiny_clips] [--set training.batch=16 ...] [--steps 20]
-    [--json]
+    python benchmarks/train_step.py [--cell tiny_clips] [--set training.batch=16 ...] [--steps 20] [--json]
+    python benchmarks/train_step.py --preset hpdm_s [--set training.batch=8] [--steps 1 --settle 0] [--json]
 
-Times the parts of the trainer's own step one after the other, without prefetch: making the batch, noising,
-the first pass (self-conditioning, no gradient), the second pass, loss, backward, clipping, optimizer, weight
-average; and, apart from the step, one checkpoint. Medians over steps, the first 5 left out. Prints a table,
-or one JSON line with machine and versions.
+Two kinds of steps in turns: the trainer's own, whole, for speed; and the same with a stopwatch between its
+parts, for their shares: data (making the batch), tokenize, read, latent, write, fusion (linear maps and
+interpolation), output, the rest of the network, and optimizer (clipping and weight average in it). Forward
+and backward are added. Medians over steps, those of --settle left out. Utilisation is the step's counted
+FLOPs per second, as a share of a large square matrix product measured between the steps; the operations of
+the fusion are those that go when it goes. --preset takes a model's preset, with synthetic data, LAMB and
+batch 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import facts
+from sections import Laps, watched
 
 from hpdm_core import cost
+from hpdm_core.assembly import Assembly
 from hpdm_core.config.compose import load_cell
 from hpdm_core.errors import report_errors
-from hpdm_core.training.batches import TrainingBatches
-from hpdm_core.training.step import joint_loss
+from hpdm_core.training.batches import Batch, TrainingBatches
 from hpdm_core.training.trainer import SETTLING_STEPS, Trainer
 
-PARTS = (
-    "make batch",
-    "noise and loss",
-    "first pass",
-    "second pass",
-    "backward",
-    "clip",
-    "optimizer",
-    "weight average",
+MATMUL = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrix product that stands for what the machine can do."""
+
+PRESET_SETS = (
+    "data.dataset=synthetic",
+    "training.steps=1000",
+    "training.batch=1",
+    "training.learning_rate=0.005",
+    "training.warmup=100",
+    "training.optimizer=lamb",
 )
 
 
 class Clock:
-    """Adds up seconds per part of a step, waiting for the device at each end."""
+    """Seconds since the last call, waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.lap()
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time the block as ``name``."""
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[name] += time.perf_counter() - start
-
-    def _wait(self) -> None:
+    def lap(self) -> float:
+        """Return the seconds since the last call."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        before, self.since = getattr(self, "since", 0.0), time.perf_counter()
+        return self.since - before
 
 
-def measure(trainer: Trainer, steps: int) -> dict[str, float]:
-    """Train ``steps`` settled steps; return the median seconds of each part."""
-    make, clock = TrainingBatches(trainer.assembly), Clock(trainer.device)
-    forward, rows = trainer.model.forward, []
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of the large product, best of 3."""
+    size = MATMUL.get(device.type, 2048)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    clock, times = Clock(device), []
+    for _ in range(4):
+        clock.lap()
+        left @ right
+        times.append(clock.lap())
+    return 2 * size**3 / min(times[1:])
 
-    def timed(entries: Any, contexts: Any = None) -> Any:
-        with clock.part("second pass" if torch.is_grad_enabled() else "first pass"):
-            return forward(entries, contexts)
 
-    trainer.model.forward = timed
-    for step in range(1, SETTLING_STEPS + steps + 1):
-        clock.seconds = dict.fromkeys(PARTS, 0.0)
-        with clock.part("make batch"):
-            batch = make(step).to(trainer.device)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        with clock.part("noise and loss"):
-            loss = joint_loss(trainer.assembly, trainer.model, batch)
-        clock.seconds["noise and loss"] -= clock.seconds["first pass"] + clock.seconds["second pass"]
-        with clock.part("backward"):
-            loss.total.backward()
-        with clock.part("clip"):
-            trainer._clip()
-        with clock.part("optimizer"):
-            trainer.optimizer.step()
-        with clock.part("weight average"):
-            trainer.average.update(trainer.model)
-        rows.append(clock.seconds)
-    trainer.model.forward = forward
-    return {name: statistics.median(row[name] for row in rows[SETTLING_STEPS:]) for name in PARTS}
+def step_parts(trainer: Trainer, batch: Batch, laps: Laps) -> dict[str, float]:
+    """Make one step with the stopwatch; return the seconds of its parts."""
+    clip = trainer.strategy.clip
+
+    def clipped(*arguments: Any) -> float:
+        laps.enter("optimizer")
+        return clip(*arguments)
+
+    trainer.strategy.clip = clipped  # type: ignore[method-assign]
+    laps.clear()
+    try:
+        with watched(trainer.model, laps):
+            trainer._step(batch)
+    finally:
+        trainer.strategy.clip = clip  # type: ignore[method-assign]
+    laps.enter("optimizer")
+    return laps.seconds
+
+
+def measure(trainer: Trainer, *, steps: int, settle: int) -> dict[str, Any]:
+    """Time ``steps`` pairs of steps after ``settle`` pairs."""
+    make, laps, clock = TrainingBatches(trainer.assembly), Laps(trainer.device), Clock(trainer.device)
+    bf16 = trainer.model.execution.matmul_dtype
+    parts: list[dict[str, float]] = []
+    whole, rates = [], []
+    for number in range(settle + steps):
+        clock.lap()
+        first = make(2 * number + 1)
+        data = clock.lap()
+        trainer._step(first)
+        whole.append(data + clock.lap())
+        second = make(2 * number + 2)
+        timed = step_parts(trainer, second, laps)
+        parts.append({"data": data, **timed})
+        rates.append(matmul_rate(trainer.device, bf16 or trainer.dtype))
+    names = parts[0]
+    return {
+        "seconds": {name: statistics.median(row[name] for row in parts[settle:]) for name in names},
+        "step_seconds": statistics.median(whole[settle:]),
+        "matmul_flops_per_second": statistics.median(rates[settle:]),
+    }
+
+
+def fusion_flops(sets: Sequence[str], source: str, whole: int) -> float:
+    """Return the share of a step's operations that the context fusion has."""
+    bare = [*sets, "model.context_fusion={use: none, coordinates: false}"]
+    return 1 - cost.training_flops(load_cell(source, sets=bare)) / whole
+
+
+def load(given: argparse.Namespace) -> tuple[str, list[str], Assembly]:
+    """Return the cell's source, its overrides, and the cell."""
+    source = given.preset or given.cell
+    sets = [*(PRESET_SETS if given.preset else ()), *given.set]
+    return source, sets, load_cell(source, sets=sets)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", default="tiny_clips", help="a preset's name or a study file")
+    parser.add_argument("--cell", default="tiny_clips", help="a whole preset's name or a study file")
+    parser.add_argument("--preset", metavar="NAME", help="a model's preset: hpdm_s, hpdm_m, hpdm_l")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, repeatable"
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each kind that are timed")
+    parser.add_argument("--settle", type=int, default=SETTLING_STEPS, help="first steps that do not count")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)
-    assembly = load_cell(given.cell, sets=given.set)
+    source, sets, assembly = load(given)
+    batch, flops = assembly.config.training.batch, cost.training_flops(assembly)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(assembly, folder=Path(folder))
-        parts = measure(trainer, given.steps)
-        start = time.perf_counter()
-        trainer._save(1)
-        checkpoint = time.perf_counter() - start
-    whole, batch, flops = sum(parts.values()), assembly.config.training.batch, cost.training_flops(assembly)
+        found = measure(trainer, steps=given.steps, settle=given.settle)
+        if not given.preset:
+            clock = Clock(trainer.device)
+            trainer._save(1)
+            found["checkpoint_seconds"] = clock.lap()
+    total = sum(found["seconds"].values())
+    rate = flops / found["step_seconds"]
     result = {
         "benchmark": "train_step",
-        "cell": given.cell,
+        "cell": source,
         "set": given.set,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
         "batch": batch,
-        "seconds": parts,
-        "step_seconds": whole,
-        "videos_per_second": batch / whole,
+        "precision": assembly.config.runtime.precision,
+        **found,
+        "shares": {name: seconds / total for name, seconds in found["seconds"].items()},
+        "videos_per_second": batch / found["step_seconds"],
         "flops_per_step": flops,
-        "flops_per_second": flops / whole,
-        "checkpoint_seconds": checkpoint,
+        "fusion_flops_share": fusion_flops(sets, source, flops),
+        "flops_per_second": rate,
+        "utilisation": rate / found["matmul_flops_per_second"],
         "peak_memory_bytes": trainer.memory.peak(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **facts(trainer.device),
     }
     if given.json:
         print(json.dumps(result))
         return 0
-    print(f"{given.cell}: batch {batch} on {trainer.device}, {torch.get_num_threads()} thread(s)")
-    for name, seconds in parts.items():
-        print(f"{name:<16} {1e3 * seconds:>9.2f} ms {seconds / whole:>6.1%}")
+    print(f"{source}: batch {batch} on {result['device']}, {result['threads']} thread(s)")
+    for name, seconds in found["seconds"].items():
+        print(f"{name:<24} {1e3 * seconds:>9.2f} ms {seconds / total:>6.1%}")
+    speed = f"{batch / found['step_seconds']:.2f} videos/s"
+    print(f"{'step, no stopwatch':<24} {1e3 * found['step_seconds']:>9.2f} ms  {speed}")
     print(
-        f"{'step':<16} {1e3 * whole:>9.2f} ms        {batch / whole:.1f} videos/s, {flops / whole:.3g} FLOP/s"
+        f"fusion: {result['shares']['fusion']:.1%} of the time, {result['fusion_flops_share']:.1%} of the FLOPs"
     )
-    print(f"{'checkpoint':<16} {1e3 * checkpoint:>9.2f} ms")
+    print(
+        f"{rate:.3g} of {found['matmul_flops_per_second']:.3g} FLOP/s of a large matrix product: "
+        f"utilisation {result['utilisation']:.1%}"
+    )
+    if "checkpoint_seconds" in found:
+        print(f"{'checkpoint':<24} {1e3 * found['checkpoint_seconds']:>9.2f} ms")
     return 0
 
 
