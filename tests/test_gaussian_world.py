@@ -215,7 +215,7 @@ def test_dataset_draws_clips_of_the_law():
     assert world.describe()["exponent"] == 4.0
 
 
-def tiny_cell(steps):
+def tiny_cell(steps, sets=()):
     """A network of a few thousand weights in this world: 2 levels, patches of 2x4x4."""
     return load_cell(
         {
@@ -244,13 +244,14 @@ def tiny_cell(steps):
             "data": {"dataset": "gaussian_world"},
             "training": {"steps": steps, "batch": 16, "learning_rate": 4e-3, "warmup": 5},
             "runtime": {"prefetch": 0, "threads": 1},
-        }
+        },
+        sets=sets,
     )
 
 
-def held_out(assembly, denoiser):
+def held_out(assembly, denoiser, patches=48):
     """The metric's rows as {(parents, level, sigma_eff): loss}: the same patches and noise for all."""
-    metric = HeldOutLoss(patches=48, split="held_out", sigmas=(0.1, 0.3, 1.0), self_conditioning=True)
+    metric = HeldOutLoss(patches=patches, split="held_out", sigmas=(0.1, 0.3, 1.0), self_conditioning=True)
     context = SimpleNamespace(
         assembly=assembly,
         denoiser=denoiser,
@@ -293,3 +294,28 @@ def test_longer_training_comes_close_to_the_best_loss():
     excess = [trained[key] / bayes[key] - 1 for key in bayes]
     assert min(excess) > -0.01
     assert sum(excess) / len(excess) < 0.35
+
+
+@pytest.mark.slow
+def test_training_at_three_levels_approaches_the_best_loss_and_never_passes_it():
+    """Patches of 4x8x8 in a video of 16x32x32: the same, where a child has two parents."""
+    sizes = ["model.video=[16, 32, 32]", "model.patch=[4, 8, 8]", "model.token=[1, 2, 2]", "model.levels=3"]
+    widths = ["model.blocks=3", "model.token_dim=32"]
+    excess, bayes = {}, None
+    for steps in (8, 100):
+        assembly = tiny_cell(steps, [*sizes, *widths])
+        assert assembly.levels_per_block == (1, 2, 3)
+        if bayes is None:
+            exact = GaussianDenoiser(assembly.dataset.field, assembly.pyramid, assembly.sigma_in)
+            bayes = held_out(assembly, exact, patches=12)
+        trainer = Trainer(assembly)
+        trainer.run()
+        trained = held_out(assembly, assembly.denoiser(trainer.ema_model), patches=12)
+        excess[steps] = {key: trained[key] / bayes[key] - 1 for key in bayes}
+    assert {level for _, level, _ in excess[8]} == {0, 1, 2}
+    assert min(min(values.values()) for values in excess.values()) > -0.01
+    for level in range(3):
+        before, after = (
+            sum(value for key, value in values.items() if key[1] == level) for values in excess.values()
+        )
+        assert 0 < after < 0.8 * before
