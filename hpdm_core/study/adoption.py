@@ -1,14 +1,17 @@
 """Jobs that another controller started, perhaps through another backend: each is asked through its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 from hpdm_core.files import read_json
 from hpdm_core.study.jobs import Backend, Clock, Job
 from hpdm_core.study.local import Local, LocalOptions
+from hpdm_core.study.retries import Outcome
 from hpdm_core.study.slurm import Slurm, SlurmOptions
 from hpdm_core.study.states import Seen
+from hpdm_core.study.tasks import jobs_in
 
-__all__ = ["Keepers", "end_jobs"]
+__all__ = ["Keepers", "end_jobs", "end_strangers"]
 
 GRACE_SECONDS = 8.0
 POLL_SECONDS = 0.05
@@ -85,6 +88,20 @@ def end_jobs(keepers: Keepers, jobs: Sequence[Job], *, clock: Clock, grace: floa
     if left:
         keepers.cancel(left, now=True)
         _wait(keepers, left, clock, grace)
+
+
+def end_strangers(
+    jobs: Path, wanted: Collection[str], keepers: Keepers, *, clock: Clock, say: Callable[[str], None]
+) -> None:
+    """End what runs below the folder ``jobs`` for cells that are not among the ``wanted``."""
+    folders = [path for path in jobs.iterdir() if path.name not in wanted]
+    newest = [job for path in folders for job in jobs_in(path, path.name)[-1:]]
+    candidates = [job for job in newest if Outcome.read(job) is None]
+    seen = keepers.poll(candidates) if candidates else {}
+    running = [job for job in candidates if seen[job.id].phase != "over"]
+    if running:
+        say(f"ending {len(running)} workers of cells that the study no longer has")
+        end_jobs(keepers, running, clock=clock)
 
 
 def _wait(keepers: Keepers, jobs: Sequence[Job], clock: Clock, seconds: float) -> list[Job]:

@@ -9,7 +9,7 @@ be killed at any moment and started again, and adopts the jobs that outlived it.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ from hpdm_core.config.study_file import Budget
 from hpdm_core.errors import HpdmError
 from hpdm_core.files import write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.study.adoption import Keepers, end_jobs
+from hpdm_core.study.adoption import Keepers, end_jobs, end_strangers
 from hpdm_core.study.attempts import Attempts
 from hpdm_core.study.budget import Spending
 from hpdm_core.study.jobs import Backend, Job, Planner
 from hpdm_core.study.ledger import Ledger
 from hpdm_core.study.locking import folder_trouble, locked
-from hpdm_core.study.overview import Overview
+from hpdm_core.study.overview import Overview, detached, interrupted, shortfalls
 from hpdm_core.study.planning import blocked, plan, smaller
 from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
 from hpdm_core.study.retries import Outcome, mark_of, micro_batch, pause, refusal, try_again
 from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
-from hpdm_core.study.tasks import Task, jobs_in, last_lines, shared_stages
+from hpdm_core.study.tasks import Task, last_lines, shared_stages
 
 __all__ = ["CANCEL", "Controller"]
 
@@ -110,7 +110,8 @@ class Controller:
                 self._end_workers()
                 self.overview.write_index(force=True)
                 self.display.close()
-                return self._interrupted()
+                self._say(interrupted(self.tasks, self.again))
+                return 130
             except BaseException:
                 self._end_workers(silently=True)
                 raise
@@ -119,7 +120,8 @@ class Controller:
                 self.display.close()
             self.overview.write_index(force=True)
             if self.detach and self.attempts.tasks:
-                return self._detached()
+                self._say(detached(len(self.attempts.tasks), len(self._planned), self.again))
+                return 0
             self._finish()
         missed = any(task.state != "done" and task.cause != "pruned" for task in self.tasks)
         return 1 if self.trouble or missed else 0
@@ -139,7 +141,8 @@ class Controller:
         (self.folder / "jobs").mkdir(exist_ok=True)
         self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
         self.overview.listed = None if self.planner is None else self.planner.rows
-        self._end_strangers()
+        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
+        end_strangers(self.folder / "jobs", wanted, self.keepers, clock=self.clock, say=self.display.line)
         present = {path.name for path in (self.folder / "jobs").iterdir()}
         for task in self.tasks:
             self._plan(task, has_jobs=task.cell.identity in present)
@@ -153,18 +156,6 @@ class Controller:
         for task in tasks:  # the report tells older results from these
             planned = {**versions(), "plugins": task.cell.plugins.versions()}
             write_json(self.folder / "versions.json", planned)
-
-    def _end_strangers(self) -> None:
-        """End jobs of cells that the study no longer has."""
-        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
-        folders = [path for path in (self.folder / "jobs").iterdir() if path.name not in wanted]
-        newest = [job for path in folders for job in jobs_in(path, path.name)[-1:]]
-        candidates = [job for job in newest if Outcome.read(job) is None]
-        seen = self.keepers.poll(candidates) if candidates else {}
-        running = [job for job in candidates if seen[job.id].phase != "over"]
-        if running:
-            self.display.line(f"ending {len(running)} workers of cells that the study no longer has")
-            end_jobs(self.keepers, running, clock=self.clock)
 
     def _plan(self, task: Task, *, has_jobs: bool) -> None:
         if plan(task, self.attempts, retry_failed=self.retry_failed, has_jobs=has_jobs):
@@ -375,7 +366,7 @@ class Controller:
         progress = dict(self.attempts.progress)
         if self.backend.attached:
             for task in self.attempts.tasks.values():
-                progress[task] = _of_stage(task)
+                progress[task] = task.stage_progress()
         slots = len(self.attempts.tasks) + max(0, self.backend.room(self.attempts.jobs()))
         self.overview.show(progress, slots=slots, now=self.clock.monotonic(), force=force)
 
@@ -399,28 +390,12 @@ class Controller:
             self.attempts.drop(task)
             self._set(task, state, "" if state == "done" else reason, cause, settled=True)
 
-    def _interrupted(self) -> int:
-        done = sum(task.state == "done" for task in self.tasks)
-        self.display.line(
-            f"interrupted: {done} of {len(self.tasks)} cells done, and nothing of the work is lost."
-        )
-        self.display.line(f"To go on, give the same command again:\n  {self.again}")
-        return 130
-
-    def _detached(self) -> int:
-        left = len(self._planned)
-        more = f"; {left} more are submitted when the command is given again" if left else ""
-        self.display.line(f"submitted: {len(self.attempts.tasks)} cells are queued or running{more}.")
-        self.display.line(f"To collect, retry and go on, give the command again:\n  {self.again}")
-        return 0
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.display.line(line)
 
     def _finish(self) -> None:
-        for task in self.tasks:
-            if task.state in ("failed", "interrupted", "cancelled") and task.cause != "pruned":
-                for line in task.reason.splitlines():
-                    self.display.line(f"{task.state}: {task.cell.name}: {line} (log: {task.log})")
-                for line in task.tail.splitlines():
-                    self.display.line(f"    | {line}")
+        self._say(shortfalls(self.tasks))
         stop = self.spending.exhausted(self._failures)
         if stop and any(task.state != "done" for task in self.tasks):
             self.trouble = True
@@ -434,10 +409,3 @@ class Controller:
                     self.display.line(f"error: report: {message}")
         if self.tasks:
             Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)
-
-
-def _of_stage(task: Task) -> Mapping[str, Any]:
-    for step in task.cell.missing():
-        # The first missing stage. Unclaimed, its newest heartbeat is that of an attempt that has ended.
-        return (step.stage.progress() or {}) if step.stage.holder() is not None else {}
-    return {}

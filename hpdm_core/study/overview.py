@@ -13,7 +13,7 @@ from hpdm_core.files import write_bytes
 from hpdm_core.study.progress import Display, Row, seconds_left, span
 from hpdm_core.study.tasks import Task
 
-__all__ = ["Overview", "index_row", "summary"]
+__all__ = ["Overview", "detached", "index_row", "interrupted", "shortfalls", "summary"]
 
 SHARE = 20.0
 """What costs t seconds is not done again before 20 t have passed: thousands of rows are shown less often."""
@@ -121,3 +121,32 @@ def summary(counts: Mapping[Any, int], total: int) -> str:
         if counts.get(state):
             parts.append(f"{counts[state]} {state}")
     return ", ".join(parts)
+
+
+def interrupted(tasks: Sequence[Task], again: str) -> list[str]:
+    """Return the last words after Ctrl-C."""
+    done = sum(task.state == "done" for task in tasks)
+    return [
+        f"interrupted: {done} of {len(tasks)} cells done, and nothing of the work is lost.",
+        f"To go on, give the same command again:\n  {again}",
+    ]
+
+
+def detached(under_way: int, left: int, again: str) -> list[str]:
+    """Return the last words of a command that leaves its jobs alone."""
+    more = f"; {left} more are submitted when the command is given again" if left else ""
+    return [
+        f"submitted: {under_way} cells are queued or running{more}.",
+        f"To collect, retry and go on, give the command again:\n  {again}",
+    ]
+
+
+def shortfalls(tasks: Sequence[Task]) -> list[str]:
+    """Return a line for each cell that ended without its results, and where to look."""
+    lines = []
+    for task in tasks:
+        if task.state in ("failed", "interrupted", "cancelled") and task.cause != "pruned":
+            first = f"{task.state}: {task.cell.name}: "
+            lines += [f"{first}{line} (log: {task.log})" for line in task.reason.splitlines()]
+            lines += [f"    | {line}" for line in task.tail.splitlines()]
+    return lines

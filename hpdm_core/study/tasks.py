@@ -78,6 +78,16 @@ class Task:
         """Take the newest attempts at the missing ``steps`` for what was there before."""
         self.before = {step.stage.folder: step.stage.newest() for step in steps}
 
+    def stage_progress(self) -> Mapping[str, Any]:
+        """Return the heartbeat of the first missing stage, for jobs in this process, which have none of their own.
+
+        Unclaimed, a stage's newest heartbeat is that of an attempt that has ended.
+        """
+        for step in self.cell.missing()[:1]:
+            if step.stage.holder() is not None:
+                return step.stage.progress() or {}
+        return {}
+
     def error(self, steps: Sequence[Step]) -> Mapping[str, Any] | None:
         """Return what the attempt under way, or one at its missing stages since it began, wrote when it failed."""
         own = None if self.job is None else read_json(self.job.folder / "error.json")
