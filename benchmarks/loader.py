@@ -1,33 +1,41 @@
-"""How many clips per second does a dataset give, drawn one after the other as training does?
+"""How fast do clips come from video files, and does a training step wait for them?
 
-    python benchmarks/loader.py [--size 16x64x64] [--seconds 2] [--dataset NAME ...] [--json]
+    python benchmarks/loader.py [--size 64x240x320] [--seconds 3] [--files 8] [--workers 2] [--step-ms 100]
+    [--json]
 
-`sample_clips` and `synthetic` are at hand; `video_folder` is timed on two formats that the benchmark writes:
-H.264 with a key frame every 12 frames, and MPEG-4 in AVI like UCF-101's files, 320 x 240 pixels, more files
-than its cache of decoded frames holds at that size only if --files is large. Prints a table, or one JSON line
-with machine and versions.
+Writes two folders of videos, 150 frames of 240 x 320 pixels: H.264 with a key frame every 12 frames, and
+MPEG-4 in AVI like UCF-101's files. One core draws clips from each, one after the other, as training does:
+`cold` decodes every clip (the dataset's own memory of frames is off), `cached` finds its frames in the clip
+cache on disk (`runtime.clip_cache`) after one round that filled it. Then a trainer that takes `--step-ms` for
+a step of `--batch` clips asks for batches made here, by a thread, and by `--workers` processes: `wait` is what
+a step waits for its batch, the first ones left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import av
 import torch
+from machine import facts
 
+from hpdm_core.config.compose import load_cell
+from hpdm_core.data import file_clips
+from hpdm_core.data.clip_cache import CachedReader
 from hpdm_core.data.dataset import ClipDataset, ClipShape
+from hpdm_core.errors import report_errors
 from hpdm_core.randomness import generator
+from hpdm_core.training.batches import loaded
 from hpdm_plugins.readers_pyav import PyAVReader
-from hpdm_plugins.sample_clips import SampleClips
 from hpdm_plugins.synthetic import Synthetic
 from hpdm_plugins.video_folder import video_folder
 
@@ -35,6 +43,8 @@ CODECS = {
     "h264": ("mp4", "libx264", {"g": "12", "preset": "veryfast"}),
     "mpeg4": ("avi", "mpeg4", {"g": "12", "qscale": "4"}),
 }
+SETTLING = 4
+GIB = 2**30
 
 
 def write_folder(root: Path, codec: str, files: int) -> Path:
@@ -55,66 +65,111 @@ def write_folder(root: Path, codec: str, files: int) -> Path:
     return folder
 
 
-def timed(build: Callable[[], ClipDataset], seconds: float) -> dict[str, float]:
-    """Open a dataset and draw for ``seconds``; return the times."""
-    start = time.perf_counter()
-    dataset = build()
-    opened = time.perf_counter() - start
-    each = []
+def draws(dataset: ClipDataset, seconds: float) -> dict[str, float]:
+    """Draw for ``seconds``; return clips per second of processor time and of the clock."""
+    each, begun = [], time.process_time()
     while sum(each) < seconds or len(each) < 3:
         start = time.perf_counter()
         dataset.draw("train", generator("benchmark", "draw", len(each)))
         each.append(time.perf_counter() - start)
     return {
-        "open_seconds": opened,
         "clips_per_second": len(each) / sum(each),
+        "clips_per_cpu_second": len(each) / (time.process_time() - begun),
         "median_ms": 1e3 * statistics.median(each),
-        "slowest_ms": 1e3 * max(each),
-        "clips": len(each),
     }
+
+
+def folder_rows(shape: ClipShape, root: Path, cache: Path, seconds: float) -> dict[str, dict[str, float]]:
+    """Time one folder, decoding and from the cache."""
+    file_clips.FrameCache.__init__.__defaults__ = (0,)  # type: ignore[attr-defined]  # every draw reads
+    plain = video_folder(shape, PyAVReader(), root=root)
+    kept = video_folder(shape, CachedReader(PyAVReader(), cache, limit=20 * GIB), root=root)
+    cold = draws(plain, seconds)
+    draws(kept, 3 * seconds)  # fills the cache
+    return {"cold": cold, "cached": draws(kept, seconds)}
+
+
+def waits(given: argparse.Namespace, root: Path, cache: Path) -> dict[str, float]:
+    """Return the median milliseconds that a step waits for its batch, by how batches are made."""
+    frames, height, width = given.size.split("x")
+    sets = [
+        f"data.dataset={{use: video_folder, root: {root}}}",
+        "model.classes=0",
+        f"model.video=[{frames},{height},{width}]",
+        f"model.patch=[{int(frames) // 4},{int(height) // 4},{int(width) // 4}]",
+        "model.token=[1,1,1]",
+        f"training.batch={given.batch}",
+    ]
+    ways = {
+        "here": ["runtime.prefetch=0"],
+        "thread": ["runtime.prefetch=2"],
+        "workers": [f"runtime.workers={given.workers}"],
+        "workers, cached": [f"runtime.workers={given.workers}", f"runtime.clip_cache={cache}"],
+    }
+    found = {}
+    for way, more in ways.items():
+        source = loaded(load_cell("tiny_clips", sets=[*sets, *more]), range(1, given.steps + SETTLING + 1))
+        each = []
+        for _ in itertools.repeat(None, given.steps + SETTLING):
+            start = time.perf_counter()
+            next(source)
+            each.append(time.perf_counter() - start)
+            time.sleep(given.step_ms / 1e3)  # a GPU at work leaves the processor alone
+        source.close()  # type: ignore[attr-defined]  # a generator
+        found[way] = 1e3 * statistics.median(each[SETTLING:])
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("sample_clips", "synthetic", "video_folder_h264", "video_folder_mpeg4")
-    parser.add_argument("--size", default="16x64x64", help="frames x height x width of a clip")
-    parser.add_argument("--seconds", type=float, default=2.0, help="drawing time per dataset")
-    parser.add_argument("--files", type=int, default=8, help="files of each written folder")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--dataset", nargs="+", choices=names, default=names)
+    parser.add_argument("--size", default="64x240x320", help="frames x height x width of a clip")
+    parser.add_argument("--seconds", type=float, default=3.0, help="drawing time per folder and way")
+    parser.add_argument("--files", type=int, default=8, help="files of each folder")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step, when waiting is timed")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="what a step takes by itself")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     shape = ClipShape(*(int(side) for side in given.size.split("x")))
-    reader = PyAVReader()
-    rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in given.dataset:
-            if name == "sample_clips":
-                build: Callable[[], ClipDataset] = lambda: SampleClips(shape, reader)  # noqa: E731
-            elif name == "synthetic":
-                build = lambda: Synthetic(shape, reader)  # noqa: E731
-            else:
-                root = write_folder(Path(folder), name.removeprefix("video_folder_"), given.files)
-                build = lambda root=root: video_folder(shape, reader, root=root)  # noqa: E731
-            rows[name] = timed(build, given.seconds)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        roots = {codec: write_folder(folder, codec, given.files) for codec in CODECS}
+        for codec, root in roots.items():
+            rows[codec] = folder_rows(shape, root, folder / "cache", given.seconds)
+        waited = waits(given, roots["h264"], folder / "cache")
+    result = {
+        "benchmark": "loader",
+        "size": given.size,
+        "files": given.files,
+        "folders": rows,
+        "batch": given.batch,
+        "step_ms": given.step_ms,
+        "workers": given.workers,
+        "wait_ms": waited,
+        **facts(),
+        "av": av.__version__,
+    }
     if given.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-        versions = {"torch": torch.__version__, "av": av.__version__}
-        about = {"benchmark": "loader", "size": given.size, "threads": given.threads, "files": given.files}
-        print(json.dumps({**about, "datasets": rows, **machine, **versions}))
+        print(json.dumps(result))
         return 0
-    print(f"clips of {given.size}, {given.threads} thread(s)")
-    print(f"{'dataset':<20} {'open s':>8} {'clips/s':>9} {'median ms':>10} {'slowest ms':>11}")
-    for name, row in rows.items():
-        print(
-            f"{name:<20} {row['open_seconds']:>8.2f} {row['clips_per_second']:>9.1f} "
-            f"{row['median_ms']:>10.2f} {row['slowest_ms']:>11.1f}"
-        )
+    print(f"clips of {given.size} from {given.files} files of 240x320, one core")
+    print(f"{'':<16}{'clips/s':>9}{'clips/CPU s':>13}{'median ms':>11}")
+    for codec, ways in rows.items():
+        for way, row in ways.items():
+            print(
+                f"{codec + ' ' + way:<16}{row['clips_per_second']:>9.1f}{row['clips_per_cpu_second']:>13.1f}"
+                f"{row['median_ms']:>11.2f}"
+            )
+    print(f"steps of {given.step_ms:g} ms and {given.batch} clips wait, median ms:")
+    for way, wait in waited.items():
+        print(f"{way:<16}{wait:>9.2f}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(report_errors(main))
