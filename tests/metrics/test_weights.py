@@ -221,6 +221,10 @@ def test_scopes_numbers_of_batches_and_wrappers_are_taken_off(tmp_path: Path) ->
         for name, value in export(source, I3D_NAMINGS["tensorflow"]).items()
     }
     assert "RGB/inception_i3d/Mixed_5b/Branch_2/Conv3d_0a_3x3/conv_3d/w:0" in graph
+    kernel = graph[
+        "RGB/inception_i3d/Mixed_5b/Branch_2/Conv3d_0a_3x3/conv_3d/w:0"
+    ]  # time, height, width, in, out
+    assert torch.equal(kernel, wanted["Mixed_5b.b2b.conv3d.weight"].permute(2, 3, 4, 1, 0))
     videogpt = source.state_dict()  # with its num_batches_tracked
     forms = {
         "tensorflow": graph,
