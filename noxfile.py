@@ -1,7 +1,10 @@
-"""The project's chores: ``nox -s study -- FILE [options]``, ``nox -s tests``, ``nox -s lint``, ``nox -s types``.
+"""The project's chores: ``nox -s study -- FILE [options]``, ``nox -s tests``, ``nox -s slurm``, ``nox -s lint``,
+``nox -s types``.
 
 Environments are made once and reused; every version comes from constraints.txt.
 """
+
+import os
 
 import nox
 
@@ -34,6 +37,18 @@ def tests(session: nox.Session) -> None:
     # One thread per worker: two workers on two cores beat one worker with two threads.
     arguments = session.posargs or ["-n", "2", "-m", "not slow and not slurm", "-q"]
     session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def slurm(session: nox.Session) -> None:
+    """Start a real SLURM of two nodes on this machine (Debian or Ubuntu, as root) and run its tests."""
+    if os.getuid() != 0:
+        session.skip("a SLURM of its own takes root, to install and to start its daemons; nothing was tested")
+    install(session, "test")
+    session.run("python", "tests/slurm/cluster.py", "install")
+    arguments = session.posargs or ["-q", "-rs"]
+    environment = {"OMP_NUM_THREADS": "1", "HPDM_SLURM": "required"}
+    session.run("python", "-m", "pytest", "-m", "slurm", "tests/slurm", *arguments, env=environment)
 
 
 @nox.session

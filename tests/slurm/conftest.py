@@ -63,6 +63,8 @@ def slurm() -> Iterator[Any]:
     try:
         made = stack.__enter__()
     except cluster.Missing as error:
+        if os.environ.get("HPDM_SLURM") == "required":
+            pytest.fail(str(error))
         pytest.skip(str(error))
     except cluster.Broken as error:
         pytest.fail(str(error))
