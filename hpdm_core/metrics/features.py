@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["extract"]
 
+LEAST_ROWS = 1024
+
 
 def extract(
     clips: Iterable[Any],
@@ -39,17 +41,24 @@ def extract(
     """
     if batch_size < 1:
         raise InputError(f"batch size: {batch_size} was given; allowed is 1 or more")
-    found: list[Features] = []
+    found: Features = np.empty((0, 0))
     done = 0
     for batch in _batches(clips, batch_size):
-        made = extractor.features(batch.to(device))
-        found.append(made.double().cpu().numpy())
-        done += len(batch)
+        made = extractor.features(batch.to(device)).double().cpu().numpy()
+        if done + len(made) > len(found):
+            # Few large pieces: many small ones, kept between the large tensors of the batches, would hold the
+            # heap open, and memory would grow with the number of clips.
+            larger = np.empty((max(2 * len(found), LEAST_ROWS, done + len(made)), made.shape[1]))
+            if done:
+                larger[:done] = found[:done]
+            found = larger
+        found[done : done + len(made)] = made
+        done += len(made)
         if progress is not None:
             progress(done)
-    if not found:
+    if not done:
         raise InputError("features: no clips were given")
-    return np.concatenate(found)
+    return found[:done].copy()
 
 
 def _batches(clips: Iterable[Any], size: int) -> Iterator[Tensor]:
