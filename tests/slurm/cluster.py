@@ -133,7 +133,7 @@ class Cluster:
             (self.folder / f"spool.{node}").mkdir()
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         controller, accounts, database, first = (*free_ports(3), free_range(len(NODES)))
-        names = {"folder": self.folder, "host": socket.gethostname(), "user": user, "array": MAX_ARRAY + 1}
+        names = {"folder": self.folder, "host": socket.gethostname(), "user": user, "array": MAX_ARRAY}
         text = CONFIGURATION.format(
             **names,
             controller=controller,
