@@ -53,7 +53,7 @@ class _Proposal:
 class Search:
     """The planner (`hpdm_core.study.jobs.Planner`) of a study with a search; its cells go into ``store``.
 
-    Call `begin` under the study's lock before anything else.
+    Call `begin` under the study's lock before anything else. ``seen`` is called with each cell that is made.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Search:
         store: Path,
         folder: Path,
         make_cell: Callable[[CellConfig, str], Cell] | None = None,
+        seen: Callable[[Cell], None] | None = None,
     ) -> None:
         assert study.search is not None, "a study without a search needs no planner"
         self.study = study
@@ -71,6 +72,7 @@ class Search:
         self._folder = folder
         self._store = store
         self._make = make_cell or self._cell
+        self._seen = seen
         self._arms: dict[str, ArmSearch] = {}
         self._open: list[_Proposal] = []
         self._waiting: list[Cell] = []
@@ -157,7 +159,10 @@ class Search:
     # Proposals
 
     def _cell(self, config: CellConfig, name: str) -> Cell:
-        return Cell(config, self.study.plugins, store=self._store, arm=name, study=self.study.name)
+        cell = Cell(config, self.study.plugins, store=self._store, arm=name, study=self.study.name)
+        if self._seen is not None:
+            self._seen(cell)
+        return cell
 
     def _design(self, base: Cell) -> str:
         """Return what makes a search another one: its space, its objectives, its seeds, the arm itself."""
