@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpdm_core import distributed
 from hpdm_core.cell_keys import Keys, Kin
-from hpdm_core.config.keys import absent_in, canonical_json
+from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
@@ -112,7 +113,7 @@ class Cell:
 
     def absent(self) -> list[str]:
         """Return a line per place that the cell needs, where nothing lies and never lay as far as is known."""
-        return absent_in(self.config, self.plugins, self._known)
+        return self.kin.absent
 
     @cached_property
     def identity(self) -> str:
@@ -147,6 +148,18 @@ class Cell:
     def only_measured(self) -> bool:
         """Whether no metric reads anything that has to be trained: then nothing is."""
         return bool(self.kin.needs) and set(self.kin.needs) == {"configuration"}
+
+    def finished(self) -> bool:
+        """Whether every stage has a result file. Looks at names only: a quick answer for what was done before."""
+        keys, root = self.keys, str(self.store.root)
+        stages = [("train", keys.train), ("samples", keys.samples)]
+        stages += [("evaluations", key) for key in keys.evaluations]
+        return all(os.path.exists(f"{root}/{kind}/{key}/result.json") for kind, key in stages)  # noqa: PTH110
+
+    def forget(self) -> None:
+        """Let go of what can be worked out again: thousands of finished cells stay in memory."""
+        for name in ("_steps", "train_stage", "sample_stage"):
+            self.__dict__.pop(name, None)
 
     def missing(self) -> list[Step]:
         """Return what is still to be done, in order. Reads result files only.

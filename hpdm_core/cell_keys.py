@@ -15,6 +15,7 @@ from typing import Any
 
 from hpdm_core.config.content import Known
 from hpdm_core.config.keys import (
+    absent_in,
     canonical_json,
     data_key,
     evaluation_facts,
@@ -77,6 +78,11 @@ class Kin:
     def needs(self) -> tuple[str, ...]:
         """What each metric reads."""
         return tuple(metric.needs for _, metric in self._metrics)
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """A line per place that is taken by its content, where nothing lies or is known to have lain."""
+        return absent_in(self.config, self.plugins, self._known)
 
     @cached_property
     def contents(self) -> dict[str, str]:

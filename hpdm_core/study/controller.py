@@ -144,9 +144,16 @@ class Controller:
         wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
         end_strangers(self.folder / "jobs", wanted, self.keepers, clock=self.clock, say=self.display.line)
         present = {path.name for path in (self.folder / "jobs").iterdir()}
+        known = self.ledger.states()
+        recorded = {identity for identity, state in known.items() if state == "done"}
         for task in self.tasks:
-            self._plan(task, has_jobs=task.cell.identity in present)
-        self.ledger.sync([(task.entry, task.state, self._work(task)) for task in self.tasks])
+            if task.cell.identity in recorded and task.cell.finished():
+                task.state = "done"
+            else:
+                recorded.discard(task.cell.identity)
+                self._plan(task, has_jobs=task.cell.identity in present)
+        fresh = [task for task in self.tasks if task.cell.identity not in recorded]
+        self.ledger.sync([(task.entry, task.state, self._work(task)) for task in fresh])
         for task in self.tasks if self.planner is not None else ():
             if task.state not in OPEN and self.planner is not None:
                 self.planner.settled(task.cell, task.state, task.cause)
@@ -349,6 +356,8 @@ class Controller:
         task.state, task.reason, task.cause = state, reason, cause
         self._failures += settled and state == "failed"
         self.ledger.set(task.entry, state, seconds=self._work(task), cause=cause)
+        if settled:
+            task.cell.forget()
         self.overview.changed(task)
         if settled and self.planner is not None:
             self.planner.settled(task.cell, state, cause)
