@@ -12,6 +12,7 @@ are that).
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +258,9 @@ def mend_journal(path: Path) -> str | None:
     except OSError as error:
         raise TroubleError(f"{path}: cannot be read: {error.strerror}; the work done is kept") from error
     lines = data.splitlines(keepends=True)
-    bad = [number for number, line in enumerate(lines, 1) if not _is_record(line)]
+    # Only the end can be torn; whether the rest makes sense is found out when it is read.
+    bad = [number for number, line in enumerate(lines[:-1], 1) if not _RECORD.fullmatch(line)]
+    bad += [len(lines)] if lines and not _is_record(lines[-1]) else []
     if not bad:
         return None
     if bad == [len(lines)]:
@@ -266,6 +269,9 @@ def mend_journal(path: Path) -> str | None:
         return None
     kept = _set_aside(path)
     return _damage(path, f"line {bad[0]} is not a record", kept)
+
+
+_RECORD = re.compile(rb'\{"op_code": ?\d.*\}\n')
 
 
 def _is_record(line: bytes) -> bool:
