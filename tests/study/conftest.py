@@ -77,6 +77,11 @@ class FakeCell:
     def missing(self) -> list[Any]:
         return [SimpleNamespace(name=name, stage=stage) for name, stage in self.stages() if not stage.done]
 
+    def finished(self) -> bool:
+        return all((stage.folder / "result.json").exists() for _, stage in self.stages())
+
+    def forget(self) -> None: ...
+
     def results(self) -> dict[str, Any]:
         return {name: result for name, stage in self.stages() if (result := stage.result()) is not None}
 
