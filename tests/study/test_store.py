@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def test_finishing_moves_files_into_place_and_writes_the_result(stage: Stage) ->
     with stage.claim() as attempt:
         (attempt.folder / "w").write_text("weights")
         attempt.finish({"steps": 3}, files={"w": "model.safetensors"})
-    assert stage.result() == {"steps": 3}
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert stage.result() == {"steps": 3, "sha256": {"model.safetensors": digest}}
     assert (stage.folder / "model.safetensors").read_text() == "weights"
     assert stage.holder() is None
 
