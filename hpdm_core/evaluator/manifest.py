@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from hpdm_core.config.schema import Frozen
 from hpdm_core.errors import InputError
@@ -39,11 +39,14 @@ class SideEntries(Frozen):
 
 
 class ProtocolEntries(Frozen):
-    """The sides of one protocol; ``record`` is the identity of the record that chose them."""
+    """The sides of one protocol; ``record`` is the identity of the record that chose them, ``passed_over`` what
+    was missing then of sides that are taken whole.
+    """
 
     protocol: str
     record: str
     sides: dict[str, SideEntries]
+    passed_over: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
 class Manifest(Frozen):

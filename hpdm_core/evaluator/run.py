@@ -184,16 +184,22 @@ class Judge:
             extracted[name] = self._extract(side, task, entries)
             sides[name] = side
         said = warnings_about(record, extracted, jpeg=_jpeg(found, extracted))
-        said = [*self._weights_warning(extractor), *_passed_over(sides), *said]
+        said = [*self._weights_warning(extractor), *_passed_over(sides, extracted), *said]
+        holes = _holes(sides) if again is None else again.passed_over
+        if holes:  # not the set that the protocol names: it shares no column with one that is whole
+            stored = {**stored, "passed_over": holes}
         reals = extracted["reals"].features if "reals" in extracted else None
         numbers = measured(record, reals, extracted["fakes"].features, replicates=self.replicates)
-        weights = described.get("weights")
+        lacks = [
+            f"{name}: {', '.join(f'{count} {what}' for what, count in hole.items())}"
+            for name, hole in holes.items()
+        ]
         result = {
             "protocol": record.name,
-            "modified": [*modified, *_other_weights(record, weights)],
+            "modified": [*modified, *_other_weights(record, described.get("weights")), *lacks],
             "title": record.title,
             "record": stored,
-            "identity": identity,
+            "identity": identity_of(stored),
             **numbers,
             "sides": {name: {**side.describe(), **_used(extracted[name])} for name, side in sides.items()},
             "warnings": said,
@@ -201,7 +207,7 @@ class Judge:
             "versions": versions(self.reader),
             "processes": distributed.size(),
         }
-        return Evaluation(result, _clips(record, identity, sides, extracted))
+        return Evaluation(result, _clips(record, identity, sides, extracted, holes))
 
     def _extract(self, side: Side, task: Task, entries: Sequence[Entry] | None) -> Extracted:
         name = side.name
@@ -271,9 +277,24 @@ def _other_weights(record: ProtocolRecord, weights: Any) -> list[str]:
     return [f"weights {known}"] if known not in (None, "unknown", asked) else []
 
 
-def _passed_over(sides: Mapping[str, Side]) -> list[str]:
+def _holes(sides: Mapping[str, Side]) -> dict[str, dict[str, int]]:
+    """Return what is missing of sides of which a protocol takes all."""
+    made: dict[str, dict[str, int]] = {}
+    for name, side in sides.items():
+        found = {"unreadable": len(side.unreadable), "listed and absent": len(side.found.absent)}
+        if side.rule.count == "all" and any(found.values()):
+            made[name] = {what: count for what, count in found.items() if count}
+    return made
+
+
+def _passed_over(sides: Mapping[str, Side], extracted: Mapping[str, Extracted]) -> list[str]:
     said = []
     for name, side in sides.items():
+        have = len(extracted[name].entries)
+        if side.rule.count != "all" and have < side.rule.count:
+            said.append(
+                f"{name}: {have} clips, all that there are, where the protocol takes {side.rule.count}"
+            )
         if side.unreadable:
             first = ", ".join(f"{video} ({reason})" for video, reason in list(side.unreadable.items())[:3])
             said.append(f"{name}: {len(side.unreadable)} videos cannot be read and were passed over: {first}")
@@ -307,7 +328,11 @@ def _jpeg(found: Mapping[str, VideoSet], extracted: Mapping[str, Extracted]) -> 
 
 
 def _clips(
-    record: ProtocolRecord, identity: str, sides: Mapping[str, Side], extracted: Mapping[str, Extracted]
+    record: ProtocolRecord,
+    identity: str,
+    sides: Mapping[str, Side],
+    extracted: Mapping[str, Extracted],
+    holes: dict[str, dict[str, int]],
 ) -> ProtocolEntries:
     return ProtocolEntries(
         protocol=record.name,
@@ -316,6 +341,7 @@ def _clips(
             name: SideEntries(folder=str(side.found.folder), clips=extracted[name].entries)
             for name, side in sides.items()
         },
+        passed_over=holes,
     )
 
 

@@ -143,6 +143,48 @@ def test_damaged_files_are_named_and_replaced(run, ucf, fakes, protocol, tmp_pat
     assert "5 clips can be used; protocol 'small/random3d_16f' takes 6 fakes" in said and "01.npy" in said
 
 
+def test_a_set_with_holes_is_marked_where_all_of_it_is_wanted(
+    run, ucf, fakes, protocol, tmp_path, first, capsys
+):
+    holes = tmp_path / "holes"
+    shutil.copytree(ucf, holes)
+    videos = sorted(holes.rglob("*_g01_c01.avi"))
+    cut = videos[0].read_bytes()
+    videos[0].write_bytes(cut[: len(cut) // 2])  # its header promises all frames
+    videos[1].write_bytes(b"")
+    videos[2].unlink()
+    result = measure(run, holes, fakes, protocol(), tmp_path / "b.json")
+    assert result["sides"]["reals"]["clips"] == 9
+    assert len(result["sides"]["reals"]["unreadable"]) == 2
+    assert result["sides"]["reals"]["listed_and_absent"] == ["Carphone/v_Carphone_g01_c01.avi"]
+    assert result["modified"] == ["reals: 2 unreadable, 1 listed and absent"]
+    assert result["identity"] != first["identity"]
+    again = tmp_path / "b.manifest.json"
+    repeated = measure(run, holes, fakes, protocol(), tmp_path / "c.json", "--manifest", again, "--no-cache")
+    same = ("value", "identity", "modified", "record")
+    assert {key: repeated[key] for key in same} == {key: result[key] for key in same}
+
+
+def test_each_side_has_a_stride_of_its_own(run, ucf, fakes, protocol, tmp_path):
+    small = protocol(frames=8)
+    arguments = ("--stride-reals", 3, "--stride-fakes", 2)
+    result = measure(run, ucf, fakes, small, tmp_path / "a.json", *arguments)
+    assert result["modified"] == ["reals.stride 1 -> 3", "fakes.stride 1 -> 2"]
+    sides = json.loads((tmp_path / "a.manifest.json").read_text())["protocols"][0]["sides"]
+    assert {name: side["clips"][0]["stride"] for name, side in sides.items()} == {"reals": 3, "fakes": 2}
+    by_hand = tmp_path / "every_second"
+    by_hand.mkdir()
+    for path in fakes.iterdir():
+        np.save(by_hand / path.name, np.load(path)[:16:2])
+    whole = measure(run, ucf, by_hand, small, tmp_path / "b.json", "--stride-reals", 3)
+    assert whole["value"] == result["value"]
+
+
+def test_fewer_reals_than_a_protocol_takes_are_said(run, ucf, fakes, protocol, tmp_path):
+    result = measure(run, ucf, fakes, protocol(reals__count=50, reals__fewer="use_all"), tmp_path / "a.json")
+    assert "reals: 12 clips, all that there are, where the protocol takes 50" in result["warnings"]
+
+
 def test_a_clip_that_breaks_while_it_is_decoded_is_replaced(run, ucf, fakes, protocol, tmp_path, monkeypatch):
     from hpdm_core.data.readers import ReadError
     from hpdm_core.evaluator import extraction, reading

@@ -63,7 +63,9 @@ def test_its_commands_run(folder: Path) -> None:
             continue  # below: it needs weights
         done = run(command, folder)
         assert done.returncode == 0, done.stderr
-    first, again = (json.loads((folder / name).read_text())["results"][0] for name in ("mine.json", "again.json"))
+    first, again = (
+        json.loads((folder / name).read_text())["results"][0] for name in ("mine.json", "again.json")
+    )
     assert first["value"] == again["value"]
     assert "the records are equal" in done.stdout
 
