@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ("level", "tiles", "calls", *(f"{mode}_s" for mode in MODES))
         names += ("speedup", "speedup_tenth", "ideal")
         print(
-            f"{given.cell}, {given.videos} video(s), {given.clock} seconds, levels per block {result['levels_per_block']}"
+            f"{given.cell}, {given.videos} video(s), {given.clock} seconds, levels per block: "
+            f"{result['levels_per_block']}"
         )
         print("".join(f"{name:>14}" for name in names))
         for each in result["rows"]:

@@ -10,6 +10,7 @@ from hpdm_core.config.compose import presets
 from hpdm_core.config.keys import sample_key, train_key
 from hpdm_core.config.study_file import load_study
 from hpdm_core.cost import count_parameters
+from hpdm_core.report.efficiency import paper_table1
 from hpdm_core.study.cells import cells_of
 from hpdm_core.study.dry_run import describe_study
 
@@ -117,3 +118,22 @@ def test_every_distance_of_a_preset_is_checked_for_what_it_does_not_see(name: st
         if part.use == "sensitivity"
     }
     assert checked == judged != set()
+
+
+def test_table_1_measures_the_papers_rows_in_full_and_at_a_quarter_of_the_size() -> None:
+    full = load_study(STUDIES / "table1_efficiency.yaml")
+    small = load_study(STUDIES / "table1_efficiency.yaml", sets=["extends=efficiency_small"])
+    assert set(full.configs) == set(small.configs) == set(paper_table1()["rows"])
+    for arm, config in full.configs.items():
+        model, reduced = config.model, small.configs[arm].model
+        size = 512 if "64x512" in arm else 256
+        patch = {"full": (64, size, size), "patch_32x128": (32, 128, 128), "patch_16x64": (16, 64, 64)}
+        assert model.video == (64, size, size)
+        assert model.patch == patch[arm.split("_at_")[0].removesuffix(f"_64x{size}")]
+        assert reduced.video == tuple(side // 4 for side in model.video)
+        assert reduced.patch == tuple(side // 4 for side in model.patch)
+        assert (model.levels == 1) == arm.startswith("full")
+        if not arm.startswith("full"):
+            wanted = "linear" if arm.endswith("_adaptive") else "full"
+            assert model.computation_allocation.use == reduced.computation_allocation.use == wanted
+        assert {part.use for part in config.evaluation.metrics} == {"efficiency"}

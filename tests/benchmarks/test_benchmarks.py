@@ -1,0 +1,99 @@
+"""Every benchmark runs, at a tiny size, and prints one JSON line with what its README promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+IMPORTED = {"machine", "sections"}
+"""Modules that benchmarks share."""
+TINY = [
+    "model.video=[4,8,8]",
+    "model.patch=[1,2,2]",
+    "model.token=[1,1,1]",
+    "model.token_dim=8",
+    "model.backbone.latent_dim=8",
+    "model.backbone.latent_head_dim=4",
+    "model.backbone.latents=2",
+    "model.blocks=3",
+]
+DATA = ["data.dataset=synthetic", "training.batch=2", "model.classes=0"]
+
+
+def sets(values):
+    return [word for value in values for word in ("--set", value)]
+
+
+ARGUMENTS = {
+    "train_step": ["--steps", "1", *sets([*TINY, *DATA])],
+    "sampling": ["--repeats", "1", *sets([*TINY, "sampling.solver.steps=[1,1,2]"])],
+    "efficiency": [
+        "--rounds=1",
+        "--steps=1",
+        "--batch=1",
+        "--video=4,8,8",
+        "--patch=1,2,2",
+        *sets(["model.token=[1,1,1]", "model.blocks=3"]),
+    ],
+    "loader": [
+        "--size=8x60x80",
+        "--seconds=0.01",
+        "--files=2",
+        "--workers=1",
+        "--batch=1",
+        "--steps=1",
+        "--step-ms=1",
+    ],
+    "parallel": ["--steps=1", "--rounds=1", "--strategy", "ddp", *sets([*TINY, *DATA])],
+    "context_sampling": ["--repeats=1", "--threads=1"],
+}
+OTHERS = {"controller", "evaluate"}
+"""Benchmarks with tests of their own."""
+
+
+@pytest.fixture(scope="module")
+def run():
+    def made(name):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "plugins")])
+        done = subprocess.run(
+            [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *ARGUMENTS[name]],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        return json.loads(line)
+
+    return made
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_benchmark_prints_one_json_line(name, run):
+    result = run(name)
+    assert result["benchmark"] == name
+    assert "torch" in result or "torch" in result["versions"]
+    if name == "sampling":
+        assert result["largest_difference"] <= 1e-4
+        assert result["rows"][-1]["level"] == "all" and result["rows"][-1]["ideal"] > 1
+    if name == "efficiency":
+        full, _, adaptive = result["rows"]
+        assert full["tokens"] > adaptive["tokens"] and full["flops_per_video"] > adaptive["flops_per_video"]
+        assert result["speedup"] > 0 and full["oom"] == 0
+    if name == "loader":
+        assert set(result["folders"]) == {"h264", "mpeg4"}
+        assert set(result["wait_ms"]) == {"here", "thread", "workers", "workers, cached"}
+
+
+def test_every_benchmark_is_tried_and_described():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} - IMPORTED
+    assert names <= set(ARGUMENTS) | OTHERS
+    text = (BENCHMARKS / "README.md").read_text()
+    assert all(f"benchmarks/{name}.py" in text for name in names)
