@@ -26,6 +26,7 @@ def test_the_flags_are_a_promise() -> None:
         "--retry-failed",
         "--dry-run",
         "--evaluate-only",
+        "--import",
         "--detach",
         "--status",
         "--cancel",
