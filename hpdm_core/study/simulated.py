@@ -215,6 +215,7 @@ class Simulated:
         running.over = True
         if running.cause is None:
             self._toy.finish(self._spec(running), number=job.number, seconds=running.ends - running.begun)
+            running.spec = {}  # thousands are kept, of whom nothing is asked any more
             return Seen(phase="over")
         if running.cause in WRITTEN:
             error = {"kind": running.cause, "class": "Simulated", "message": f"simulated: {running.cause}"}

@@ -59,7 +59,7 @@ def main() -> None:
     storage = None if url == "journal" else url
     chance = random.Random(seed)
     file, results, log = folder / "killed.yaml", folder / "results", folder / "log"
-    cells = 8 * kills + 40
+    cells = 24 * kills + 40
     file.write_text(yaml.safe_dump({**STUDY, "storage": storage, "seeds": list(range(cells))}))
     study = load_study(file, backends=BACKENDS)
     home = results / "simulated" / "killed"
@@ -89,7 +89,7 @@ def main() -> None:
         if os.WIFSIGNALED(status):
             found["kills"] += 1
         else:
-            found["ended"] = os.waitstatus_to_exitcode(status)
+            usual = max(0.2, usual / 1.5)  # it had ended by itself
         if home.is_dir():
             count = look()
             found["done"].append(count["done"])
