@@ -17,6 +17,7 @@ from hpdm_core.report.differences import (
 )
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
+from hpdm_core.report.search import pareto_figure, search_tables
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
 from hpdm_core.report.text import HOLE, Table, to_latex, to_markdown
 
@@ -35,7 +36,7 @@ def write_report(folder: Path) -> str:
     """
     results = load_results(folder)
     target = folder / "report"
-    lead, tables = _lead(results), metric_tables(results)
+    lead, tables = _lead(results), [*search_tables(folder), *metric_tables(results)]
     text = "\n\n".join(
         [
             lead[0],
@@ -70,7 +71,12 @@ def _write_files(
     latex = [f"% {line}" for line in first.splitlines()]
     latex += ["% needs: \\usepackage{booktabs}", "", *(to_latex(table) for table in tables)]
     write_bytes(target / "table.tex", ("\n".join(latex) + "\n").encode())
-    for name, picture in (("arms.png", arms_figure(results)), ("fakes.png", curves_figure(results))):
+    pictures = {
+        "arms.png": arms_figure(results),
+        "fakes.png": curves_figure(results),
+        "pareto.png": pareto_figure(results.folder),
+    }
+    for name, picture in pictures.items():
         if picture is None:
             (target / name).unlink(missing_ok=True)  # of samples that are there no more
         else:
@@ -87,6 +93,8 @@ def _lead(results: StudyResults) -> list[str]:
     else:
         seeds = ", ".join(map(str, results.seeds))
         first = f"All {total} cells are done: {len(results.arms)} arms, seeds {seeds}."
+    if any((cell.train or {}).get("simulated") for cell in results.cells):
+        first = f"SIMULATED: every number is made up, nothing was computed. {first}"
     paragraphs = [first]
     mixed = {name: found for name, found in versions_of(results.cells).items() if len(found) > 1}
     if mixed:
