@@ -29,6 +29,7 @@ from hpdm_core.evaluator.reading import ClipFacts, ValueRange, read_clip
 from hpdm_core.evaluator.selection import Choice
 from hpdm_core.evaluator.sources import content_hash
 from hpdm_core.files import whole_or_absent
+from hpdm_core.metrics.features import Slabs
 from hpdm_core.metrics.frechet import Features
 from hpdm_core.metrics.protocol_records import Preparation
 
@@ -143,6 +144,7 @@ class Extraction:
         if found is not None:
             return found
         total = len(wave)
+        held = Slabs()
         entries: list[Entry] = []
         facts: list[ClipFacts] = []
         rows: list[Features] = []
@@ -156,7 +158,7 @@ class Extraction:
                 part = slice(start, start + SHARE)
                 if self.progress is not None and distributed.is_main():
                     self.progress(done + start, total)
-                return self._work(task, wave[part], hashes[part])
+                return self._work(task, wave[part], hashes[part], held)
 
             for made in distributed.spread(range(0, len(wave), SHARE), work):
                 rows += made.rows
@@ -176,7 +178,7 @@ class Extraction:
     def _hashes(self, wave: Sequence[Choice]) -> list[str]:
         return distributed.spread(wave, _hash)
 
-    def _work(self, task: Task, choices: Sequence[Choice], hashes: Sequence[str]) -> _Made:
+    def _work(self, task: Task, choices: Sequence[Choice], hashes: Sequence[str], held: Slabs) -> _Made:
         made = _Made([], [], [], {})
         for choice, content in zip(choices, hashes, strict=True):
             try:
@@ -186,7 +188,7 @@ class Extraction:
                 continue
             with torch.no_grad():
                 row = task.extract(clip[None].to(self.device))
-            made.rows.append(row[0].double().cpu().numpy())
+            made.rows.append(held.keep(row[0]))
             made.facts.append(seen)
             made.entries.append(entry_of(choice, content))
         return made

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from hpdm_core.metrics.frechet import Features
     from hpdm_core.metrics.protocol import FeatureExtractor
 
-__all__ = ["extract"]
+__all__ = ["Slabs", "extract"]
 
-LEAST_ROWS = 1024
+SLAB = 2**19  # numbers, 4 MiB
 
 
 def extract(
@@ -41,24 +41,39 @@ def extract(
     """
     if batch_size < 1:
         raise InputError(f"batch size: {batch_size} was given; allowed is 1 or more")
-    found: Features = np.empty((0, 0))
+    held = Slabs()
+    found: list[Features] = []
     done = 0
     for batch in _batches(clips, batch_size):
-        made = extractor.features(batch.to(device)).double().cpu().numpy()
-        if done + len(made) > len(found):
-            # Few large pieces: many small ones, kept between the large tensors of the batches, would hold the
-            # heap open, and memory would grow with the number of clips.
-            larger = np.empty((max(2 * len(found), LEAST_ROWS, done + len(made)), made.shape[1]))
-            if done:
-                larger[:done] = found[:done]
-            found = larger
-        found[done : done + len(made)] = made
-        done += len(made)
+        found.append(held.keep(extractor.features(batch.to(device))))
+        done += len(batch)
         if progress is not None:
             progress(done)
-    if not done:
+    if not found:
         raise InputError("features: no clips were given")
-    return found[:done].copy()
+    return np.concatenate(found)
+
+
+class Slabs:
+    """Keeps small arrays in few large pieces of memory.
+
+    Kept where they were made, between the large tensors of one batch and the next, they would hold the heap
+    open everywhere, and memory would grow with every clip by a good part of what a clip needs for a moment.
+    """
+
+    def __init__(self) -> None:
+        self._slab: Features = np.empty(0)
+        self._used = 0
+
+    def keep(self, values: Tensor) -> Features:
+        """Return a float64 copy of ``values``, of the same shape."""
+        given = values.double().cpu().numpy()
+        if self._used + given.size > self._slab.size:
+            self._slab, self._used = np.empty(max(SLAB, given.size)), 0
+        kept = self._slab[self._used : self._used + given.size].reshape(given.shape)
+        self._used += given.size
+        kept[...] = given
+        return kept
 
 
 def _batches(clips: Iterable[Any], size: int) -> Iterator[Tensor]:

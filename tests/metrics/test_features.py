@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpdm_core.errors import InputError
-from hpdm_core.metrics.features import extract
+from hpdm_core.metrics.features import Slabs, extract
 from hpdm_core.metrics.random3d import Random3D
 
 
@@ -83,3 +83,19 @@ def test_what_is_no_clip_is_named() -> None:
     with pytest.raises(InputError, match="batch size: 0"):
         extract([good], Sums(), batch_size=0)
     assert extract([torch.from_numpy(good)], Sums()).shape == (1, 1)
+
+
+def test_slabs_keep_copies_that_do_not_touch_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpdm_core.metrics.features.SLAB", 10)
+    held = Slabs()
+    given = [
+        torch.full(shape, float(number)) for number, shape in enumerate([(2, 3), (4,), (1, 5), (30,), (2,)])
+    ]
+    kept = [held.keep(values) for values in given]
+    for values, copy in zip(given, kept, strict=True):
+        assert copy.dtype == np.float64
+        assert np.array_equal(copy, values.numpy())
+    assert kept[0].base is kept[1].base  # one piece of memory
+    assert kept[1].base is not kept[2].base
+    given[0].zero_().add_(7)
+    assert kept[0].max() == 0.0
