@@ -35,6 +35,7 @@ from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.files import read_json, trouble_when_unwritable, whole_or_absent, write_bytes
 from hpdm_core.metrics.corruptions import CORRUPTIONS
+from hpdm_core.metrics.features import Slabs
 from hpdm_core.metrics.protocol import data_facts, resolution
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator
@@ -144,14 +145,14 @@ class EvaluationContext:
             raise TroubleError("samples: no folder was given; sample the cell first")
         folder = self.samples_folder
         count = self.assembly.config.evaluation.samples
-        extract = self.extractor(part).features
+        extract, held = self.extractor(part).features, Slabs()
 
-        def work(batch: range) -> list[Tensor]:
+        def work(batch: range) -> list[Features]:
             levels = range(self.assembly.config.model.levels)
-            return [extract(self.samples(level, batch).to(self.device)).cpu() for level in levels]
+            return [held.keep(extract(self.samples(level, batch).to(self.device))) for level in levels]
 
         done = distributed.spread(list(_batches(count)), work)
-        levels = [_stacked(list(made)) for made in zip(*done, strict=True)]
+        levels = [np.concatenate(made) for made in zip(*done, strict=True)]
         self.facts["labels_of_fakes"] = _counted([read_label(folder, index) for index in range(count)])
         return levels
 
@@ -226,9 +227,9 @@ class EvaluationContext:
         self, part: Part, *, split: Split, count: int, corruption: str | None
     ) -> list[Features]:
         """Return the features per level, then the labels [count]."""
-        extract = self.extractor(part).features
+        extract, held = self.extractor(part).features, Slabs()
 
-        def work(batch: range) -> tuple[list[int], list[Tensor]]:
+        def work(batch: range) -> tuple[list[int], list[Features]]:
             levels, drawn = self.reals(split, batch)
             made = []
             for level, videos in enumerate(levels):
@@ -238,13 +239,13 @@ class EvaluationContext:
                     videos = torch.stack(
                         [spoil(clip, stream) for clip, stream in zip(videos, streams, strict=True)]
                     )
-                made.append(extract(videos.to(self.device)).cpu())
+                made.append(held.keep(extract(videos.to(self.device))))
             return drawn, made
 
         done = distributed.spread(list(_batches(count)), work)
         labels = [label for drawn, _ in done for label in drawn]
         parts = zip(*(made for _, made in done), strict=True)
-        return [*(_stacked(list(made)) for made in parts), np.asarray(labels, dtype=np.float64)]
+        return [*(np.concatenate(made) for made in parts), np.asarray(labels, dtype=np.float64)]
 
     def _cached(self, key: str, count: int) -> list[Features] | None:
         if self.cache_folder is None:
@@ -326,11 +327,6 @@ def _to_uint8(videos: Tensor) -> Tensor:
 
 def _batches(count: int) -> Iterator[range]:
     return (range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH))
-
-
-def _stacked(parts: list[Tensor]) -> Features:
-    made: Features = torch.cat(list(parts)).double().cpu().numpy()
-    return made
 
 
 def _counted(labels: Sequence[int]) -> dict[str, int]:
