@@ -38,7 +38,7 @@ MATMUL = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrix product that stands for what the machine can do."""
 
 PRESET_SETS = (
-    "data.dataset=synthetic",
+    "data.dataset={use: synthetic, classes: 101}",
     "training.steps=1000",
     "training.batch=1",
     "training.learning_rate=0.005",

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_core.model.execution import Execution
@@ -95,11 +97,23 @@ def training_memory(assembly: Assembly) -> int:
         return tensor
 
     part = _meta_batch(assembly, runtime.micro_batch)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = joint_loss(assembly, model, part)  # alive until all is counted
     activations = sum(storage.nbytes() for storage in kept.values()) - sum(each.nbytes() for each in weights)
     del loss
     return DURING_TRAINING * BYTES * count_parameters(assembly) + activations
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Within the block attention keeps what its fused kernels keep; on the meta device it would be the weights
+    of all pairs."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
+        return func(*args, **(kwargs or {}))
 
 
 def flops_per_second(assembly: Assembly) -> float:

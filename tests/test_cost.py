@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_core import cost
 from hpdm_core.assembly import Assembly
 from hpdm_core.config.compose import load_cell
-from hpdm_core.config.schema import CellConfig
+from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.plugins import build_plugins
 from hpdm_core.sampling import sample
 from hpdm_core.training.batches import TrainingBatches
@@ -18,6 +20,14 @@ from hpdm_core.training.step import joint_loss
 
 D, E, M, N, HEADS, WIDE, K = 12, 8, 5, 8, 2, 6, 2
 """Token and latent width, latents, tokens, heads, inner width of latent attention, condition tokens."""
+
+TINY_RIN = {
+    "latent_dim": E,
+    "latent_layers": 1,
+    "latent_heads": 2,
+    "latent_head_dim": WIDE // 2,
+    "heads": HEADS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +177,33 @@ def test_predictions_rest_on_the_stated_rate(assemble: Callable[..., Assembly]) 
     assert made["flops_per_second"] == pytest.approx(0.4 * 156e12)
     assert made["train_seconds"] == pytest.approx(10 * flops / 62.4e12)
     assert cost.predicted_sampling(assembly) == pytest.approx(7 * cost.sampling_flops(assembly) / 62.4e12)
+
+
+def test_memory_is_what_a_real_step_keeps_for_its_backward_pass(assemble: Callable[..., Assembly]) -> None:
+    """Attention keeps no weights of pairs there, whatever form of it the meta device would run."""
+    assembly = assemble()
+    many = assembly.config.model_copy(
+        update={
+            "model": assembly.config.model.model_copy(
+                update={
+                    "token": (1, 1, 1),
+                    "backbone": Part(use="rin", options={**TINY_RIN, "latents": 64}),
+                }
+            )
+        }
+    )
+    assembly = Assembly(many, assembly.plugins)
+    model, batch = assembly.build_model(), TrainingBatches(assembly)(1)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = joint_loss(assembly, model, batch)
+    real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    assert loss.total.requires_grad
+    predicted = cost.training_memory(assembly) - 5 * 4 * cost.count_parameters(assembly)
+    assert predicted == pytest.approx(real, rel=0.1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,12 @@ from torch import nn
 from hpdm_core import distributed
 from hpdm_core.errors import InputError
 from hpdm_core.model.hpdm import HPDM
+from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.shards import whole
+from hpdm_core.training.step import joint_loss
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategy", "share_of"]
 
@@ -31,8 +36,10 @@ class Strategy:
     sharded = False
     """Whether every process holds a part of each tensor, so that all must take part in every forward pass."""
 
-    def wrap(self, model: HPDM, *, compiled: bool) -> nn.Module:
-        """Return what is called to run ``model``; with ``compiled``, what can be compiled by itself is."""
+    def wrap(self, model: HPDM, assembly: Assembly, *, compiled: bool) -> nn.Module:
+        """Return what is called to run the ``model`` of ``assembly``; with ``compiled``, what can be compiled
+        by itself is.
+        """
         return model
 
     def place(self, model: HPDM) -> None:
@@ -60,13 +67,13 @@ class Replicated(Strategy):
 
     name = "ddp"
 
-    def wrap(self, model: HPDM, *, compiled: bool) -> nn.Module:
+    def wrap(self, model: HPDM, assembly: Assembly, *, compiled: bool) -> nn.Module:
         """See `Strategy`."""
         if compiled:
             model.compile(fullgraph=True)
-        # A plugin's parameters may have no part in a step; without the search DDP would wait for them.
+        # For a plugin's parameters that have no part in a step DDP would wait for ever, or search each time.
         return nn.parallel.DistributedDataParallel(
-            model, find_unused_parameters=True, gradient_as_bucket_view=True
+            model, find_unused_parameters=_has_idle(assembly), gradient_as_bucket_view=True
         )
 
     @contextlib.contextmanager
@@ -87,7 +94,7 @@ class Sharded(Strategy):
     name = "fsdp"
     sharded = True
 
-    def wrap(self, model: HPDM, *, compiled: bool) -> nn.Module:
+    def wrap(self, model: HPDM, assembly: Assembly, *, compiled: bool) -> nn.Module:
         """See `Strategy`."""
         if compiled:
             for block in _blocks(model):
@@ -155,6 +162,15 @@ def share_of(batch: int) -> range:
         )
     rows = batch // processes
     return range(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+
+
+def _has_idle(assembly: Assembly) -> bool:
+    """Whether a trained parameter gets no gradient from a step, found without computing one."""
+    meta = torch.device("meta")
+    model = assembly.build_model(device=meta)
+    batch = TrainingBatches(assembly, range(1))(1).to(meta)
+    joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
+    return any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def _blocks(model: HPDM) -> list[nn.Module]:

@@ -93,7 +93,7 @@ class Trainer:
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
         self.average = WeightAverage(self.model, halflife=self.halflife)
         compiled = runtime.compile and self._can_compile()
-        self.network = self.strategy.wrap(self.model, compiled=compiled)
+        self.network = self.strategy.wrap(self.model, assembly, compiled=compiled)
         self.strategy.place(self.ema_model)
         self.joint_loss = self.strategy.compiled(joint_loss) if compiled else joint_loss
         # A sharded network runs only where all its processes run it.

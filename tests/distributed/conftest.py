@@ -21,7 +21,7 @@ def free_port() -> int:
         return port
 
 
-def start(arguments: Sequence[str], *, processes: int, timeout: float = 120) -> list[tuple[int, str]]:
+def start(arguments: Sequence[str], *, processes: int, timeout: float = 500) -> list[tuple[int, str]]:
     """Run ``python *arguments`` in so many processes; return each one's exit code and output, by rank."""
     port = str(free_port())
     running = []
@@ -53,10 +53,11 @@ def start(arguments: Sequence[str], *, processes: int, timeout: float = 120) -> 
     finally:
         for process in running:
             process.kill()
+            process.communicate()
     return ended
 
 
-def succeed(arguments: Sequence[str], *, processes: int, timeout: float = 120) -> list[str]:
+def succeed(arguments: Sequence[str], *, processes: int, timeout: float = 500) -> list[str]:
     """Like `start`, where every process must end well; return what each printed."""
     ended = start(arguments, processes=processes, timeout=timeout)
     assert all(code == 0 for code, _ in ended), "\n".join(text for _, text in ended)

@@ -12,10 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpdm_core.config.schema import RuntimeConfig
+from hpdm_core.assembly import Assembly
+from hpdm_core.config.schema import CellConfig, RuntimeConfig
 from hpdm_core.errors import InputError
+from hpdm_core.plugins import build_plugins
 from hpdm_core.training.checkpoint import checkpoint_folders, newest_intact
-from hpdm_core.training.strategy import STRATEGIES, Strategy, make_strategy, share_of
+from hpdm_core.training.strategy import STRATEGIES, Strategy, _has_idle, make_strategy, share_of
 
 JOB = Path(__file__).parent / "training_job.py"
 Succeed = Callable[..., list[str]]
@@ -108,6 +110,7 @@ def test_any_number_of_processes_trains_the_same_weights(
                 assert got == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_parts_of_a_batch_and_activation_checkpointing_change_nothing(
     strategy: str, alone: Any, together: Callable[..., list[Any]]
@@ -170,7 +173,7 @@ def test_a_run_stopped_on_two_processes_goes_on_on_any_number(
         assert "shards/__1_0.distcp does not match its SHA-256" in caplog.text
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_killed_and_started_again_ends_with_the_same_bits(
     strategy: str, together: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -194,6 +197,21 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     # The main process alone wrote figures, each once.
     lines = (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 7]
+
+
+def test_parameters_without_a_part_in_a_step_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = job_module()
+    assembly = Assembly(CellConfig.model_validate(module.TINY), build_plugins())
+    assert not _has_idle(assembly)
+    build = Assembly.build_model
+
+    def with_idle(self: Assembly, **options: Any) -> Any:
+        model = build(self, **options)
+        model.idle = torch.nn.Linear(2, 2, device="meta")
+        return model
+
+    monkeypatch.setattr(Assembly, "build_model", with_idle)
+    assert _has_idle(assembly)
 
 
 def test_strategies_are_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
