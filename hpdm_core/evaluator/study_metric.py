@@ -25,6 +25,7 @@ from hpdm_core.evaluator.run import resolved_record
 from hpdm_core.evaluator.scores import measured
 from hpdm_core.evaluator.selection import candidates, needed_frames
 from hpdm_core.evaluator.sources import Video
+from hpdm_core.metrics.features import Slabs
 from hpdm_core.metrics.protocol_records import (
     ProtocolRecord,
     SideRule,
@@ -209,10 +210,11 @@ class ProtocolMetric:
         rule, frames = fitted.record.fakes, fitted.record.frames
         taken = slice(0, frames * rule.stride, rule.stride)
         assert isinstance(rule.count, int), "fitted to the number of samples"
+        held = Slabs()
 
         def work(index: int) -> Features:
             video = context.samples(fitted.level, [index])[0, taken]
-            return _row(extractor, prepared(_rgb(video), rule.prepare), context.device)
+            return held.keep(_row(extractor, prepared(_rgb(video), rule.prepare), context.device))
 
         return distributed.spread(range(rule.count), work)
 
@@ -264,12 +266,13 @@ class ProtocolMetric:
         assert rule is not None, "asked for above"
         count = context.assembly.config.evaluation.reals
         name = context.assembly.config.data.dataset.use
+        held = Slabs()
 
         def work(number: int) -> Features:
             levels, _ = context.reals("train", [number])
             clip = levels[fitted.level][0, : record.frames]
             coded = rule.prepare.model_copy(update={"average": (1, 1, 1), "size": "stored"})
-            return _row(extractor, prepared(_rgb(clip), coded), context.device)
+            return held.keep(_row(extractor, prepared(_rgb(clip), coded), context.device))
 
         facts = {
             "protocol": dict(described),
@@ -298,10 +301,9 @@ def lacking(configs: Sequence[CellConfig], plugins: Plugins) -> list[str]:
     return list(said.values())
 
 
-def _row(extractor: FeatureExtractor, clip: Tensor, device: torch.device) -> Features:
+def _row(extractor: FeatureExtractor, clip: Tensor, device: torch.device) -> Tensor:
     with torch.no_grad():
-        made: Features = extractor.features(clip[None].to(device))[0].double().cpu().numpy()
-    return made
+        return extractor.features(clip[None].to(device))[0]
 
 
 def _rgb(video: Tensor) -> Tensor:
