@@ -124,6 +124,7 @@ class Controller:
                 return 0
             self._finish()
         missed = any(task.state != "done" and task.cause != "pruned" for task in self.tasks)
+        missed |= self.planner is not None and any(state != "done" for _, state in self.planner.rows())
         return 1 if self.trouble or missed else 0
 
     def _begin(self) -> None:
