@@ -122,8 +122,8 @@ def _pareto(search: Mapping[str, Any]) -> Table:
         cells=_frame(rows),
         caption=(
             f"Of {done} proposals of all arms, those that no other beats in one objective without losing in another "
-            f"({goals}). Means over seeds {_listed(search['seeds'])}, taken as exact: neighbours may change places with "
-            f"other seeds. The arms are compared by their best in {names[0]}."
+            f"({goals}). Means over seeds {_listed(search['seeds'])}, taken as exact: neighbours may change places "
+            f"with other seeds. The arms are compared by their best in {names[0]}."
         ),
     )
 
@@ -159,13 +159,14 @@ def pareto_figure(folder: Path) -> bytes | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for arm, proposals in search["arms"].items():
-        points = [each["objectives"][:2] for each in proposals if each["state"] == "done"]
-        axes.scatter(*(zip(*points, strict=True) if points else ((), ())), label=arm, s=16)
-    members = [each["objectives"][:2] for _, each in pareto_set(search)]
-    if len(search["objectives"]) == 2 and members:
-        axes.plot(*zip(*members, strict=True), color="black", linewidth=0.8, zorder=0)
-    for setter, objective in zip((axes.set_xlabel, axes.set_ylabel), search["objectives"], strict=False):
-        setter(f"{objective['name']} ({objective['direction']}d)", fontsize=9)
+        points = [each["objectives"] for each in proposals if each["state"] == "done"]
+        axes.scatter([point[0] for point in points], [point[1] for point in points], label=arm, s=16)
+    members = [each["objectives"] for _, each in pareto_set(search)]
+    if len(search["objectives"]) == 2:
+        axes.plot([at[0] for at in members], [at[1] for at in members], "k-", linewidth=0.8, zorder=0)
+    named = [f"{each['name']} ({each['direction']}d)" for each in search["objectives"]]
+    axes.set_xlabel(named[0], fontsize=9)
+    axes.set_ylabel(named[1], fontsize=9)
     axes.legend(fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})

@@ -293,7 +293,12 @@ class Toy:
         for part, key in zip(config["evaluation"]["metrics"], spec["keys"]["evaluations"], strict=True):
             name = self._name(part, spec)
             rows: list[dict[str, Any]] = [
-                {"metric": name, "level": level, "value": value + 0.1 * (levels - 1 - level)}
+                {
+                    "metric": name,
+                    "level": level,
+                    "value": value + 0.1 * (levels - 1 - level),
+                    **COLUMNS.get(name, {}),
+                }
                 for level in range(levels)
             ]
             if name == "throughput":
