@@ -38,7 +38,7 @@ def requested() -> int | None:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Within the block a first request is noted and left to the work. Raises `Interrupted` when there is one
-    already.
+    already, and at the end of the block when one came that the work had no more use for.
     """
     if _requests.signum is not None:
         raise Interrupted(_requests.signum)
@@ -47,6 +47,8 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _requests.deferring = before
+    if _requests.signum is not None:
+        raise Interrupted(_requests.signum)
 
 
 def _heard(signum: int, frame: FrameType | None) -> None:

@@ -268,6 +268,7 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    process.returncode = 0  # it is left alone on purpose: nobody is to wait for it
     print(f"study '{study.name}' is run by process {process.pid} on this machine; what it says: {log}")
     look = ["python", "-m", "hpdm_core.study", str(study.file), "--results", str(results), "--status"]
     print(f"To look: {shlex.join(look)}")

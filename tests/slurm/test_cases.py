@@ -64,6 +64,7 @@ def test_a_preempted_cell_goes_on_at_the_exact_step(
         subprocess.run(["scontrol", "requeue", number], check=True)
     else:
         subprocess.run(["scancel", "--signal=USR2", number], check=True)
+    time.sleep(2)  # the signal travels; SLURM gives a job five seconds here
     held.let_go()
     assert held.end() == 0, held.text
     # No checkpoint is due at step 2: this one was written because of the signal.
