@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ PASSING_WORDS = (
     "slurm temporarily unable",
     "connection refused",
 )
+MEMORY_WORDS = ("exceeded job memory limit", "exceeded memory limit", "oom-kill", "oom_kill", "out-of-memory")
+LOG_BYTES = 8192
 DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -259,7 +262,10 @@ class Slurm:
             else:
                 numbers[job.id] = number
         seen = self.queue.look(set(numbers.values())) if numbers else {}
-        return {**found, **{identity: seen[number] for identity, number in numbers.items()}}
+        for job in jobs:
+            if job.id in numbers:
+                found[job.id] = _explained(job, numbers[job.id], seen[numbers[job.id]])
+        return found
 
     def _number(self, job: Job) -> str | Seen:
         data = read_json(job.folder / "job.json")
@@ -289,6 +295,22 @@ class Slurm:
             delivered &= text is not None or "invalid job id" in problem.lower()
         self.queue.ask()
         return delivered
+
+
+def _explained(job: Job, number: str, seen: Seen) -> Seen:
+    """Add what only the step's daemon says, in the job's log: without control groups SLURM calls a job that it
+    killed for its memory FAILED.
+    """
+    if seen.phase != "over" or seen.cause is not None:
+        return seen
+    folder = Path(str((read_json(job.folder / "job.json") or {}).get("log", job.folder)))
+    for path in folder.glob(f"{number}_*_log.out"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_BYTES))
+            text = file.read().decode(errors="replace").lower()
+            if "slurmstepd" in text and any(words in text for words in MEMORY_WORDS):
+                return replace(seen, cause="out of memory")
+    return seen
 
 
 def _paths(frozen: str | None) -> list[str]:

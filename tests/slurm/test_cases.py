@@ -149,7 +149,8 @@ def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_
     file, results = study
     few = ["--set", "evaluation.metrics=[held_out_loss]", "--set", "seeds=[0, 1, 2]"]
     command = [sys.executable, "-m", "hpdm_core.study", str(file), "--results", str(results), *few]
-    before = cluster.run("squeue", "--noheader", "--states=all", "--array", "--format=%i").split()
+    accounts = ("sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID")
+    before = cluster.run(*accounts).split()
     dice = random.Random(0)
     for _ in range(4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -161,9 +162,7 @@ def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_
     assert states(results) == {"done"}
     trained = list((results / "store" / "train").glob("*/attempts/*"))
     assert len(trained) == 6  # each model once
-    after = cluster.run("squeue", "--noheader", "--states=all", "--array", "--format=%i").split()
-    submitted = set(after) - set(before)
-    assert submitted >= set(numbers(results))
+    assert set(cluster.run(*accounts).split()) - set(before) >= set(numbers(results))
     ran = list((results / "tiny" / "jobs").glob("*/*/worker.json"))
     assert len(ran) == 6
 

@@ -202,6 +202,19 @@ def test_what_squeue_has_forgotten_sacct_knows(cluster: Cluster) -> None:
     assert (seen.phase, seen.cause, seen.certain) == ("over", "out of memory", True)
 
 
+def test_a_step_killed_for_its_memory_is_known_by_the_log(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    jobs = cluster.jobs(2)
+    backend.submit(jobs)
+    rows = [(number_of(job), "FAILED", "NonZeroExitCode", "x") for job in jobs]
+    cluster.queue(*rows)
+    log = Path((read_json(jobs[0].folder / "job.json") or {})["log"])
+    (log / f"{number_of(jobs[0])}_0_log.out").write_text("slurmstepd-n1: error: Exceeded job memory limit\n")
+    (log / f"{number_of(jobs[1])}_0_log.out").write_text("RuntimeError: exceeded memory limit of my own\n")
+    seen = backend.poll(jobs)
+    assert [seen[job.id].cause for job in jobs] == ["out of memory", None]
+
+
 def test_without_accounting_a_forgotten_job_is_over_but_not_for_certain(cluster: Cluster) -> None:
     backend = cluster.backend()
     (job,) = cluster.jobs(1)
