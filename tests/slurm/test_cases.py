@@ -170,7 +170,7 @@ def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_
 def test_a_cell_on_two_nodes(cluster: Any, study: tuple[Path, Path]) -> None:
     file, results = study
     command = [str(file), "--results", str(results), "--only", "default"]
-    assert main([*command, "--set", "backend.nodes=2"]) == 0
+    assert main([*command, "--set", "backend.nodes=2", "--set", "runtime.strategy=ddp"]) == 0
     (log,) = (results / "tiny" / "slurm").glob("*/*_0_log.out")
     nodes = [path.name for path in log.parent.glob("*_log.out")]
     assert len(nodes) == 2, nodes
