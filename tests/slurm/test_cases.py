@@ -167,15 +167,19 @@ def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_
     assert len(ran) == 6
 
 
-def test_a_cell_on_two_nodes(cluster: Any, study: tuple[Path, Path]) -> None:
+def test_a_cell_on_two_nodes(
+    cluster: Any, study: tuple[Path, Path], of_default: Computed, computed: Computed
+) -> None:
     file, results = study
     command = [str(file), "--results", str(results), "--only", "default"]
     assert main([*command, "--set", "backend.nodes=2", "--set", "runtime.strategy=ddp"]) == 0
     (log,) = (results / "tiny" / "slurm").glob("*/*_0_log.out")
     nodes = [path.name for path in log.parent.glob("*_log.out")]
     assert len(nodes) == 2, nodes
-    (train,) = (results / "store" / "train").glob("*/result.json")
-    assert json.loads(train.read_text())["processes"] == 2
+    made, alone = computed(results), of_default(results)
+    assert made.keys() == alone.keys()
+    (losses,) = (path for path in made if path.startswith("train") and path.endswith("result.json"))
+    assert made[losses] == pytest.approx(alone[losses], rel=1e-4)
 
 
 def test_submit_leave_look_and_come_back(
