@@ -1,0 +1,84 @@
+"""A worker's last words: what it says when it is asked to end, and whether it goes back into the queue."""
+
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpdm_core.files import read_json
+from hpdm_core.interruption import Interrupted
+from hpdm_core.study.failures import TimeLimit
+from hpdm_core.study.job import _ended_in_order
+from hpdm_core.study.worker import Heart
+
+LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
+SHORT = {"limit_seconds": 60, "signal_seconds": 15}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scontrol that notes what it is asked; it refuses while the file "refuses" is there."""
+    path = tmp_path / "bin" / "scontrol"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\n[ -e {tmp_path}/refuses ] && exit 1\necho "$@" >> {tmp_path}/asked\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "80")
+    return tmp_path
+
+
+def asked(folder: Path) -> str:
+    return (folder / "asked").read_text() if (folder / "asked").exists() else ""
+
+
+def end(folder: Path, cell: Any, signum: int, slurm: dict[str, Any] | None, *, advances: bool = True) -> Any:
+    """Ask a worker to end, and return its last word."""
+    with Heart(folder) as heart, pytest.raises((Interrupted, TimeLimit)) as raised:
+        with _ended_in_order(cell, heart, slurm):
+            if advances:
+                stage = cell.missing()[0].stage.folder
+                (stage / "attempts" / "1" / "checkpoints" / "00000007").mkdir(parents=True)
+            raise Interrupted(signum)
+    return raised.value if isinstance(raised.value, TimeLimit) else read_json(folder / "end.json")
+
+
+def test_time_is_up_and_it_goes_back_into_the_queue(scontrol: Path, cell: Any) -> None:
+    word = end(scontrol, cell("a"), signal.SIGUSR2, SHORT)
+    assert word == {"signal": "SIGUSR2", "cause": "time limit", "requeued": True}
+    assert asked(scontrol) == "requeue 80\n"
+
+
+def test_an_element_of_an_array_is_requeued_by_its_own_number(
+    scontrol: Path, cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert end(scontrol, cell("a"), signal.SIGUSR2, LONG)["cause"] == "preempted"
+    assert asked(scontrol) == "requeue 77_3\n"
+
+
+def test_a_refused_requeue_is_left_to_the_controller(scontrol: Path, cell: Any) -> None:
+    (scontrol / "refuses").touch()
+    assert end(scontrol, cell("a"), signal.SIGUSR2, LONG)["requeued"] is False
+
+
+def test_a_limit_too_short_for_one_step_is_a_failure(scontrol: Path, cell: Any) -> None:
+    error = end(scontrol, cell("a"), signal.SIGUSR2, SHORT, advances=False)
+    assert isinstance(error, TimeLimit) and "backend.time" in str(error) and asked(scontrol) == ""
+
+
+def test_a_preemption_before_the_first_step_is_none(scontrol: Path, cell: Any) -> None:
+    assert end(scontrol, cell("a"), signal.SIGUSR2, LONG, advances=False)["requeued"] is True
+
+
+@pytest.mark.parametrize(
+    ("signum", "slurm"), [(signal.SIGTERM, LONG), (signal.SIGTERM, None), (signal.SIGUSR2, None)]
+)
+def test_who_was_cancelled_does_not_requeue_itself(
+    scontrol: Path, cell: Any, signum: int, slurm: dict[str, Any] | None
+) -> None:
+    word = end(scontrol, cell("a"), signum, slurm)
+    assert word["requeued"] is False and word["cause"] is None and asked(scontrol) == ""
