@@ -36,12 +36,12 @@ def asked(folder: Path) -> str:
 
 def end(folder: Path, cell: Any, signum: int, slurm: dict[str, Any] | None, *, advances: bool = True) -> Any:
     """Ask a worker to end, and return its last word."""
-    with Heart(folder) as heart, pytest.raises((Interrupted, TimeLimit)) as raised:
-        with _ended_in_order(cell, heart, slurm):
-            if advances:
-                stage = cell.missing()[0].stage.folder
-                (stage / "attempts" / "1" / "checkpoints" / "00000007").mkdir(parents=True)
-            raise Interrupted(signum)
+    expected = pytest.raises((Interrupted, TimeLimit))
+    with Heart(folder) as heart, expected as raised, _ended_in_order(cell, heart, slurm):
+        if advances:
+            stage = cell.missing()[0].stage.folder
+            (stage / "attempts" / "1" / "checkpoints" / "00000007").mkdir(parents=True)
+        raise Interrupted(signum)
     return raised.value if isinstance(raised.value, TimeLimit) else read_json(folder / "end.json")
 
 
