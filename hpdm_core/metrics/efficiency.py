@@ -85,8 +85,8 @@ class Efficiency:
             {
                 "metric": f"{self.name}.{name}",
                 "level": None,
-                "value": value,
-                "outcome": "OOM" if oom and value is None else "ok",
+                "value": math.nan if value is None else float(value),
+                "outcome": "OOM" if value is None else "ok",
             }
             for name, value in figures.items()
             if value is not None or oom

@@ -1,0 +1,71 @@
+"""What a dry run predicts, and cells that are measured without being trained."""
+
+import re
+
+import pytest
+
+from hpdm_core import cost
+from hpdm_core.config.study_file import load_study
+from hpdm_core.study.cells import cells_of
+from hpdm_core.study.dry_run import describe_study
+
+SMALL = """
+extends: tiny_clips
+model: {video: [4, 8, 8], patch: [1, 2, 2], token: [1, 1, 1], blocks: 3, classes: 0}
+data: {dataset: synthetic}
+training: {steps: 1000, batch: 2}
+evaluation: {samples: 10, metrics: [METRICS]}
+runtime: {utilisation: 0.5, peak_tflops: 1.0e-6}
+arms:
+  default: {}
+  full: {model.computation_allocation: full}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(metrics):
+        file = tmp_path / "small.yaml"
+        file.write_text(SMALL.replace("METRICS", metrics))
+        return load_study(file)
+
+    return make
+
+
+def test_hours_and_memory_of_each_cell_and_the_total(study, tmp_path):
+    made = study("throughput")
+    text = describe_study(made, tmp_path / "results")
+    cells, _ = cells_of(made, tmp_path / "store")
+    rate = 0.5e6  # half of a millionth of a TFLOP/s: hours that can be read
+    hours = {}
+    for cell in cells[:2]:
+        assembly = cell.assembly
+        work = 1000 * cost.training_flops(assembly) + 10 * cost.sampling_flops(assembly)
+        hours[cell.arm] = work / rate / 3600
+        (row,) = re.findall(rf"^{cell.arm} +0 .*$", text, flags=re.MULTILINE)
+        assert f" {hours[cell.arm]:.3g} " in row
+        assert f" {cost.training_memory(assembly) / 1e6:.3g} MB " in row
+    assert hours["full"] > hours["default"]
+    assert f"{2 * sum(hours.values()):.3g} GPU-hours" in text  # two seeds
+    assert "at 0.5 of 1e-06 TFLOP/s (runtime.utilisation, runtime.peak_tflops)" in text
+
+
+def test_a_cell_that_is_only_measured_trains_nothing(study, tmp_path):
+    made = study("efficiency")
+    cells, _ = cells_of(made, tmp_path / "store")
+    assert [[step.name for step in cell.missing()] for cell in cells] == [["evaluate efficiency"]] * 4
+    text = describe_study(made, tmp_path / "results")
+    assert "0 models to train" in text and "0 GPU-hours" in text
+    both, _ = cells_of(study("efficiency, throughput"), tmp_path / "store")
+    names = [step.name for step in both[0].missing()]
+    assert names[0] == "train" and "evaluate efficiency" in names
+    assert not both[0].only_measured
+
+
+def test_what_is_measured_is_known_by_the_configuration(study, tmp_path):
+    """Another network is measured anew; where the results lie, and what runs them, change nothing."""
+    keys = {cell.keys.evaluations for cell in cells_of(study("efficiency"), tmp_path / "store")[0]}
+    assert len(keys) == 4
+    elsewhere = {cell.keys.evaluations for cell in cells_of(study("efficiency"), tmp_path / "other")[0]}
+    assert elsewhere == keys
