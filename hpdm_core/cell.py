@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -151,10 +150,7 @@ class Cell:
 
     def finished(self) -> bool:
         """Whether every stage has a result file. Looks at names only: a quick answer for what was done before."""
-        keys, root = self.keys, str(self.store.root)
-        stages = [("train", keys.train), ("samples", keys.samples)]
-        stages += [("evaluations", key) for key in keys.evaluations]
-        return all(os.path.exists(f"{root}/{kind}/{key}/result.json") for kind, key in stages)  # noqa: PTH110
+        return self.store.holds(self.keys.stages)
 
     def forget(self) -> None:
         """Let go of what can be worked out again: thousands of finished cells stay in memory."""
@@ -284,9 +280,7 @@ class Cell:
                 files=files,
             )
             attempt.log(f"{step.name} done")
-            if (
-                step.name == "train"
-            ):  # what resuming needed is of no more use, but what was asked to be kept is
+            if step.name == "train":  # what resuming needed is of no more use; what was asked to be kept stays
                 attempt.drop("checkpoints", keep=[f"{at:08d}" for at in self.config.training.keep])
 
     def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:

@@ -40,6 +40,12 @@ class Keys:
     samples: str
     evaluations: tuple[str, ...]
 
+    @property
+    def stages(self) -> list[tuple[str, str]]:
+        """Kind and key of every stage."""
+        evaluations = [("evaluations", key) for key in self.evaluations]
+        return [("train", self.train), ("samples", self.samples), *evaluations]
+
 
 class _Template:
     """The digest of canonical JSON in which one value, `HOLE`, is still to be filled in."""
