@@ -158,10 +158,8 @@ class Cell:
             self.__dict__.pop(name, None)
 
     def missing(self) -> list[Step]:
-        """Return what is still to be done, in order. Reads result files only.
-
-        Samples and weights whose evaluations are done are caches: they are made again only when something
-        needs them.
+        """Return what is still to be done, in order. Reads result files only. Samples and weights whose
+        evaluations are done are caches: they are made again only when something needs them.
         """
         evaluations = list(zip(self.kin.needs, (step.stage for step in self._steps[2:]), strict=True))
         is_open = [not stage.done for _, stage in evaluations]
@@ -280,7 +278,7 @@ class Cell:
                 files=files,
             )
             attempt.log(f"{step.name} done")
-            if step.name == "train":  # what resuming needed is of no more use; what was asked to be kept stays
+            if step.name == "train":  # what resuming needed is of no more use; what was asked for stays
                 attempt.drop("checkpoints", keep=[f"{at:08d}" for at in self.config.training.keep])
 
     def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
