@@ -25,7 +25,7 @@ from hpdm_core.config.schema import Part
 from hpdm_core.errors import did_you_mean
 from hpdm_core.files import read_json, write_bytes, write_json
 from hpdm_core.plugins import Plugins, build_plugins
-from hpdm_core.study.jobs import Job
+from hpdm_core.study.jobs import Clock, Job
 from hpdm_core.study.states import Cause, Seen
 from hpdm_core.study.store import Store
 
@@ -151,7 +151,7 @@ class Simulated:
     attached = False
 
     def __init__(self, options: SimulatedOptions, *, clock: VirtualClock | None = None) -> None:
-        self.clock = clock or VirtualClock()
+        self.clock: Clock = clock or VirtualClock()
         self.gpus = 1
         self.seconds = 0.0
         self.busy = 0.0
