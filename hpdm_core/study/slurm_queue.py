@@ -91,7 +91,7 @@ class Queue:
         self._clock = clock
         self._asked = float("-inf")
         self._lines: dict[str, Line] | None = None
-        self._names: dict[str, str] = {}
+        self._known: set[str] = set()
         self._over: dict[str, Line] = {}
         """How jobs ended that the queue shows no more, or that sacct knows."""
         self._accounting: bool | None = None
@@ -100,8 +100,10 @@ class Queue:
 
     def look(self, numbers: Collection[str]) -> dict[str, Seen]:
         """Return what is known of the jobs ``numbers``."""
-        if self._clock() - self._asked >= self.seconds:
+        # An answer from before a job was submitted says nothing of it.
+        if not self._known.issuperset(numbers) or self._clock() - self._asked >= self.seconds:
             self.ask()
+        self._known.update(numbers)
         if self._lines is None:
             return {number: Seen(phase="unknown", word=self.problem) for number in numbers}
         gone = [number for number in numbers if number not in self._lines and number not in self._over]

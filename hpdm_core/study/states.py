@@ -115,10 +115,11 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(state="interrupted" if evidence.started else "queued", reason=seen.word)
     if seen.phase == "alive":
         return Verdict(state="running" if evidence.started else "queued", reason=seen.word)
-    beats = evidence.started and evidence.ended is None and evidence.silent < SILENT_SECONDS
+    recent = evidence.ended is None and evidence.silent < SILENT_SECONDS
+    beats = evidence.started and recent
     if seen.phase == "over":
-        if not seen.certain and beats:
-            return Verdict(state="running", reason=f"{seen.word}, and still at work")
+        if not seen.certain and recent:  # it may live on, or come back
+            return Verdict(state="running" if evidence.started else "queued", reason=seen.word)
         return _ended(evidence)
     # No answer. A beating worker is at work; a silent one, or a job that waits, is given time.
     if evidence.ended is not None and not evidence.ended.get("requeued"):

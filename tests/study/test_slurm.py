@@ -249,6 +249,17 @@ def test_the_queue_is_asked_once_for_all_and_not_at_every_round(cluster: Cluster
     assert len((cluster.folder / "squeue.log").read_text().splitlines()) == 1
 
 
+def test_an_answer_from_before_a_job_was_submitted_says_nothing_of_it(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    first, second = cluster.jobs(2)
+    backend.submit([first])
+    cluster.queue(("77", "RUNNING", "None", "x"))
+    assert backend.poll([first])[first.id].phase == "alive"
+    backend.submit([second])
+    cluster.queue(("77", "RUNNING", "None", "x"), ("78", "PENDING", "None", "y"))
+    assert backend.poll([first, second])[second.id].phase == "waiting"
+
+
 def test_a_job_whose_number_was_not_noted_is_found_by_the_name_of_its_array(cluster: Cluster) -> None:
     jobs = cluster.jobs(2)
     cluster.backend().submit(jobs)

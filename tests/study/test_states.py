@@ -49,7 +49,8 @@ def case(seen: Seen, **facts: Any) -> Evidence:
         # A node that went silent: its worker may live on.
         (case(LOST, started=True), "running", False, None),
         (case(LOST, started=True, silent=LONG), "failed", True, "lost node"),
-        (case(LOST), "failed", True, "lost node"),
+        (case(LOST), "queued", False, None),
+        (case(LOST, silent=LONG), "failed", True, "lost node"),
         (case(FORGOTTEN, started=True), "running", False, None),
         (case(FORGOTTEN, started=True, silent=LONG), "failed", True, "lost node"),
         # No answer is no sign of life, and none of death.
