@@ -110,37 +110,30 @@ def test_a_cell_whose_node_is_lost_goes_on_elsewhere(
     assert computed(held.results) == of_default(held.results)
 
 
-def test_a_cell_over_its_time_limit_goes_on_while_it_advances(
-    cluster: Any, study: tuple[Path, Path], of_default: Computed, computed: Computed, tmp_path: Path
+def test_a_cell_over_its_time_limit_goes_on_while_it_advances_and_only_then(
+    cluster: Any,
+    study: tuple[Path, Path],
+    of_default: Computed,
+    computed: Computed,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, results = study
     plugin = tmp_path / "slow.py"
     plugin.write_text(
         "import time\nfrom hpdm_core import hookimpl\n"
-        "@hookimpl\ndef after_step_finished(cell, step, loss):\n    time.sleep(25)\n"
+        "@hookimpl\ndef after_step_finished(cell, step, loss):\n"
+        "    time.sleep(25 if cell.arm == 'default' else 300)\n"
     )
-    command = [str(file), "--results", str(results), "--only", "default", "--plugin", str(plugin)]
-    assert main([*command, "--set", "backend.time=1"]) == 0
+    command = [str(file), "--results", str(results), "--plugin", str(plugin)]
+    assert main([*command, "--set", "backend.time=1"]) == 1
+    shown = capsys.readouterr().out
+    assert "failed: no_context, seed 0" in shown and "backend.time" in shown
+    assert sorted(str(each["cause"]) for each in outcomes(results)) == ["None", "time limit"]
     (train,) = (results / "store" / "train").glob("*/result.json")
     resumed = json.loads(train.read_text())["resumed_from"]
     assert resumed and resumed == sorted(set(resumed))
     assert computed(results) == of_default(results)
-
-
-def test_a_cell_that_cannot_advance_within_its_time_limit_fails_and_says_so(
-    cluster: Any, study: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file, results = study
-    plugin = tmp_path / "stuck.py"
-    plugin.write_text(
-        "import time\nfrom hpdm_core import hookimpl\n"
-        "@hookimpl\ndef after_step_finished(cell, step, loss):\n    time.sleep(300)\n"
-    )
-    command = [str(file), "--results", str(results), "--only", "default", "--plugin", str(plugin)]
-    assert main([*command, "--set", "backend.time=1"]) == 1
-    shown = capsys.readouterr().out
-    assert [each["cause"] for each in outcomes(results)] == ["time limit"]
-    assert "failed: default, seed 0" in shown and "backend.time" in shown
 
 
 def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_twice(
