@@ -26,6 +26,9 @@ __all__ = ["Ledger", "LedgerCell", "State", "mend_journal"]
 
 State = Literal["planned", "waiting", "queued", "running", "interrupted", "done", "failed", "cancelled"]
 
+CHUNK = 500
+"""Cells that are written together when a command begins: a kill in a long beginning loses no more."""
+
 TRIAL_STATES: Mapping[State, str] = {
     "planned": "WAITING",
     "waiting": "WAITING",
@@ -133,13 +136,14 @@ class Ledger:
         Cells that are missing get their records in this order; records that a killed controller left running are
         taken over.
         """
-        with self.batch():
-            for cell, state, seconds in cells:
-                known = self._records.get(cell.identity)
-                if known is None:
-                    self._create(cell, state, seconds)
-                elif TRIAL_STATES[state] != "WAITING":
-                    self.set(cell, state, seconds=seconds)
+        for start in range(0, len(cells), CHUNK):
+            with self.batch():
+                for cell, state, seconds in cells[start : start + CHUNK]:
+                    known = self._records.get(cell.identity)
+                    if known is None:
+                        self._create(cell, state, seconds)
+                    elif TRIAL_STATES[state] != "WAITING":
+                        self.set(cell, state, seconds=seconds)
 
     def set(self, cell: LedgerCell, state: State, *, seconds: float = 0.0, cause: str | None = None) -> None:
         """Record that ``cell`` is now in ``state``, for ``cause``; a closed record is followed by a new one, a retry.

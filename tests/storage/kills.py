@@ -59,7 +59,7 @@ def main() -> None:
     storage = None if url == "journal" else url
     chance = random.Random(seed)
     file, results, log = folder / "killed.yaml", folder / "results", folder / "log"
-    cells = 24 * kills + 40
+    cells = 10 * kills + 40
     file.write_text(yaml.safe_dump({**STUDY, "storage": storage, "seeds": list(range(cells))}))
     study = load_study(file, backends=BACKENDS)
     home = results / "simulated" / "killed"
@@ -95,7 +95,7 @@ def main() -> None:
             found["done"].append(count["done"])
             # Late enough that each goes a little further than the last, early enough that all of it is hit.
             step = found["done"][-1] - (found["done"][-2] if len(found["done"]) > 1 else 0)
-            usual = min(10.0, usual * 1.5) if step < 4 else max(0.3, usual / 1.5)
+            usual = min(30.0, usual * 1.5) if step < 2 else usual / 1.5 if step > 10 else usual
         if time.monotonic() - started > 60 or time.monotonic() - begin > 500:
             break
     before = sum(look().values())
