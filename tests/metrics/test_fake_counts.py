@@ -21,7 +21,10 @@ from hpdm_core.metrics.random3d import Random3D
 from hpdm_core.report.curves import curves_figure, curves_of
 from hpdm_core.sampling.cascade import sample
 from hpdm_core.sampling.files import to_uint8, write_sample
+from hpdm_core.study.__main__ import main as run_study
 from hpdm_core.training import Trainer
+
+ROOT = Path(__file__).parents[2]
 
 METRIC = "{use: fake_counts, counts: [2, 4], extractor: %s}"
 
@@ -181,3 +184,30 @@ def test_the_figure_has_a_panel_per_level_and_none_without_curves():
         )
         > 20
     )
+
+
+def test_the_study_draws_its_figure(tmp_path, capsys):
+    sets = [
+        "data.dataset={use: synthetic, classes: 3}",
+        "model.video=[16, 32, 32]",
+        "model.patch=[4, 8, 8]",
+        "model.backbone={latent_layers: 1, latents: 4}",
+        "training={steps: 2, batch: 1, keep: [1]}",
+        "sampling.solver={steps: [1], order: [1]}",
+        "evaluation={samples: 3, reals: 3, metrics: [{use: fake_counts, counts: [2, 3]}]}",
+        "runtime.threads=1",
+        "backend=inline",
+    ]
+    study = [str(ROOT / "studies" / "fig8_fvd_samples.yaml"), "--results", str(tmp_path)]
+    assert run_study([*study, *(word for each in sets for word in ("--set", each))]) == 0
+    assert "frechet[random3d] of 3 fakes" in capsys.readouterr().out
+    with Image.open(tmp_path / "fig8_fvd_samples" / "report" / "fakes.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_the_study_is_the_papers_at_its_scale():
+    cell = load_cell(ROOT / "studies" / "fig8_fvd_samples.yaml", sets=["extends=ucf101_hpdm_s"])
+    (part, _) = cell.config.evaluation.metrics
+    assert part.options["counts"] == [128, 256, 512, 2048, 10000]  # the caption of Figure 8
+    assert part.options["extractor"]["use"] == "i3d"
+    assert max(cell.config.training.keep) < cell.config.training.steps
