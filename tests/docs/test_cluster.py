@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
 import yaml
 
 from hpdm_core.config.study_file import load_study
 from hpdm_core.study.backends import BACKENDS
+from hpdm_core.study.local import LocalOptions
 from hpdm_core.study.slurm import SlurmOptions
 from hpdm_core.study.states import State
 
@@ -24,9 +26,13 @@ def first_column(heading):
     return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
 
 
-def test_every_option_of_the_backend_is_explained():
-    named = [name for cell in first_column("key of `backend`") for name in re.findall(r"`(\w+)`", cell)]
-    assert sorted(named) == sorted(SlurmOptions.model_fields)
+@pytest.mark.parametrize(
+    ("heading", "options"),
+    [("key of `backend`", SlurmOptions), ("key of a local `backend`", LocalOptions)],
+)
+def test_every_option_of_a_backend_is_explained(heading, options):
+    named = [name for cell in first_column(heading) for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(options.model_fields)
 
 
 def test_every_state_is_explained():
