@@ -7,7 +7,7 @@ are excluded from both decay and adaptation and get plain Adam steps. Not here: 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ from hpdm_core.errors import InputError
 from hpdm_core.training.shards import local
 
 __all__ = ["Lamb"]
+
+PART = 2**25
+"""Numbers that are updated together: 128 MiB of float32."""
 
 
 class Lamb(Optimizer):
@@ -63,8 +66,8 @@ class Lamb(Optimizer):
                 result = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._update(group, parameters)
+            for part in _parts(parameters):
+                self._update(group, part)
         return result
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -103,6 +106,21 @@ class Lamb(Optimizer):
             sharded = weights[0] is not parameters[0]
             torch._foreach_mul_(updates, _trust_ratios(tuple(weights), tuple(updates), sharded=sharded))
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+
+def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Deal ``parameters`` out into runs of about `PART` numbers, so that an update's temporaries stay small.
+
+    Sharded ones count as a whole: every process must make the same parts.
+    """
+    part: list[Tensor] = []
+    for parameter in parameters:
+        part.append(parameter)
+        if sum(each.numel() for each in part) >= PART:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _refuse_zeros(matrices: list[tuple[str, Parameter]]) -> None:

@@ -20,6 +20,11 @@ SMALL = {
     "model": {"video": (4, 8, 12), "levels": 2, "blocks": 2},
     "training": {"batch": 4, "self_conditioning": 0.5, "steps": 2, "warmup": 0},
 }
+SMALLEST = {
+    "model": {"video": (2, 4, 6), "levels": 1, "blocks": 1, "context_fusion": "none", "classes": 0},
+    "training": {"batch": 2, "self_conditioning": 0.0, "steps": 2, "warmup": 0},
+}
+"""Making code takes a second or two per kernel."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +63,7 @@ def test_compiled_training_gives_the_weights_of_training_as_it_is(assemble: Make
     rows: list[list[dict[str, Any]]] = [[], []]
     trained = []
     for compile_it, noted in zip((False, True), rows, strict=True):
-        trainer = Trainer(assemble(**SMALL, runtime={"compile": compile_it}))
+        trainer = Trainer(assemble(**SMALLEST, runtime={"compile": compile_it}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
             trainer.run(noted.append)
@@ -78,5 +83,8 @@ def test_without_a_compiler_training_goes_on_and_says_so_once(
         trainer = Trainer(assemble(**SMALL, runtime={"compile": True}))
         assert trainer.run()["steps"] == 2
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hpdm_core")]
-    assert message.startswith("runtime.compile: No working C++ compiler") and "training goes on as it is" in message
+    assert (
+        message.startswith("runtime.compile: No working C++ compiler")
+        and "training goes on as it is" in message
+    )
     assert "\n" not in message

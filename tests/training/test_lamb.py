@@ -29,7 +29,7 @@ def rate(step: int) -> float:
 
 
 def reference(steps: int) -> dict[str, np.ndarray]:
-    """Paper.md section 3, one tensor after another in float64."""
+    """The published update, one tensor after another in float64."""
     final = {}
     for name, start in make_parameters().items():
         w = start.detach().numpy().astype(np.float64)
@@ -62,6 +62,18 @@ def test_fifty_steps_equal_a_float64_loop() -> None:
     train(parameters, Lamb(parameters.items(), 0.005), range(1, 51))
     for name, expected in reference(50).items():
         np.testing.assert_allclose(parameters[name].detach().numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_updating_in_parts_changes_no_bit_and_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = make_parameters(), make_parameters()
+    train(whole, Lamb(whole.items(), 0.005), range(1, 4))
+    monkeypatch.setattr("hpdm_core.training.lamb.PART", 10)
+    sizes: list[int] = []
+    update = Lamb._update
+    monkeypatch.setattr(Lamb, "_update", lambda self, *a: (sizes.append(len(a[1])), update(self, *a)))
+    train(parts, Lamb(parts.items(), 0.005), range(1, 4))
+    assert sum(sizes) == 3 * len(SHAPES) and len(sizes) > 6
+    assert all(torch.equal(parts[name], whole[name]) for name in SHAPES)
 
 
 def test_a_matrix_moves_by_exactly_lr_times_its_norm_and_a_vector_by_adam() -> None:
