@@ -98,7 +98,9 @@ def test_an_error_in_a_worker_is_raised_here(how, kind, messages, makers):
 
 def test_a_worker_that_is_killed_is_one_line(makers):
     source = in_processes(partial(makers.failing, "killed"), range(9), workers=1, ahead=1)
-    with pytest.raises(TroubleError, match=r"'hpdm-loader-0' ended while making item [012] \(killed, perhaps"):
+    with pytest.raises(
+        TroubleError, match=r"'hpdm-loader-0' ended while making item [012] \(killed, perhaps"
+    ):
         list(source)
 
 
