@@ -22,13 +22,14 @@ from hpdm_core.study.adoption import Keepers, end_jobs, end_strangers
 from hpdm_core.study.attempts import Attempts
 from hpdm_core.study.budget import Spending
 from hpdm_core.study.jobs import Backend, Job, Planner
+from hpdm_core.study.lease import LeaseLost
 from hpdm_core.study.ledger import Ledger
 from hpdm_core.study.locking import folder_trouble, locked
 from hpdm_core.study.overview import Overview, detached, interrupted, shortfalls
 from hpdm_core.study.planning import blocked, plan, smaller
 from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
-from hpdm_core.study.retries import Outcome, mark_of, micro_batch, pause, refusal, try_again
+from hpdm_core.study.retries import Outcome, pause, refusal, try_again
 from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
 from hpdm_core.study.tasks import Task, last_lines, shared_stages
 
@@ -112,6 +113,8 @@ class Controller:
                 self.display.close()
                 self._say(interrupted(self.tasks, self.again))
                 return 130
+            except LeaseLost:  # whoever has taken over has the workers too
+                raise
             except BaseException:
                 self._end_workers(silently=True)
                 raise
@@ -154,7 +157,7 @@ class Controller:
                 recorded.discard(task.cell.identity)
                 self._plan(task, has_jobs=task.cell.identity in present)
         fresh = [task for task in self.tasks if task.cell.identity not in recorded]
-        self.ledger.sync([(task.entry, task.state, self._work(task)) for task in fresh])
+        self.ledger.sync([(task.entry, task.state, task.work) for task in fresh])
         for task in self.tasks if self.planner is not None else ():
             if task.state not in OPEN and self.planner is not None:
                 self.planner.settled(task.cell, task.state, task.cause)
@@ -301,7 +304,7 @@ class Controller:
             self._write_versions([task] if not self.tasks else [])
             self.tasks.append(task)
             self._plan(task, has_jobs=task.folder.is_dir())
-            self.ledger.sync([(task.entry, task.state, self._work(task))])
+            self.ledger.sync([(task.entry, task.state, task.work)])
             self.overview.changed(task)
             if task.state not in OPEN:
                 planner.settled(cell, task.state, task.cause)
@@ -320,17 +323,7 @@ class Controller:
 
     def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
         """Write the spec of a new attempt."""
-        job = task.next_job()
-        spec = task.cell.spec()
-        if task.micro_batch is not None:
-            spec = micro_batch(spec, task.micro_batch)
-        if self.prepare is not None:
-            spec = self.prepare(spec)
-        task.begun = mark_of(task.cell)
-        task.folder.mkdir(exist_ok=True)
-        job.folder.mkdir()
-        write_json(job.spec, {**spec, "attempt": job.id, "begun": task.begun}, durable=False)
-        task.job, task.numbers = job, job.number
+        task.take_up(self.prepare)
         self.attempts.add(task, steps)
         self._set(task, "running" if self.backend.attached else "queued")
 
@@ -356,17 +349,12 @@ class Controller:
         self._planned.pop(task, None)
         task.state, task.reason, task.cause = state, reason, cause
         self._failures += settled and state == "failed"
-        self.ledger.set(task.entry, state, seconds=self._work(task), cause=cause)
+        self.ledger.set(task.entry, state, seconds=task.work, cause=cause)
         if settled:
             task.cell.forget()
         self.overview.changed(task)
         if settled and self.planner is not None:
             self.planner.settled(task.cell, state, cause)
-
-    def _work(self, task: Task) -> float:
-        if task.state != "done":
-            return 0.0
-        return float(sum(result.get("wall_seconds", 0.0) for result in task.cell.results().values()))
 
     def tick(self) -> None:
         """Show where everything is; an inline backend calls it while it works."""

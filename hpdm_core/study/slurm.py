@@ -130,6 +130,7 @@ class Slurm:
         self.queue = Queue(clock=self.clock.monotonic)
         self._options = options
         self._work = work
+        self._numbers: dict[str, str] = {}
         self._array_size: int | None = None
         self._not_before = float("-inf")
 
@@ -268,6 +269,15 @@ class Slurm:
         return found
 
     def _number(self, job: Job) -> str | Seen:
+        """Return the job's number, also when its folder has vanished meanwhile; or what that it has none means."""
+        if job.id not in self._numbers:
+            found = self._find(job)
+            if isinstance(found, Seen):
+                return found
+            self._numbers[job.id] = found
+        return self._numbers[job.id]
+
+    def _find(self, job: Job) -> str | Seen:
         data = read_json(job.folder / "job.json")
         if data is None:
             return Seen(phase="over", cause="never started")

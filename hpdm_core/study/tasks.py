@@ -3,16 +3,16 @@
 jobs/<cell>/<number>/     one attempt, see `hpdm_core.study.jobs`
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
-from hpdm_core.files import read_json
+from hpdm_core.files import read_json, write_json
 from hpdm_core.study.jobs import Job
 from hpdm_core.study.ledger import LedgerCell
-from hpdm_core.study.retries import Mark, Outcome
+from hpdm_core.study.retries import Mark, Outcome, mark_of, micro_batch
 from hpdm_core.study.states import Cause, State
 
 __all__ = ["Task", "jobs_in", "last_lines", "shared_stages"]
@@ -69,10 +69,27 @@ class Task:
                 return attempts[-1] / "log.txt"
         return self.folder / str(self.numbers) / "log" if self.numbers else self.folder
 
-    def next_job(self) -> Job:
-        """Return the next attempt; nothing is written yet."""
+    @property
+    def work(self) -> float:
+        """Seconds of work in its stages, once all are done."""
+        if self.state != "done":
+            return 0.0
+        return float(sum(result.get("wall_seconds", 0.0) for result in self.cell.results().values()))
+
+    def take_up(self, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None) -> None:
+        """Begin another attempt: write its spec, which ``prepare`` may change."""
         number = self.numbers + 1
-        return Job(cell=self.cell.identity, number=number, folder=self.folder / str(number))
+        job = Job(cell=self.cell.identity, number=number, folder=self.folder / str(number))
+        spec = self.cell.spec()
+        if self.micro_batch is not None:
+            spec = micro_batch(spec, self.micro_batch)
+        if prepare is not None:
+            spec = prepare(spec)
+        self.begun = mark_of(self.cell)
+        self.folder.mkdir(exist_ok=True)
+        job.folder.mkdir()
+        write_json(job.spec, {**spec, "attempt": job.id, "begun": self.begun}, durable=False)
+        self.job, self.numbers = job, number
 
     def note(self, steps: Sequence[Step]) -> None:
         """Take the newest attempts at the missing ``steps`` for what was there before."""

@@ -1,6 +1,7 @@
 """The backend slurm against commands that answer as told; the real thing is in tests/slurm."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_cancelling_names_the_jobs(cluster: Cluster) -> None:
     assert (cluster.folder / "scancel.log").read_text() == "77_0 77_1\n"
     (cluster.folder / "bin" / "scancel").write_text("#!/bin/sh\necho no >&2; exit 1\n")
     assert not backend.cancel(jobs)
+
+
+def test_a_job_is_cancelled_also_when_its_folder_has_vanished(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    (job,) = cluster.jobs(1)
+    backend.submit([job])
+    backend.poll([job])
+    shutil.rmtree(cluster.folder / "study")
+    assert backend.cancel([job])
+    assert (cluster.folder / "scancel.log").read_text() == "77\n"
 
 
 def test_an_allocation_around_the_controller_does_not_leak_into_jobs(
