@@ -175,7 +175,14 @@ def _folders(given: argparse.Namespace) -> int:
         weights=given.weights,
         trust_weights=given.trust_weights,
     )
-    records = [changed_record(load_record(name, plugins), changes) for name in dict.fromkeys(given.protocols)]
+    loaded = [load_record(name, plugins) for name in dict.fromkeys(given.protocols)]
+    files = {str(each.detector.options["weights"]) for each in loaded if "weights" in each.detector.options}
+    if given.weights is not None and given.weights.is_file() and len(files) > 1:
+        raise InputError(
+            f"--weights {given.weights}: the protocols take {len(files)} files of weights "
+            f"({', '.join(sorted(files))}); give the folder that holds them"
+        )
+    records = [changed_record(record, changes) for record in loaded]
     manifest: Manifest | None = None if given.manifest is None else read_manifest(given.manifest)
     device = prepare_torch(RuntimeConfig(device=given.device))
     judge = Judge(

@@ -197,6 +197,11 @@ class ProtocolMetric:
             reals, drawn = self._reals(context, fitted, extractor, described)
         fakes = np.stack(self._fakes(context, fitted, extractor))
         found = measured(record, reals, fakes, replicates=self.replicates)
+        few = [len(side) for side in (reals, fakes) if side is not None and len(side) <= side.shape[1]]
+        if record.measure == "frechet" and few:
+            context.details["warning"] = (
+                f"{few[0]} clips for {fakes.shape[1]} features: a covariance is singular"
+            )
         context.details.update({name: value for name, value in found.items() if name != "value"})
         modified = [*fitted.modified, *([drawn] if drawn else [])]
         context.facts["modified"] = modified

@@ -117,6 +117,19 @@ def test_features_of_reals_are_kept_by_content(run, ucf, fakes, protocol, tmp_pa
     assert measure(run, ucf, fakes, protocol(), tmp_path / "e.json")["value"] == first["value"]
 
 
+def test_results_that_cannot_be_written_are_trouble(run, ucf, fakes, protocol, tmp_path, monkeypatch, capsys):
+    from hpdm_core.evaluator import command
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full)
+    out = tmp_path / "a.json"
+    arguments = ("--real", ucf, "--fake", fakes, "--protocol", protocol(), "--bootstrap", 0)
+    assert run(*arguments, "--out", out) == 1
+    assert "No space left on device" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_changed_protocol_is_marked(run, ucf, fakes, protocol, tmp_path, capsys, first):
     out = tmp_path / "b.json"
     changed = measure(
@@ -289,6 +302,13 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
         ),
         (["--real", "REAL", "--fake", "FAKES", "--protocol", "PROTOCOL", "--protocoll", "x"], "unrecognized"),
         (["--metric", "throughput"], "belongs to a trained cell"),
+        (
+            [
+                *("--fake", "FAKES", "--weights", "PROTOCOL"),
+                *("--protocol", "hpdm/is10k_ucf", "--protocol", "tgan2_is/is2048_ucf"),
+            ],
+            "take 2 files of weights (c3d_ucf101.pt, conv3d_deepnetA_ucf.npz)",
+        ),
         (["SOMEWHERE", "--fake", "FAKES"], "is measured by --metric"),
     ],
 )

@@ -151,6 +151,7 @@ def test_a_data_set_without_files_is_drawn_from_and_says_so(protocol, tmp_path, 
     )
     (row,) = result["rows"]
     assert "(modified)" in row["record"]
+    assert result["details"]["warning"] == "4 clips for 272 features: a covariance is singular"
     assert result["protocol"]["modified"] == ["reals: 4 random windows that the data set 'synthetic' draws"]
     assert result["details"]["interval"]["low"] <= row["value"] <= result["details"]["interval"]["high"]
     assert len(list((tmp_path / "store" / "features").iterdir())) == 1
