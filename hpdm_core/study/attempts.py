@@ -1,5 +1,6 @@
 """The attempts that are under way: what is known of each, and what it comes to."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ from hpdm_core.study.jobs import Clock, Job
 from hpdm_core.study.lease import Watch
 from hpdm_core.study.retries import Outcome, mark_of
 from hpdm_core.study.states import Evidence, Seen, Verdict, judge
-from hpdm_core.study.tasks import Task, shared_stages
+from hpdm_core.study.tasks import Task, last_lines, shared_stages
 
 __all__ = ["Attempts"]
 
+LOW_DISK_BYTES = 1 << 20
+FULL_DISK = "the disk is full; free some space and give the same command again"
 LINGER_SECONDS = 30.0
 """A worker whose heart stopped so long ago, and which is still there, has its files looked at."""
 
@@ -85,6 +88,19 @@ class Attempts:
             self.spending.note(job, beat)
         silent = self._watch.silent(job.id, None if beat is None else (beat.get("born"), beat.get("beat")))
         return {"started": beat is not None, "silent": silent, "ended": read_json(job.folder / "end.json")}
+
+    def settle(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> tuple[Verdict, Outcome]:
+        """Close the attempt of ``task``, with ``steps`` still missing; return what it came to in the end."""
+        if task.pruned and verdict.state != "done":
+            verdict = Verdict(state="cancelled", over=True, cause="pruned", reason=task.pruned)
+        if verdict.cause == "killed":
+            task.tail = last_lines(task.log, task.job)
+            if shutil.disk_usage(task.folder).free < LOW_DISK_BYTES:
+                verdict = Verdict(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
+        task.seconds = self.clock.monotonic() - task.started
+        outcome = self.record(task, verdict, steps)
+        self.drop(task)
+        return verdict, outcome
 
     def record(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> Outcome:
         """Write what became of the attempt into its folder."""

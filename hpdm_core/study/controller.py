@@ -31,14 +31,12 @@ from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
 from hpdm_core.study.retries import Outcome, pause, refusal, try_again
 from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
-from hpdm_core.study.tasks import Task, last_lines, shared_stages
+from hpdm_core.study.tasks import Task, shared_stages
 
 __all__ = ["CANCEL", "Controller"]
 
 CANCEL = "cancel.json"
 """A file of this name in a study's folder asks its controller to cancel everything."""
-LOW_DISK_BYTES = 1 << 20
-FULL_DISK = "the disk is full; free some space and give the same command again"
 
 
 class Controller:
@@ -230,17 +228,9 @@ class Controller:
         """Settle an attempt, and decide whether the cell is tried again."""
         job, steps = task.job, task.cell.missing()
         assert job is not None, f"{task.cell.name} is under way"
-        if task.pruned and verdict.state != "done":
-            verdict = Verdict(state="cancelled", over=True, cause="pruned", reason=task.pruned)
         if seen.phase != "over":  # it has said all, and does not go
             self.keepers.cancel([job], now=True)
-        if verdict.cause == "killed":
-            task.tail = last_lines(task.log, job)
-            if shutil.disk_usage(self.folder).free < LOW_DISK_BYTES:
-                verdict = Verdict(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
-        task.seconds = self.clock.monotonic() - task.started
-        outcome = self.attempts.record(task, verdict, steps)
-        self.attempts.drop(task)
+        verdict, outcome = self.attempts.settle(task, verdict, steps)
         if verdict.state == "done":
             self._set(task, "done", settled=True)
             return
