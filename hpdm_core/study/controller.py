@@ -101,7 +101,7 @@ class Controller:
         study's folder vanishes.
         """
         lock = locked(self.folder, self.study, clock=self.clock, say=self.display.line)
-        with folder_trouble(self.folder), lock as self.lease:
+        with folder_trouble(self.folder), lock as self.lease, contextlib.ExitStack() as self.open:
             self._begin()
             try:
                 self._work_off()
@@ -130,6 +130,7 @@ class Controller:
 
     def _begin(self) -> None:
         self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
+        self.open.callback(self.ledger.close)
         for notice in self.ledger.notices:
             self.trouble = True
             self.display.line(notice)
@@ -146,8 +147,7 @@ class Controller:
         wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
         end_strangers(self.folder / "jobs", wanted, self.keepers, clock=self.clock, say=self.display.line)
         present = {path.name for path in (self.folder / "jobs").iterdir()}
-        known = self.ledger.states()
-        recorded = {identity for identity, state in known.items() if state == "done"}
+        recorded = {identity for identity, state in self.ledger.states().items() if state == "done"}
         for task in self.tasks:
             if task.cell.identity in recorded and task.cell.finished():
                 task.state = "done"
