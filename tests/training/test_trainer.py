@@ -250,6 +250,7 @@ def test_result(straight: Any, assemble: Make) -> None:
         "threads",
         "parameters",
         "flops_per_step",
+        "predicted",
         "resumed_from",
         "observer_errors",
     }
