@@ -68,3 +68,26 @@ def test_a_command_is_shown_without_passwords() -> None:
     shown = "python -m hpdm_core.study f.yaml --set storage=postgresql+psycopg://me:***@host/x --only a"
     assert without_passwords(command) == shown
     assert without_passwords("see https://example.org/a@b") == "see https://example.org/a@b"
+
+
+def test_the_password_is_in_no_file_and_nothing_printed(
+    empty_database: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from hpdm_core.study.__main__ import main
+
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "s.yaml").write_text(
+        "name: secret\nextends: tiny_clips\nseeds: [0, 1]\nevaluation: {metrics: [held_out_loss]}\n"
+        "backend: {use: simulated}\n"
+    )
+    results = tmp_path / "results"
+    assert main([str(study / "s.yaml"), "--results", str(results), "--set", f"storage={empty_database}"]) == 0
+    ledger = Ledger(tmp_path, study="secret", storage=empty_database)
+    assert list(ledger.states().values()) == ["done", "done"]
+    ledger.close()
+    files = [path for path in results.rglob("*") if path.is_file()]
+    assert {"study.yaml", "index.csv", "spec.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"s3cret-w0rd" in path.read_bytes()]
+    assert "s3cret-w0rd" not in "".join(capfd.readouterr())
+    assert "***" in (results / "simulated" / "secret" / "study.yaml").read_text()
