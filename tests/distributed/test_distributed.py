@@ -27,6 +27,7 @@ with distributed.joined():
     done = []
     here["spread"] = distributed.spread("abcde", lambda item: done.append(item) or item.upper())
     here["done"] = done
+    here["on_main"] = distributed.on_main(lambda: ["made by", me])
     distributed.barrier()
 here["after"] = distributed.size()
 print(json.dumps(here))
@@ -44,6 +45,7 @@ def test_what_processes_tell_one_another(succeed: Callable[..., list[str]]) -> N
         assert here["kept"] == [1, rank]  # the sum is a new tensor
         assert here["spread"] == list("ABCDE")
         assert here["done"] == list("abcde"[rank::processes])
+        assert here["on_main"] == ["made by", 0]
         assert here["after"] == 1
 
 
@@ -61,14 +63,25 @@ with distributed.joined():
             distributed.spread(range(4), work)
         except Exception as raised:
             print(type(raised).__name__, raised)
+    def full():
+        raise OSError(28, "No space left on device")
+    try:
+        distributed.on_main(full)
+    except Exception as raised:
+        print(type(raised).__name__, raised)
 """
 
 
 def test_an_error_in_one_process_is_raised_in_all(succeed: Callable[..., list[str]]) -> None:
     first, second = succeed(["-c", FAIL], processes=2)
     remote = "TroubleError process 1 of 2: ValueError: no 3"
-    assert first.splitlines() == ["TroubleError clip 3 cannot be read", remote]
-    assert second.splitlines() == ["TroubleError clip 3 cannot be read", "ValueError no 3"]
+    full = "[Errno 28] No space left on device"
+    assert first.splitlines() == ["TroubleError clip 3 cannot be read", remote, f"OSError {full}"]
+    assert second.splitlines() == [
+        "TroubleError clip 3 cannot be read",
+        "ValueError no 3",
+        f"TroubleError process 0 of 2: OSError: {full}",
+    ]
 
 
 def test_one_process_alone_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
