@@ -15,7 +15,13 @@ pytestmark = pytest.mark.slurm
 PAGE = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
 # What a cluster of two virtual nodes without GPUs has, and cells of seconds.
 HERE = (
-    "backend={use: slurm, cpus_per_task: 1, mem_gb: 2, time: '0:05:00', max_pending: 2}",
+    "backend.partition=all",
+    "backend.account=null",
+    "backend.gpus_per_node=null",
+    "backend.cpus_per_task=1",
+    "backend.mem_gb=2",
+    "backend.time=0:05:00",
+    "backend.max_pending=2",
     "training.steps=2",
     "training.batch=2",
     "evaluation={samples: 1, reals: 2, metrics: [throughput]}",
