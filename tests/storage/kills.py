@@ -93,9 +93,13 @@ def main() -> None:
         if home.is_dir():
             count = look()
             found["done"].append(count["done"])
-            # Late enough that each goes a little further than the last, early enough that all of it is hit.
+            # Late enough that each goes a little further than the last, early enough that all of it is hit; what is
+            # finished is killed while it is looked through.
             step = found["done"][-1] - (found["done"][-2] if len(found["done"]) > 1 else 0)
-            usual = min(30.0, usual * 1.5) if step < 2 else usual / 1.5 if step > 10 else usual
+            over = count["done"] + count["failed"] == cells
+            usual = (
+                1.0 if over else min(30.0, usual * 1.5) if step < 2 else usual / 1.5 if step > 10 else usual
+            )
         if time.monotonic() - started > 60 or time.monotonic() - begin > 500:
             break
     before = sum(look().values())
