@@ -71,6 +71,13 @@ def describe_study(study: StudyConfig, results: Path) -> str:
         "written",
         _assumptions(cells),
     ]
+    if study.search is not None:
+        seeds = len(study.search.seeds or study.seeds[:1])
+        lines.append(
+            f"search: before that, {study.search.budget} proposals of each arm with {seeds} seeds, "
+            f"{study.search.budget * seeds * len(study.selected)} cells at most, not counted above; the arms run "
+            "with their best ones"
+        )
     return "\n".join(lines)
 
 

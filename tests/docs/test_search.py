@@ -80,6 +80,15 @@ def test_the_tables_name_what_there_is():
             assert own <= set(re.findall(r"`(\w+)`", shown)), name
 
 
+def test_a_dry_run_says_what_the_search_adds(tmp_path):
+    from hpdm_core.study.dry_run import describe_study
+
+    study = load_study(ROOT / "studies" / "search_example.yaml", backends=BACKENDS)
+    said = describe_study(study, tmp_path)
+    assert "search: before that, 8 proposals of each arm with 1 seeds, 16 cells at most" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_example_is_a_search_of_equal_arms():
     study = load_study(ROOT / "studies" / "search_example.yaml", backends=BACKENDS)
     assert study.search is not None and study.search.budget == 8
