@@ -92,6 +92,9 @@ def test_left_alone_looked_at_and_cancelled_then_taken_up_at_the_exact_step(
     controller = left.controller()
     assert controller is not None and f"process {controller.pid}" in said
 
+    left.wait(
+        lambda: any("step" in (read_json(path) or {}) for path in left.folder.glob("jobs/*/1/heartbeat.json"))
+    )
     assert main([*left.arguments, "--status"]) == 0
     shown = capsys.readouterr().out
     assert "default, seed 0" in shown and "running" in shown and "/6" in shown
