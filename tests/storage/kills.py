@@ -100,7 +100,7 @@ def main() -> None:
             usual = (
                 1.0 if over else min(30.0, usual * 1.5) if step < 2 else usual / 1.5 if step > 10 else usual
             )
-        if time.monotonic() - started > 60 or time.monotonic() - begin > 500:
+        if time.monotonic() - started > 60 or time.monotonic() - begin > 1500:
             break
     before = sum(look().values())
     _, status = os.waitpid(controller(study, results, log), 0)

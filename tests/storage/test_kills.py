@@ -23,7 +23,7 @@ def killed(folder: Path, storage: str | None, *, kills: int) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1750,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -46,5 +46,6 @@ def test_a_few_kills(tmp_path: Path, storage: str | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_seventy_kills(tmp_path: Path, storage: str | None) -> None:
     check(killed(tmp_path, storage, kills=70), kills=70)
