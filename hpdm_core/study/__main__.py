@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from hpdm_core.config.study_file import StudyConfig, load_study
 from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
+from hpdm_core.files import read_json
 from hpdm_core.passwords import without_passwords
 from hpdm_core.study.backends import BACKENDS, make_backend
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from hpdm_core.cell import Cell
 
 __all__ = ["build_parser", "main"]
+
+STARTING_SECONDS = 30.0
+"""For how long a command that leaves another behind looks whether that one starts."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -260,6 +265,8 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
     if use == "inline":
         raise InputError("--detach: the backend 'inline' runs in this very process; allowed: local, slurm")
     check_writable(results)
+    from hpdm_core.study.locking import LOCK
+
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "controller.log"
@@ -268,6 +275,14 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    deadline = time.monotonic() + STARTING_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if (read_json(folder / LOCK) or {}).get("pid") == process.pid:
+            break
+        time.sleep(0.1)
+    if process.poll() not in (None, 0):
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        raise TroubleError(f"--detach: {''.join(last).removeprefix('error: ')} ({log})")
     process.returncode = 0  # it is left alone on purpose: nobody is to wait for it
     print(f"study '{study.name}' is run by process {process.pid} on this machine; what it says: {log}")
     look = ["python", "-m", "hpdm_core.study", str(study.file), "--results", str(results), "--status"]

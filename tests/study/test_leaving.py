@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpdm_core import interruption
-from hpdm_core.errors import InputError
+from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study.__main__ import main
 from hpdm_core.study.job import _cause
@@ -91,6 +91,10 @@ def test_left_alone_looked_at_and_cancelled_then_taken_up_at_the_exact_step(
     left.wait(left.held.exists)
     controller = left.controller()
     assert controller is not None and f"process {controller.pid}" in said
+
+    with pytest.raises(TroubleError, match=f"process {controller.pid} on .*; one at a time"):
+        main([*left.arguments, "--detach"])
+    capsys.readouterr()
 
     left.wait(
         lambda: any("step" in (read_json(path) or {}) for path in left.folder.glob("jobs/*/1/heartbeat.json"))
