@@ -79,7 +79,7 @@ def main() -> None:
         return count
 
     begin = time.monotonic()
-    usual = 1.5
+    usual = 3.0
     while found["kills"] < kills:
         started = time.monotonic()
         pid = controller(study, results, log)
