@@ -220,7 +220,7 @@ WRONG = [
             (
                 "tiny.yaml:1: unknown preset 'hpdm_x'",
                 "did you mean 'hpdm_s'?",
-                "presets: hpdm_l, hpdm_m, hpdm_s",
+                "hpdm_l, hpdm_m, hpdm_s",
             )
         ],
         text="extends: hpdm_x\n" + TINY,
