@@ -148,6 +148,12 @@ class ProtocolMetric:
             f"are {shown}; give 'level', which marks the number as modified"
         )
 
+    def titles(self, assembly: Assembly) -> list[str]:
+        """Return the columns of the rows: the record's own title, or those of what stands in."""
+        if self.lacks(assembly.plugins) is None:
+            return [load_record(self.given, assembly.plugins).title]
+        return [metric.name for metric in self._stand_ins(assembly)]
+
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
         """Return the resolved record, or, without weights, what stands in and why."""
         fitted = self._fit(assembly)
@@ -167,6 +173,7 @@ class ProtocolMetric:
             "record": stored,
             "identity": identity_of(stored),
             "level": fitted.level,
+            "bootstrap": self.replicates,
         }
 
     def _fit(self, assembly: Assembly) -> Fitted:

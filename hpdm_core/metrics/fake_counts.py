@@ -75,6 +75,11 @@ class FakeCounts:
             "frechet", frechet_distance, extractor=part, dimensions=self.dimensions, settings={"ddof": 0}
         )
 
+    def titles(self, assembly: Assembly) -> list[str]:
+        """Return the columns of the rows: distances at different numbers of fakes are different metrics."""
+        name = self._distance(self._part(assembly.plugins)).name
+        return [_title(name, count) for count in self.counts]
+
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
         """Return the distance's protocol with the counts and steps. Raises InputError for counts above
         ``evaluation.samples``.
@@ -123,7 +128,7 @@ class FakeCounts:
         context.details["curves"] = {"distance": distance.name, "points": points}
         return [
             {
-                "metric": f"{distance.name} of {point['fakes']} fakes",
+                "metric": _title(distance.name, point["fakes"]),
                 "level": point["level"],
                 "value": point["value"],
             }
@@ -210,3 +215,7 @@ def _keep(file: Path | None, made: Sequence[Features]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_or_absent(file) as handle:
             np.savez(handle, **{f"array{level}": each for level, each in enumerate(made)})  # type: ignore[arg-type]
+
+
+def _title(distance: str, fakes: int) -> str:
+    return f"{distance} of {fakes} fakes"

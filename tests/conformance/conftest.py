@@ -82,6 +82,18 @@ def c3d_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_state_dict(export(network, C3D_NAMINGS["chainer"]), folder / "c3d.npz")
 
 
+@pytest.fixture(scope="session")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A protocol for the small cell that metrics are tried on."""
+    file = tmp_path_factory.mktemp("protocols") / "small.yaml"
+    file.write_text(
+        "{name: mine/small, title: 'frechet[random3d]', source: here, measure: frechet, detector: random3d, frames: 4, "
+        "reals: {count: 6, split: train, offset: random, short: drop, prepare: {size: as_fakes, resize: "
+        "bilinear_antialias, crop: centre}}, fakes: {count: 3}}\n"
+    )
+    return file
+
+
 @pytest.fixture
 def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str, Any]]:
     """Options of built-in parts that have required ones, or whose defaults are the paper's sizes."""
@@ -102,6 +114,10 @@ def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str,
             case "metrics/efficiency":
                 # Out of memory at once: times that are measured are not the same twice.
                 return {"most": 1, "steps": 1, "memory": 0.001}
+            case "metrics/fake_counts":
+                return {"counts": [2, 3], "extractor": "random3d"}
+            case "metrics/protocol":
+                return {"name": str(request.getfixturevalue("record")), "bootstrap": 5}
             case "datasets/video_folder":
                 return {"root": str(request.getfixturevalue("class_folders"))}
             case "datasets/ucf101":

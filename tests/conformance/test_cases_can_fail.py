@@ -748,7 +748,7 @@ BROKEN = [
     (FeatureExtractorCases, SizeDecidesWidth, "features", "widths"),
     (FeatureExtractorCases, AllAlike, "tells_clips_apart", "the same"),
     (FeatureExtractorCases, RandomProjection, "deterministic", "second extractor"),
-    (MetricCases, UnknownNeed, "name_and_needs", "allowed: data"),
+    (MetricCases, UnknownNeed, "name_and_needs", "allowed: configuration, data"),
     (MetricCases, HidesAnOption, "options_are_in_the_protocol", "count = 2"),
     (MetricCases, TensorInProtocol, "protocol", "is not JSON"),
     (MetricCases, NoSuchLevel, "rows", "level 3"),
