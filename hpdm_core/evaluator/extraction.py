@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -58,13 +59,16 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Task:
-    """What is done to every clip of a side. ``detector``: what identifies the features."""
+    """What is done to every clip of a side. ``detector``: what identifies the features, options and all;
+    ``sources``: the hashes of the plugin files that make them.
+    """
 
     frames: int
     prepare: Preparation
     detector: dict[str, Any]
     extract: Callable[[Tensor], Tensor]
     values: ValueRange | None
+    sources: Mapping[str, str]
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on besides its clip."""
@@ -73,7 +77,9 @@ class Task:
             "prepare": self.prepare.model_dump(mode="json"),
             "detector": self.detector,
             "values": self.values,
+            "sources": dict(self.sources),
             "torch": torch.__version__,
+            "pillow": PIL.__version__,
         }
 
 
@@ -139,7 +145,7 @@ class Extraction:
         hashes = self._hashes(wave)
         if expected is not None:
             _check_content(hashes, expected)
-        key = _key(task, count, wave, hashes)
+        key = _key(task, self.reader, count, wave, hashes)
         found = distributed.on_main(lambda: self.cache.get(key))
         if found is not None:
             return found
@@ -239,12 +245,15 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _key(task: Task, count: int | None, wave: Sequence[Choice], hashes: Sequence[str]) -> str:
+def _key(
+    task: Task, reader: VideoReader, count: int | None, wave: Sequence[Choice], hashes: Sequence[str]
+) -> str:
     clips = [
         [choice.video.name, choice.frames.start, choice.frames.step, len(choice.frames), content]
         for choice, content in zip(wave, hashes, strict=True)
     ]
-    text = json.dumps([task.identity(), count, clips], sort_keys=True, default=str)
+    asked = [task.identity(), reader.describe(), count, clips]  # decoders differ in what they decode
+    text = json.dumps(asked, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

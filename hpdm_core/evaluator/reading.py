@@ -123,6 +123,7 @@ def check_range(clip: NDArray[Any], name: str, values: ValueRange | None) -> Non
 
 def prepared(frames: Tensor, rule: Preparation, *, jpeg: bool = False) -> Tensor:
     """Return ``frames``, uint8 [F, H, W, 3], prepared by ``rule``; ``jpeg``: they come from JPEG files."""
+    given = frames
     if not isinstance(rule.size, str) and tuple(frames.shape[1:3]) != rule.size:
         frames = _quantised(_resized(frames, rule, rule.size), rule)
     if rule.average != (1, 1, 1):
@@ -133,7 +134,7 @@ def prepared(frames: Tensor, rule: Preparation, *, jpeg: bool = False) -> Tensor
             )
         means = reduce(frames.double(), "(f nf) (h nh) (w nw) c -> f h w c", "mean", nf=f, nh=h, nw=w)
         frames = _quantised(means, rule)
-    if rule.jpeg_quality is not None and not jpeg:
+    if rule.jpeg_quality is not None and not (jpeg and frames is given):
         frames = torch.from_numpy(np.stack([_coded(frame, rule.jpeg_quality) for frame in frames.numpy()]))
     return frames.contiguous()
 

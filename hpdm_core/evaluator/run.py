@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpdm_core import distributed
+from hpdm_core.config.keys import plugin_hashes
 from hpdm_core.config.schema import Part
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
 from hpdm_core.errors import InputError
@@ -168,6 +169,7 @@ class Judge:
         stored = resolved_record(record, described)
         identity = identity_of(stored)
         again = None if manifest is None else manifest.of(record.name, identity)
+        sources = plugin_hashes(self.plugins, [("feature_extractors", record.detector)])
         sides: dict[str, Side] = {}
         extracted: dict[str, Extracted] = {}
         for name, rule in record.sides().items():
@@ -180,7 +182,9 @@ class Judge:
                 infos=self._infos.setdefault(name, {}),
             )
             entries = None if again is None else again.sides[name].clips
-            task = Task(record.frames, rule.prepare, described, extractor.features, self.values)
+            task = Task(
+                record.frames, rule.prepare, stored["detector"], extractor.features, self.values, sources
+            )
             extracted[name] = self._extract(side, task, entries)
             sides[name] = side
         said = warnings_about(record, extracted, jpeg=_jpeg(found, extracted))

@@ -11,7 +11,7 @@ import numpy as np
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.evaluator.extraction import Extracted
 from hpdm_core.metrics.frechet import Features, distance_between, fit_gaussian, frechet_distance
-from hpdm_core.metrics.inception_score import inception_score
+from hpdm_core.metrics.inception_score import InceptionScore, inception_score
 from hpdm_core.metrics.kernel import kernel_distance
 from hpdm_core.metrics.protocol_records import ProtocolRecord
 from hpdm_core.metrics.uncertainty import GROUPS, bootstrap, default_counts, extrapolate
@@ -68,16 +68,18 @@ def _score(record: ProtocolRecord, logits: Features, replicates: int) -> dict[st
     rule = record.score
     assert rule is not None, "asked for above"
 
-    def mean(some: Features) -> float:
-        return inception_score(
-            some, splits=rule.splits, shuffle=rule.shuffle == "numpy_42", epsilon=rule.epsilon
-        ).mean
+    def scores_of(some: Features) -> list[InceptionScore]:
+        return [
+            inception_score(
+                part, splits=rule.splits, shuffle=rule.shuffle == "numpy_42", epsilon=rule.epsilon
+            )
+            for part in np.array_split(some, rule.repeats)
+        ]
 
-    parts = np.array_split(logits, rule.repeats)
-    scores = [
-        inception_score(part, splits=rule.splits, shuffle=rule.shuffle == "numpy_42", epsilon=rule.epsilon)
-        for part in parts
-    ]
+    def mean(some: Features) -> float:
+        return float(np.mean([score.mean for score in scores_of(some)]))
+
+    scores = scores_of(logits)
     value = float(np.mean([score.mean for score in scores]))
     repeated = len(scores) > 1
     made: dict[str, Any] = {
@@ -88,10 +90,9 @@ def _score(record: ProtocolRecord, logits: Features, replicates: int) -> dict[st
         "spread_over": f"{len(scores)} repeats" if repeated else f"{rule.splits} splits",
     }
     if replicates >= 2:
-        found = bootstrap(mean, parts[0], value=scores[0].mean, replicates=replicates, seed=record.seed)
-        made["interval"] = {**asdict(found), "low": value - scores[0].mean + found.low}
-        made["interval"]["high"] = value - scores[0].mean + found.high
-        made["interval"]["value"] = value
+        made["interval"] = asdict(
+            bootstrap(mean, logits, value=value, replicates=replicates, seed=record.seed)
+        )
     return made
 
 

@@ -20,7 +20,7 @@ from hpdm_core.evaluator.sources import Video, natural
 from hpdm_core.metrics.protocol_records import SideRule
 from hpdm_core.randomness import generator
 
-__all__ = ["Choice", "Probe", "candidates", "needed_frames"]
+__all__ = ["Choice", "Probe", "candidates", "needed_frames", "reach"]
 
 Probe = Callable[[Video], VideoInfo | None]
 """Frames and size of a video; None for one that cannot be used, which then is passed over."""

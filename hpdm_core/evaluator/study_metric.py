@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from hpdm_core import distributed
+from hpdm_core.config.keys import plugin_hashes
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError
 from hpdm_core.evaluator.extraction import Extraction, FeatureCache, Task
 from hpdm_core.evaluator.reading import prepared
 from hpdm_core.evaluator.run import resolved_record
 from hpdm_core.evaluator.scores import measured
-from hpdm_core.evaluator.selection import candidates, needed_frames
+from hpdm_core.evaluator.selection import candidates, needed_frames, reach
 from hpdm_core.evaluator.sources import Video
 from hpdm_core.metrics.features import Slabs
 from hpdm_core.metrics.protocol_records import (
@@ -107,6 +108,8 @@ class ProtocolMetric:
             )
         made = record.model_dump(mode="json")
         made["fakes"]["count"] = min(_number(record.fakes.count, config), config.evaluation.samples)
+        if size[0] > reach(record.fakes, record.frames):
+            made["fakes"]["offset"] = "start"  # the first frames of a sample are taken
         if made["reals"] is not None:
             kept = record.reals is not None and record.reals.prepare.size == "as_fakes"
             made["reals"]["prepare"] |= {
@@ -259,7 +262,9 @@ class ProtocolMetric:
             cache=FeatureCache(context.cache_folder),
             device=context.device,
         )
-        task = Task(record.frames, rule.prepare, dict(described), extractor.features, None)
+        detector = resolved_record(record, described)["detector"]
+        sources = plugin_hashes(context.assembly.plugins, [("feature_extractors", record.detector)])
+        task = Task(record.frames, rule.prepare, detector, extractor.features, None, sources)
         count = None if rule.count == "all" else rule.count
         made = extraction.run(task, choices, count, keep=True, check=lambda have: _enough(have, rule, record))
         _enough(len(made.entries), rule, record)
@@ -278,16 +283,23 @@ class ProtocolMetric:
         assert rule is not None, "asked for above"
         count = context.assembly.config.evaluation.reals
         name = context.assembly.config.data.dataset.use
+        taken = slice(0, record.frames * rule.stride, rule.stride)
         held = Slabs()
 
         def work(number: int) -> Features:
             levels, _ = context.reals("train", [number])
-            clip = levels[fitted.level][0, : record.frames]
+            clip = levels[fitted.level][0, taken]
+            if len(clip) < record.frames:
+                raise InputError(
+                    f"metric protocol: '{record.name}' takes real clips of {record.frames} frames, stride "
+                    f"{rule.stride}; '{name}' draws clips of {levels[fitted.level].shape[1]}"
+                )
             coded = rule.prepare.model_copy(update={"average": (1, 1, 1), "size": "stored"})
             return held.keep(_row(extractor, prepared(_rgb(clip), coded), context.device))
 
         facts = {
-            "protocol": dict(described),
+            "protocol": resolved_record(record, described)["detector"],
+            "stride": rule.stride,
             "prepare": rule.prepare.model_dump(mode="json"),
             "frames": record.frames,
             "level": fitted.level,

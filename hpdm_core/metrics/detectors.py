@@ -29,7 +29,8 @@ from hpdm_core.metrics.weights import (
 __all__ = ["C3DDetector", "I3DDetector", "InputRange", "reference_arithmetic"]
 
 InputRange = Literal["-1..1", "-0.5..0.5"]
-"""What 0..255 becomes before I3D: [-1, 1] as the network was trained, or [-0.5, 0.5] as VideoGPT feeds it."""
+"""What 0..255 becomes before I3D: [-1, 1] as the network was trained, or [-0.5, 0.5], as one commit of
+VideoGPT's code (3eee7ec) fed it."""
 
 
 @contextlib.contextmanager
@@ -175,6 +176,7 @@ class C3DDetector:
     def _one(self, network: nn.Module, mean: Tensor | None, clip: Tensor) -> Tensor:
         if mean is None:
             probabilities: Tensor = network(clip.permute(0, 4, 1, 2, 3).contiguous())
+            _check_probabilities(probabilities)
             return probabilities.double().clamp_min(_LEAST_FLOAT32).log()
         frames = RESIZE_RULES[self.resize](pixels(clip), c3d.SIDE) * (self.scale / 255)
         layers = network.layers(frames.flip(1) - mean.to(frames))  # type: ignore[operator]
@@ -222,6 +224,15 @@ class C3DDetector:
 
 
 _LEAST_FLOAT32 = 2.0**-149
+
+
+def _check_probabilities(output: Any) -> None:
+    """Raise InputError unless ``output`` are probabilities [1, 101]: of logits, logarithms would be nonsense."""
+    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != [1, c3d.CLASSES]:
+        raise InputError(f"c3d: the weights file returned {shape}; wanted is [1, {c3d.CLASSES}]")
+    if not (bool((output >= 0).all()) and abs(float(output.double().sum()) - 1) < 1e-3):
+        raise InputError("c3d: the weights file returned values that are no probabilities")
 
 
 def _logits(output: Any) -> Tensor:

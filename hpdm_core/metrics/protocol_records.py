@@ -62,8 +62,8 @@ class Preparation(Frozen):
     quantise: Literal["round", "truncate"] = "round"
     """How values between two grey levels become whole ones, after each of the steps above."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Frames that do not come from JPEG files are coded and decoded once (chroma at half size, as Pillow
-    does it); null for none."""
+    """Frames are coded and decoded once (chroma at half size, as Pillow does it), except those of JPEG files
+    that no step above has changed; null for none."""
 
 
 class SideRule(Frozen):
@@ -102,7 +102,7 @@ class ScoreRule(Frozen):
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     """Added inside the logarithms."""
     repeats: Positive = 1
-    """Scores over so many sets of ``fakes.count`` clips each; their mean and standard deviation."""
+    """Scores over so many equal parts of the ``fakes.count`` clips; their mean and standard deviation."""
 
 
 class ProtocolRecord(Frozen):
@@ -195,7 +195,11 @@ def _relations(record: ProtocolRecord) -> list[Problem]:
             problems.append(
                 Problem(("score",), f"belongs to an inception_score, not to a {record.measure} distance")
             )
-    if record.title.startswith(("FVD", "KVD")) and record.detector.use != "i3d":
+    measures = {"FVD": "frechet", "KVD": "kernel", "IS": "inception_score"}
+    measure = measures.get(record.title.partition(" ")[0].upper(), record.measure)
+    if measure != record.measure:
+        problems.append(Problem(("title",), f"'{record.title}' is a {measure}, not a {record.measure}"))
+    if record.title.upper().startswith(("FVD", "KVD")) and record.detector.use != "i3d":
         problems.append(
             Problem(
                 ("title",),

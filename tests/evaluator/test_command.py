@@ -7,13 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from hpdm_core.evaluator.extraction import Task, _key
 from hpdm_core.metrics.i3d import I3D
+from hpdm_core.metrics.protocol_records import Preparation
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +119,18 @@ def test_features_of_reals_are_kept_by_content(run, ucf, fakes, protocol, tmp_pa
     assert other["value"] != first["value"] and len(list(own_cache.iterdir())) == 2
     kept.write_bytes(kept.read_bytes()[:100])
     assert measure(run, ucf, fakes, protocol(), tmp_path / "e.json")["value"] == first["value"]
+
+
+def test_kept_features_are_of_one_reader_one_detector_and_one_preparation():
+    task = Task(16, Preparation(), {"extractor": "x"}, lambda clip: clip, None, {})
+    others = [
+        replace(task, detector={"extractor": "x", "option": 2}),
+        replace(task, sources={"feature_extractors/x": "other code"}),
+        replace(task, prepare=Preparation(jpeg_quality=75)),
+    ]
+    reader, other = (SimpleNamespace(describe=lambda name=name: {"name": name}) for name in ("pyav", "other"))
+    keys = [_key(each, reader, None, [], []) for each in (task, *others)] + [_key(task, other, None, [], [])]
+    assert len(set(keys)) == 5
 
 
 def test_results_that_cannot_be_written_are_trouble(run, ucf, fakes, protocol, tmp_path, monkeypatch, capsys):

@@ -170,3 +170,8 @@ def test_jpeg_is_what_a_keyword_that_pillow_ignores_gives(tmp_path):
     (folder / "0.jpg").write_bytes(buffer.getvalue())
     (video,) = list_videos(tmp_path / "x", option="--real")
     assert video.jpeg and np.array_equal(clip(video, range(1), rule)[0][0].numpy(), published)
+    # What a resize has made of them is no JPEG file any more, on neither side.
+    smaller = rule.model_copy(update={"size": (10, 10)})
+    assert torch.equal(prepared(frames, smaller, jpeg=True), prepared(frames, smaller))
+    uncoded = smaller.model_copy(update={"jpeg_quality": None})
+    assert not torch.equal(prepared(frames, smaller, jpeg=True), prepared(frames, uncoded))

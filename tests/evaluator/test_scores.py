@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hpdm_core.metrics.frechet import frechet_distance
 from hpdm_core.metrics.inception_score import inception_score
 from hpdm_core.metrics.kernel import kernel_distance
 from hpdm_core.metrics.protocol_records import load_record
+from hpdm_core.metrics.uncertainty import bootstrap
 from hpdm_core.plugins import build_plugins
 
 PLUGINS = build_plugins()
@@ -54,6 +56,13 @@ def test_scores_are_split_shuffled_and_repeated_by_the_record():
     found = measured(tgan, None, logits, replicates=0)
     assert found["value"] == pytest.approx(np.mean(parts)) and found["spread"] == pytest.approx(np.std(parts))
     assert found["spread_over"] == "10 repeats"
+    # The interval is that of the mean over the repeats, of all clips.
+
+    def mean(some):
+        return np.mean([inception_score(part, epsilon=1e-20).mean for part in np.array_split(some, 10)])
+
+    found = measured(tgan, None, logits, replicates=10)
+    assert found["interval"] == pytest.approx(asdict(bootstrap(mean, logits, replicates=10)))
 
 
 def side(features, **facts):

@@ -59,6 +59,9 @@ def test_what_does_not_fit_is_marked_or_refused():
     with pytest.raises(InputError, match="allowed are 0 to 2"):
         fitted("hpdm/fvd10k_16f", level=3)
     assert fitted("stylegan_v/fvd2048_16f", sizes=small).record.reals.prepare.size == (64, 64)
+    # A record that draws frames of its fakes at random: samples are measured from their first.
+    assert fitted("cdfvd_i3d/fvd2048_16f").modified == ("fakes.offset random -> start",)
+    assert fitted("cdfvd_i3d/fvd2048_16f", sizes=small).modified == ()
 
 
 @pytest.fixture
@@ -159,6 +162,10 @@ def test_a_data_set_without_files_is_drawn_from_and_says_so(protocol, tmp_path, 
         cell, cell.config.evaluation.metrics[0], samples_folder=samples, store_folder=store
     )
     assert again["rows"] == result["rows"]
+    strided = protocol(frames=8, reals__prepare={"size": [32, 32]}, reals__stride=4, fakes__count=2)
+    strided.replace(given)
+    with pytest.raises(InputError, match="frames, stride 4; 'synthetic' draws clips of 16"):
+        evaluate_metric(cell, cell.config.evaluation.metrics[0], samples_folder=samples, store_folder=store)
 
 
 def test_without_weights_others_stand_in_under_their_own_names(cell, samples):

@@ -312,6 +312,16 @@ def test_probabilities_of_a_program_become_logarithms() -> None:
     assert inception_score(logs.numpy()).mean == pytest.approx(101, rel=1e-9)
 
 
+@pytest.mark.parametrize("output", [torch.randn(1, 101), torch.full((1, 101), 0.5), torch.ones(1, 1)])
+def test_a_program_that_gives_no_probabilities_is_refused(output: Tensor) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return output
+
+    with pytest.raises(InputError, match="c3d: the weights file returned"):
+        c3d_with(Other(), None).features(clips(1, 16, 8, 8, 3))
+
+
 @pytest.mark.slow
 def test_c3d_reads_both_of_its_files(tmp_path: Path, monkeypatch) -> None:
     """And is what its layers say on what its preprocessing gives."""

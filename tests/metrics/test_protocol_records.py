@@ -75,7 +75,7 @@ def test_published_quirks_are_in_the_records():
     assert (gpt.ddof, gpt.detector.options["epsilon"], gpt.detector.options["input_range"]) == (
         1,
         1e-5,
-        "-0.5..0.5",
+        "-1..1",
     )
     tgan = load_record("tgan2_is/is2048_ucf", PLUGINS)
     assert (tgan.fakes.count, tgan.score.repeats, tgan.score.splits, tgan.score.epsilon) == (
@@ -143,6 +143,7 @@ def test_notes_do_not_change_what_a_record_is(tmp_path):
         ({"measure": "inception_score"}, "reals: an inception_score compares with no reals"),
         ({"measure": "inception_score"}, "score: missing; an inception_score says its splits"),
         ({"detector": "random3d"}, "title: 'FVD' is a distance on i3d; on random3d it has another name"),
+        ({"measure": "kernel"}, "title: 'FVD' is a frechet, not a kernel"),
         ({"name": "stylegan_v/fvd2048_16f", "ddof": 1}, "is a known protocol, and this file differs from it"),
         ({"name": "a b"}, "name"),
         ({"format": 2}, "format"),
