@@ -62,13 +62,15 @@ def self_conditioning_latents(
     rows.
 
     The whole hierarchy runs once from zero latents, without gradient; ``rows`` [K] may be empty (then None
-    per entry, without a pass). With ``always`` there is a pass also then, on the first row and for nothing:
-    the processes of a sharded network run it together.
+    per entry, without a pass). With ``always`` there is a pass also then, on the first row and for nothing,
+    and zeros come back: the processes of a sharded network run it together.
     """
     if len(rows) == 0:
-        if always:
-            self_conditioning_latents(model, entries, rows.new_zeros(1))
-        return [None] * len(entries)
+        if not always:
+            return [None] * len(entries)
+        unused = self_conditioning_latents(model, entries, rows.new_zeros(1))
+        # Zeros, not None: every process then has gradients of the same parameters, whatever the backbone.
+        return [None if made is None else torch.zeros_like(made) for made in unused]
     chosen = [
         replace(
             entry,

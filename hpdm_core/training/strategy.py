@@ -9,8 +9,10 @@ whoever has them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,9 +74,12 @@ class Replicated(Strategy):
         if compiled:
             model.compile(fullgraph=True)
         # For a plugin's parameters that have no part in a step DDP would wait for ever, or search each time.
-        return nn.parallel.DistributedDataParallel(
-            model, find_unused_parameters=_has_idle(assembly), gradient_as_bucket_view=True
-        )
+        ddp = nn.parallel.DistributedDataParallel
+        # Buffers start alike; to send them around at each pass would wait for processes that make no first pass.
+        newer = "forward_sync_buffers" in inspect.signature(ddp).parameters  # its newer name
+        buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        idle = _has_idle(assembly)
+        return ddp(model, find_unused_parameters=idle, gradient_as_bucket_view=True, **buffers)
 
     @contextlib.contextmanager
     def part(self, network: nn.Module, *, last: bool) -> Iterator[None]:
@@ -104,13 +109,16 @@ class Sharded(Strategy):
 
     def place(self, model: HPDM) -> None:
         """See `Strategy`."""
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # Not fully_shard's own choice: that is the GPU wherever there is one, also for a run on the CPU.
+        mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.size(),))
         # It warns of outputs that are views and might be written to; ours are not written to.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         for block in _blocks(model):
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     @contextlib.contextmanager
     def part(self, network: nn.Module, *, last: bool) -> Iterator[None]:
@@ -165,12 +173,17 @@ def share_of(batch: int) -> range:
 
 
 def _has_idle(assembly: Assembly) -> bool:
-    """Whether a trained parameter gets no gradient from a step, found without computing one."""
+    """Whether a trained parameter gets no gradient from a step, with a first pass or without one; found
+    without computing one."""
     meta = torch.device("meta")
-    model = assembly.build_model(device=meta)
     batch = TrainingBatches(assembly, range(1))(1).to(meta)
-    joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
-    return any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for rows in (0, 1) if assembly.config.training.self_conditioning else (0,):
+        model = assembly.build_model(device=meta)
+        chosen = replace(batch, conditioned=torch.empty(rows, dtype=torch.long, device=meta))
+        joint_loss(assembly, model, chosen).total.backward()  # type: ignore[no-untyped-call]
+        if any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters()):
+            return True
+    return False
 
 
 def _blocks(model: HPDM) -> list[nn.Module]:
