@@ -39,6 +39,8 @@ FILL = 0.9
 """How full it is left."""
 FRESH_SECONDS = 60.0
 """A file's time of use is noted at most this often."""
+HALF_SECONDS = 3600.0
+"""Nobody writes one file for longer."""
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +189,10 @@ class CachedReader:
         with _alone(self._folder / ".lock") as mine:
             if not mine:
                 return
+            for name in self._folder.glob("??/.*.tmp"):  # halves that killed processes left
+                with contextlib.suppress(OSError):
+                    if time.time() - name.stat().st_mtime > HALF_SECONDS:
+                        name.unlink()
             found = []
             for name in self._folder.glob("??/*.npy"):
                 with contextlib.suppress(OSError):

@@ -137,10 +137,8 @@ def _work(build: Callable[[], Make[Any]], numbers: Sequence[int], made: Any, sto
         said = " ".join(str(error).split()) or "no message"
         what = "opening the data" if number is None else f"making item {number}"
         _put(made, ("trouble", (f"loader: {what} failed: {type(error).__name__}: {said}",)), stop)
-    if stop.is_set():
-        made.cancel_join_thread()  # nobody reads on
-    else:
-        _linger(stop)
+    _linger(stop)
+    made.cancel_join_thread()  # nobody reads on, also where the parent was killed
 
 
 def _put(made: Any, item: Any, stop: Any) -> bool:

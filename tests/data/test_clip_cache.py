@@ -105,6 +105,12 @@ def test_the_folder_keeps_to_its_limit_and_drops_what_was_used_longest_ago(cache
         for age, file in enumerate(sorted(kept(tmp_path), key=lambda each: each.stat().st_mtime_ns)):
             os.utime(file, (1000 + age, 1000 + age))  # as if a while lay between them
         reader.read(tmp_path / "0.mp4", [0])  # in use all the time
+        if number == 0:
+            halves = [kept(tmp_path)[0].with_name(f".{age}.npy.0.tmp") for age in ("old", "new")]
+            for half in halves:
+                half.write_bytes(b"half")
+            os.utime(halves[0], (1000, 1000))
+    assert [half.exists() for half in halves] == [False, True]  # a killed process left the one
     files = kept(tmp_path)
     assert sum(file.stat().st_size for file in files) <= 6.2 * size
     assert inner.decoded == 9 * RUN  # the one in use was never dropped
