@@ -80,6 +80,8 @@ def probe_training(assembly: Assembly, *, batch: int, steps: int = 3, memory: in
     )
     if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):  # by the kernel, when memory is short
         return Probe("oom", batch)
+    if done.returncode == -signal.SIGABRT and "bad_alloc" in done.stderr:  # thrown where nothing catches it
+        return Probe("oom", batch)
     try:
         made = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (IndexError, ValueError):
@@ -239,7 +241,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     said = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "bad alloc")
+    known = (
+        "out of memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "bad_alloc",
+        "bad alloc",
+        "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its kin
+    )
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
         words in said for words in known
     )

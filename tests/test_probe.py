@@ -8,7 +8,7 @@ import pytest
 from hpdm_core import cost
 from hpdm_core.config.compose import load_cell
 from hpdm_core.errors import TroubleError
-from hpdm_core.probe import Probe, largest_batch, probe_training
+from hpdm_core.probe import Probe, _is_out_of_memory, largest_batch, probe_training
 
 MIB = 2**20
 SMALL = ["runtime.threads=1", "model.video=[8,32,32]", "model.patch=[2,8,8]"]
@@ -46,6 +46,20 @@ def test_a_process_that_the_kernel_kills_is_out_of_memory(assembly, monkeypatch)
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run(killed, **options))
+    assert probe_training(assembly, batch=3).outcome == "oom"
+
+
+def test_memory_that_is_short_inside_a_library_is_out_of_memory(assembly, monkeypatch):
+    assert _is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not _is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE"))
+    said = "terminate called after throwing an instance of 'std::bad_alloc'"
+    aborted = [
+        sys.executable,
+        "-c",
+        f'import os, sys; sys.stderr.write("{said}"); sys.stderr.flush(); os.abort()',
+    ]
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(aborted, **options))
     assert probe_training(assembly, batch=3).outcome == "oom"
 
 
