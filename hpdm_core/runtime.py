@@ -1,5 +1,6 @@
 """The machine's side of a run: device, threads and arithmetic settings of torch."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -73,12 +74,41 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on ``device``, or very many where the system does not tell."""
+    """Return the bytes that are free on ``device``, or very many where the system does not tell.
+
+    On the CPU that is what the machine has available, or what the limits of this process's job leave.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return MUCH
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return MUCH if free is None else free
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), MUCH)
+    return min([free, *_free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _free_in_groups(groups: Path, root: Path) -> list[int]:
+    """Return what the control groups (of a job of SLURM, of a container) that this process is in leave it.
+
+    ``groups``: the kernel's list of them; ``root``: where they are mounted, of either version.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text(encoding="ascii").splitlines():
+            _, kind, name = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            top, most, used = root / kind, "memory.limit_in_bytes", "memory.usage_in_bytes"
+            if not kind:
+                most, used = "memory.max", "memory.current"
+            here = top / name.lstrip("/")
+            for group in (here, *here.parents):
+                if group == top.parent:
+                    break
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                    limit = int((group / most).read_text())
+                    statistics = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                    cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+                    found.append(max(limit - int((group / used).read_text()) + cache, 0))
+    return found
