@@ -285,8 +285,11 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
         raise TroubleError(f"--detach: {''.join(last).removeprefix('error: ')} ({log})")
     process.returncode = 0  # it is left alone on purpose: nobody is to wait for it
     print(f"study '{study.name}' is run by process {process.pid} on this machine; what it says: {log}")
-    look = ["python", "-m", "hpdm_core.study", str(study.file), "--results", str(results), "--status"]
-    print(f"To look: {shlex.join(look)}")
+    kept = [
+        each for each in words if each != "--detach"
+    ]  # other flags may say which cells there are, and where
+    look = shlex.join(["python", "-m", "hpdm_core.study", *kept, "--status"])
+    print(f"To look: {without_passwords(look)}")
     return 0
 
 

@@ -14,6 +14,8 @@ from hpdm_core.study.tasks import jobs_in
 __all__ = ["Keepers", "end_jobs", "end_strangers"]
 
 GRACE_SECONDS = 8.0
+SLURM_GRACE_SECONDS = 40.0
+"""SLURM itself gives a job KillWait seconds (30 where nobody changed it) to save its work."""
 POLL_SECONDS = 0.05
 
 
@@ -75,11 +77,14 @@ class Keepers:
         return all(delivered)
 
 
-def end_jobs(keepers: Keepers, jobs: Sequence[Job], *, clock: Clock, grace: float = GRACE_SECONDS) -> None:
+def end_jobs(keepers: Keepers, jobs: Sequence[Job], *, clock: Clock, grace: float | None = None) -> None:
     """End jobs: first as Ctrl-C would, and after ``grace`` seconds, or at a second Ctrl-C, for good."""
     left = list(jobs)
     if not left:
         return
+    if grace is None:
+        clustered = any(isinstance(keepers.of(job), Slurm) for job in left)
+        grace = SLURM_GRACE_SECONDS if clustered else GRACE_SECONDS
     try:
         keepers.cancel(left)
         left = _wait(keepers, left, clock, grace)

@@ -1,11 +1,13 @@
 """What a study may spend: GPU hours and failures. Counted from the heartbeats of its attempts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hpdm_core.config.study_file import Budget
 from hpdm_core.files import read_json
 from hpdm_core.study.jobs import Job
+from hpdm_core.study.tasks import jobs_in
 
 __all__ = ["Spending"]
 
@@ -25,6 +27,11 @@ class Spending:
             beat = read_json(job.folder / "heartbeat.json")
             if beat is not None:
                 self.note(job, beat)
+
+    def take_up(self, folder: Path) -> None:
+        """Count every attempt below ``folder``, also at cells that are done: each was paid for."""
+        for path in folder.iterdir() if self._budget.max_gpu_hours is not None else ():
+            self.add(jobs_in(path, path.name))
 
     def note(self, job: Job, beat: Mapping[str, Any]) -> None:
         """Take what a heartbeat says."""

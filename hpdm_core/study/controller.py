@@ -129,6 +129,7 @@ class Controller:
         return 1 if self.trouble or missed else 0
 
     def _begin(self) -> None:
+        folder = self.folder / "jobs"
         self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
         self.open.callback(self.ledger.close)
         for notice in self.ledger.notices:
@@ -137,16 +138,16 @@ class Controller:
         write_bytes(self.folder / "study.yaml", self.source.encode())
         if self.planner is not None:
             self.planner.begin(self.ledger.storage)
-            left = self.planner.next(0)
-            self.tasks += [Task(cell, self.folder / "jobs" / cell.identity) for cell in left]
+            self.tasks += [Task(cell, folder / cell.identity) for cell in self.planner.next(0)]
         self._write_versions(self.tasks[:1])
         (self.folder / CANCEL).unlink(missing_ok=True)
-        (self.folder / "jobs").mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
         self.overview.listed = None if self.planner is None else self.planner.rows
         wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
-        end_strangers(self.folder / "jobs", wanted, self.keepers, clock=self.clock, say=self.display.line)
-        present = {path.name for path in (self.folder / "jobs").iterdir()}
+        end_strangers(folder, wanted, self.keepers, clock=self.clock, say=self.display.line)
+        present = {path.name for path in folder.iterdir()}
+        self.spending.take_up(folder)
         recorded = {identity for identity, state in self.ledger.states().items() if state == "done"}
         for task in self.tasks:
             if task.cell.identity in recorded and task.cell.finished():
@@ -156,15 +157,14 @@ class Controller:
                 self._plan(task, has_jobs=task.cell.identity in present)
         fresh = [task for task in self.tasks if task.cell.identity not in recorded]
         self.ledger.sync([(task.entry, task.state, task.work) for task in fresh])
-        for task in self.tasks if self.planner is not None else ():
-            if task.state not in OPEN and self.planner is not None:
+        for task in self.tasks:
+            if self.planner is not None and task.state not in OPEN:
                 self.planner.settled(task.cell, task.state, task.cause)
         self.overview.write_index(force=True)
 
     def _write_versions(self, tasks: Sequence[Task]) -> None:
         for task in tasks:  # the report tells older results from these
-            planned = {**versions(), "plugins": task.cell.plugins.versions()}
-            write_json(self.folder / "versions.json", planned)
+            write_json(self.folder / "versions.json", {**versions(), "plugins": task.cell.plugins.versions()})
 
     def _plan(self, task: Task, *, has_jobs: bool) -> None:
         if plan(task, self.attempts, retry_failed=self.retry_failed, has_jobs=has_jobs):
@@ -188,19 +188,19 @@ class Controller:
                 return
             with self.ledger.batch():
                 self._settle()
-            self._launch()
+            started = self._launch()
             self._show()
             self.overview.write_index()
-            if self._nothing_left():
+            if self._nothing_left(started):
                 return
             self.clock.sleep(self.backend.interval(len(self.attempts.tasks)))
 
-    def _nothing_left(self) -> bool:
+    def _nothing_left(self, started: bool) -> bool:
         stop = bool(self.spending.exhausted(self._failures))
-        if self.detach and (stop or not self._planned or self.backend.room(self.attempts.jobs()) <= 0):
+        if self.detach and (stop or not started):  # what waits for another cell is for the next command
             return True
-        coming = self.planner is not None and not self.planner.finished()
-        return not self.attempts.tasks and (stop or not (coming or self._planned))
+        coming = self._planned or (self.planner is not None and not self.planner.finished())
+        return not self.attempts.tasks and (stop or not coming)
 
     def _settle(self) -> None:
         if not self.attempts.tasks:
@@ -257,21 +257,19 @@ class Controller:
 
     # Starting
 
-    def _launch(self) -> None:
+    def _launch(self) -> bool:
         if self.planner is not None:
             self._add_cells(self.planner)
+        if self.spending.over_hours() and self.attempts.tasks:
+            self._end_workers()
         if self.spending.exhausted(self._failures):
-            if self.spending.over_hours() and self.attempts.tasks:
-                self._end_workers()
-            return
+            return False
         room = self.backend.room(self.attempts.jobs())
-        if room <= 0:
-            return
         busy = frozenset().union(*(task.shared for task in self.attempts.tasks.values()))
         now = self.clock.monotonic()
         chosen: list[Task] = []
         with self.ledger.batch():
-            for task in list(self._planned):
+            for task in list(self._planned) if room > 0 else ():
                 if len(chosen) >= room:
                     break
                 steps = self._to_do(task) if task.not_before <= now else []
@@ -282,6 +280,7 @@ class Controller:
                 chosen.append(task)
         if chosen:
             self._submit(chosen)
+        return bool(chosen)
 
     def _add_cells(self, planner: Planner) -> None:
         free = self.backend.room(self.attempts.jobs()) - len(self._planned)
@@ -331,6 +330,8 @@ class Controller:
                     task.numbers -= 1
                     task.state = "planned"
                     self._planned[task] = None
+            if refused := getattr(self.backend, "refused", ""):
+                self.display.line(f"fewer are submitted for now: {refused}")
 
     def _set(
         self, task: Task, state: State, reason: str = "", cause: Cause | None = None, *, settled: bool = False
@@ -393,7 +394,6 @@ class Controller:
                 self.display.line(self.report(self.folder))
             except HpdmError as error:
                 self.trouble = True
-                for message in error.messages:
-                    self.display.line(f"error: report: {message}")
+                self._say([f"error: report: {message}" for message in error.messages])
         if self.tasks:
             Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)

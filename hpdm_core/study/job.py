@@ -62,7 +62,9 @@ def run_job(path: str, progress: Progress | None = None) -> None:
 
 def _rank() -> int:
     """This process's number among those that run the cell together, before they have found each other."""
-    return int(os.environ.get("SLURM_PROCID" if "SLURM_JOB_ID" in os.environ else "RANK", 0))
+    # A local job's own number first: it may have been started within an allocation.
+    names = ("SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID" if "SLURM_JOB_ID" in os.environ else "RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
 def _set_environment(values: Mapping[str, str | None]) -> None:

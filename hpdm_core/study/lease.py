@@ -167,8 +167,13 @@ class Lease:
 
     def mine(self) -> bool:
         """Whether the file still names this lease."""
-        data = read_json(self.path)
-        return data is not None and data.get("token") == self._token
+        try:
+            data = json.loads(self.path.read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+        except OSError:  # the file system does not answer: that says nothing of the lease
+            return True
+        return isinstance(data, dict) and data.get("token") == self._token
 
     def check(self) -> None:
         """Raise `LeaseLost` when another process has taken the lease over."""

@@ -27,6 +27,8 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
         return False
     task.note(steps)
     found = [outcome for job in jobs if (outcome := Outcome.read(job)) is not None]
+    if any(each.cause == "out of memory" for each in found):  # so were the attempts after it
+        task.micro_batch = smaller(task)
     if jobs and Outcome.read(jobs[-1]) is None:
         seen = attempts.keepers.poll([jobs[-1]])[jobs[-1].id]
         task.outcomes, task.job = found, jobs[-1]
@@ -40,7 +42,7 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
         task.note(steps)
         attempts.drop(task)
     if retry_failed:
-        task.forgiven, task.outcomes = True, []
+        task.forgiven, task.outcomes, task.micro_batch = True, [], None
         return False
     task.outcomes = found
     last = found[-1] if found else None
@@ -48,7 +50,12 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
         _failed_earlier(task, last.cause, last.reason)
     elif last is None or last.cause not in ("out of memory", "time limit"):
         _failed_elsewhere(task, steps)
-    if task.state == "planned" and last is not None and last.cause == "out of memory":
+    if (
+        task.state == "planned"
+        and last is not None
+        and last.cause == "out of memory"
+        and not task.micro_batch
+    ):
         task.micro_batch = smaller(task)
     return False
 

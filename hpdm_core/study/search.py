@@ -257,7 +257,9 @@ class Search:
         pruned = any(cause == "pruned" for _, cause in outcomes.values())
         if failed:
             arm.tell(proposal.number, "failed", reason=failed[0], **self._spent(proposal))
-        elif proposal.given_up and (pruned or gone or states == {"done"}):
+        elif pruned or (
+            proposal.given_up and (gone or states == {"done"})
+        ):  # pruned: perhaps as another's cells
             arm.tell(proposal.number, "pruned", **self._spent(proposal))
         elif states == {"done"}:
             self._tell(proposal)

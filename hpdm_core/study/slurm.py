@@ -131,6 +131,9 @@ class Slurm:
         self._options = options
         self._work = work
         self._numbers: dict[str, str] = {}
+        self.refused = ""
+        """Why the cluster took fewer jobs than it was given, the last time; empty when that was said before."""
+        self._said: set[str] = set()
         self._array_size: int | None = None
         self._not_before = float("-inf")
 
@@ -161,12 +164,16 @@ class Slurm:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Submit the jobs in arrays. Raises `TroubleError` when the cluster will not have such jobs."""
         left = list(jobs)
+        self.refused = ""
         size = self._largest_array()
         while left:
             now, left = left[:size], left[size:]
             problem = self._submit_array(now)
             if problem is None:
                 continue
+            if problem not in self._said:
+                self.refused = f"sbatch says: {problem}"
+                self._said.add(problem)
             if any(words in problem.lower() for words in LIMIT_WORDS):
                 if len(now) > 1:  # a limit of the account: fewer at a time, and the rest when some have ended
                     size, left = len(now) // 2, now + left
@@ -296,8 +303,9 @@ class Slurm:
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """Take the jobs out of the queue; SLURM gives those that run KillWait seconds, or none."""
-        numbers = [number for job in jobs if isinstance(number := self._number(job), str)]
-        delivered = True
+        found = [self._number(job) for job in jobs]
+        numbers = [number for number in found if isinstance(number, str)]
+        delivered = not any(isinstance(each, Seen) and each.phase == "unknown" for each in found)
         for some in chunks(numbers):
             if now:
                 run(["scancel", "--signal=KILL", *some])

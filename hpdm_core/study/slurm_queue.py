@@ -44,6 +44,8 @@ UNCERTAIN = {"NODE_FAIL", "BOOT_FAIL"}
 
 COLUMNS = ("JobArrayID:40", "State:24", "exit_code:12", "Name:40", "Reason:80")
 ANSWER_SECONDS = 60
+NO_ACCOUNTS_SECONDS = 300.0
+"""After sacct gave no answer it is left alone for so long."""
 AT_ONCE = 300
 """Numbers in one command line."""
 
@@ -94,7 +96,8 @@ class Queue:
         self._known: set[str] = set()
         self._over: dict[str, Line] = {}
         """How jobs ended that the queue shows no more, or that sacct knows."""
-        self._accounting: bool | None = None
+        self._accounts_asked = float("-inf")
+        """When sacct last gave no answer: there may be no accounting, or its database was away for a moment."""
         self.problem = "never asked"
         """Why there is no answer."""
 
@@ -138,14 +141,14 @@ class Queue:
     def _account(self, numbers: Sequence[str]) -> dict[str, Line]:
         """Return how jobs ended as accounting tells it; nothing where there is none."""
         found: dict[str, Line] = {}
-        if self._accounting is False:
+        if self._clock() - self._accounts_asked < NO_ACCOUNTS_SECONDS:
             return found
         for begin in range(0, len(numbers), AT_ONCE):
             command = ["sacct", "--noheader", "--parsable2", "--allocations", "--array"]
             asked = ",".join(numbers[begin : begin + AT_ONCE])
             text, _ = run([*command, "--format=JobID,State,ExitCode", f"--jobs={asked}"])
             if text is None:
-                self._accounting = False
+                self._accounts_asked = self._clock()
                 return found
             for row in text.splitlines():
                 line = _of_sacct(row)

@@ -381,3 +381,31 @@ def test_a_planner_adds_cells_ends_them_and_hears_of_each_once(
     assert index(tmp_path) == ["done", "done"]
     reasons = [(read_json(job.folder / "outcome.json") or {})["reason"] for job in backend.jobs]
     assert reasons[1] == "no better than the others"
+
+
+def test_detached_it_does_not_wait_for_a_cell_that_waits_for_another(study: Any, cell: Any) -> None:
+    cells = [cell("a", model="one"), cell("b", model="one")]  # one training for both
+    backend = Script([beat(), ALIVE])
+    run = study(cells, backend=backend, detach=True)
+    assert run.code == 0 and len(backend.jobs) == 1 and backend.now < 60
+    assert "1 cells are queued or running; 1 more" in run.text
+
+
+def test_gpu_hours_of_cells_that_are_done_count_in_later_commands(study: Any, cell: Any, finish: Any) -> None:
+    backend = Script([beat(seconds=7200.0, gpus=2), finish, over()], gpus=2)
+    assert study([cell("a")], backend=backend, budget=Budget(max_gpu_hours=3)).code == 0
+    later = Script([ALIVE], gpus=2)
+    run = study([cell("a"), cell("b")], backend=later, budget=Budget(max_gpu_hours=3))
+    assert run.code == 1 and later.jobs == [] and "4 of 3 GPU hours are spent" in run.text
+
+
+def test_smaller_micro_batches_stay_when_another_command_takes_over(
+    study: Any, cell: Any, finish: Any
+) -> None:
+    made = WithConfig(cell("a"), 8)
+    first = Script([beat(), over("out of memory")], [beat(), over("killed")])
+    assert study([made], backend=first).code == 1
+    second = Script([beat(), finish, over()])
+    assert study([made], backend=second).code == 0
+    specs = [*first.specs, *second.specs]
+    assert [spec["config"]["runtime"]["micro_batch"] for spec in specs] == [None, 4, 4]

@@ -11,7 +11,7 @@ import pytest
 from hpdm_core.files import read_json
 from hpdm_core.interruption import Interrupted
 from hpdm_core.study.failures import TimeLimit
-from hpdm_core.study.job import _ended_in_order
+from hpdm_core.study.job import _ended_in_order, _rank
 from hpdm_core.study.worker import Heart
 
 LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
@@ -82,3 +82,22 @@ def test_who_was_cancelled_does_not_requeue_itself(
 ) -> None:
     word = end(scontrol, cell("a"), signum, slurm)
     assert word["requeued"] is False and word["cause"] is None and asked(scontrol) == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "2"}, 2),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "1"}, 1),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SUBMITIT_LOCAL_GLOBALID": "3"}, 3),
+    ],
+)
+def test_one_of_several_processes_writes(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: int
+) -> None:
+    for name in ("RANK", "SLURM_JOB_ID", "SLURM_PROCID", "SUBMITIT_LOCAL_GLOBALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _rank() == rank

@@ -462,3 +462,18 @@ def test_what_the_report_reads_is_written(make: Make) -> None:
     written = json.loads((toy.folder / "search.json").read_text())
     assert written == json.loads(json.dumps(toy.search.describe()))
     assert written["budget"] == 2 and written["objectives"][0]["name"] == "held_out_loss, finest level"
+
+
+def test_a_proposal_that_was_given_up_as_another_is_given_up_too(make: Make) -> None:
+    toy = make(proposals=3, pruner={"use": "median", "startup": 1, "every": 4})
+    toy.study = load_with(toy, sampler="grid", space={"diffusion.sigma_max": {"choices": [60.0, 11.0, 50.0]}})
+    toy.open()
+    toy.run(cells=1)
+    (bad,) = toy.search.next(1)
+    bad.train_to(8)
+    assert toy.search.ends(bad) is not None
+    (other,) = toy.search.next(1)
+    toy.search._open[-1].cells = [bad]  # a sampler that proposes the same again, before the first has ended
+    toy.search.settled(bad, "cancelled", "pruned")
+    assert [each["state"] for each in toy.proposals()] == ["done", "pruned", "pruned"]
+    assert other.config.diffusion.sigma_max == 50.0

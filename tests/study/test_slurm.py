@@ -390,3 +390,34 @@ def test_other_times_are_refused(given: Any) -> None:
 )
 def test_gpus_are_counted_for_budgets(options: dict[str, Any], gpus: int) -> None:
     assert SlurmOptions(**options).gpus == gpus
+
+
+def test_why_fewer_are_taken_is_told_once(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    refuse(cluster, "sbatch", "sbatch: error: Job violates accounting/QOS policy (job submit limit, user)")
+    jobs = cluster.jobs(4)
+    backend.submit(jobs)
+    assert "job submit limit" in backend.refused
+    backend.submit(jobs)
+    assert backend.refused == ""
+
+
+def test_an_accounting_that_was_away_for_a_moment_is_asked_again(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    (job,) = cluster.jobs(1)
+    backend.submit([job])
+    cluster.queue()
+    cluster.now += 60
+    assert not backend.poll([job])[job.id].certain
+    (cluster.folder / "accounts").write_text("77|OUT_OF_MEMORY|0:125\n")
+    cluster.now += 60
+    assert not backend.poll([job])[job.id].certain  # not so soon
+    cluster.now += 600
+    assert backend.poll([job])[job.id].cause == "out of memory"
+
+
+def test_a_job_whose_number_nobody_can_tell_is_not_cancelled(cluster: Cluster) -> None:
+    (job,) = cluster.jobs(1)
+    write_json(job.folder / "job.json", {"slurm": None, "name": "hpdm-1", "index": None})
+    (cluster.folder / "deaf").touch()
+    assert not cluster.backend().cancel([job])
