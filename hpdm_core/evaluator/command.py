@@ -18,7 +18,7 @@ from hpdm_core.evaluator.manifest import Manifest, read_manifest
 from hpdm_core.evaluator.reading import RANGES
 from hpdm_core.evaluator.results import table, text_of, to_json
 from hpdm_core.evaluator.run import Changes, Evaluation, Judge, changed_record
-from hpdm_core.evaluator.splits import check_split
+from hpdm_core.evaluator.splits import check_split, find_lists
 from hpdm_core.files import trouble_when_unwritable, write_json
 from hpdm_core.metrics.protocol_records import load_record
 from hpdm_core.plugins import build_plugins
@@ -251,6 +251,11 @@ def _check_numbers(given: argparse.Namespace) -> None:
             raise InputError(f"--{_flag(name)} {value}: allowed is {least} or more")
     if given.split is not None:
         check_split(given.split)
+        if given.real is not None and given.real.is_dir() and find_lists(given.real, given.lists) is None:
+            raise InputError(
+                f"--split {given.split}: there are no lists in or beside {given.real}; say --lists DIR, or leave "
+                "--split out, and all that the folder holds is taken"
+            )
     if given.value_range is not None and given.value_range not in RANGES:
         raise InputError(
             f"--value-range {given.value_range}: unknown{did_you_mean(given.value_range, RANGES)}; allowed: "

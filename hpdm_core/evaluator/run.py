@@ -149,6 +149,12 @@ class Judge:
             raise InputError(
                 f"protocol '{record.name}': frames: {record.frames}; {extractor.name} needs at least {least}"
             )
+        score, count = record.score, record.fakes.count
+        if score is not None and count != "all" and count < score.splits * score.repeats:
+            raise InputError(
+                f"protocol '{record.name}': {count} fakes; its {score.splits} splits and {score.repeats} repeats need "
+                f"at least {score.splits * score.repeats}"
+            )
         if record.reals is not None and self.real is None:
             raise InputError(f"protocol '{record.name}' compares with real videos: give --real DIR")
         return extractor

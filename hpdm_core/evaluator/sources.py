@@ -88,6 +88,12 @@ def _walk(folder: Path, root: Path, option: str) -> Iterator[Video]:
         name = path.relative_to(root).as_posix()
         if path.is_dir():
             if _pictures(path):
+                other = [each for each in path.iterdir() if each.suffix.lower() in (*SUFFIXES, ARRAY)]
+                if other:  # else the pictures would be one video, and the videos beside them none
+                    raise InputError(
+                        f"{option}: {path} holds pictures and videos ({other[0].name}); allowed is a folder of frames, "
+                        "or one of videos"
+                    )
                 yield Video(path, name, "frames")
             else:
                 yield from _walk(path, root, option)

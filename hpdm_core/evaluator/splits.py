@@ -13,7 +13,7 @@ from pathlib import Path
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.evaluator.sources import Video
 
-__all__ = ["FOLD", "SPLITS", "find_lists", "of_split", "videos_root"]
+__all__ = ["FOLD", "SPLITS", "check_split", "find_lists", "of_split", "videos_root"]
 
 VIDEOS = "UCF-101"
 LISTS = "ucfTrainTestlist"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -204,7 +205,7 @@ def _kept(file: Path | None, levels: int) -> list[Features] | None:
     try:
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as held:
             return [held[f"array{level}"] for level in range(levels)]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -326,10 +326,21 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
             "take 2 files of weights (c3d_ucf101.pt, conv3d_deepnetA_ucf.npz)",
         ),
         (["SOMEWHERE", "--fake", "FAKES"], "is measured by --metric"),
+        (
+            ["--real", "FAKES", "--fake", "FAKES", "--protocol", "PROTOCOL", "--split", "train"],
+            "no lists in or",
+        ),
+        (
+            ["--real", "REAL", "--fake", "BESIDE", "--protocol", "PROTOCOL"],
+            "holds pictures and videos (v.npy)",
+        ),
+        (["--fake", "FAKES", "--protocol", "SCORE"], "10 splits and 1 repeats need at least 10"),
     ],
 )
 def test_wrong_input_is_one_sentence(run, ucf, fakes, protocol, tmp_path, capsys, own_cache, arguments, said):
     places = {"REAL": ucf, "FAKES": fakes, "PROTOCOL": protocol(), **wrong_folders(tmp_path, fakes)}
+    score = {"title": "IS", "measure": "inception_score", "reals": None, "score": {"splits": 10}}
+    places["SCORE"] = protocol(**score)
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out.json"
     assert run(*(places.get(word, word) for word in arguments), "--out", out, "--bootstrap", 0) == 2
@@ -364,4 +375,8 @@ def wrong_folders(tmp_path, fakes):
     places["PICTURES"] = tmp_path / "pictures"
     places["PICTURES"].mkdir()
     (places["PICTURES"] / "0.png").write_bytes(b"")
+    places["BESIDE"] = tmp_path / "beside"
+    (places["BESIDE"] / "class").mkdir(parents=True)
+    (places["BESIDE"] / "class" / "thumbnail.png").write_bytes(b"")
+    np.save(places["BESIDE"] / "class" / "v.npy", clip)
     return places
