@@ -33,6 +33,8 @@ FIGURES = {
     "batch": "largest batch that fits, up to the one allowed",
     "videos_per_second": "speed of the training step at that batch, making batches aside",
 }
+HOW = ("threads", "precision", "compile", "activation_checkpointing", "micro_batch")
+"""What of ``runtime`` the figures hang on, and so stands beside them."""
 GIB = 2**30
 FREE_SHARE = 0.8
 
@@ -70,7 +72,8 @@ class Efficiency:
         context.facts["memory_limit_bytes"] = limit
         context.facts["probes"] = [asdict(each) for each in probes]
         context.facts.update(device=one.device or assembly.config.runtime.device)
-        context.facts.update(threads=assembly.config.runtime.threads)
+        runtime = assembly.config.runtime.model_dump(mode="json")
+        context.facts.update({name: runtime[name] for name in HOW})
         figures: dict[str, float | None] = {
             "tokens": assembly.pyramid.levels * math.prod(assembly.pyramid.grid),
             "parameters": cost.count_parameters(assembly),

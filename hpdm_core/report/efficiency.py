@@ -149,7 +149,9 @@ def cost_table(results: StudyResults) -> Table | None:
             "predicted GPU memory (GiB)": _mean(each["memory_bytes"] / GIB for each in predicted),
             "real memory (GiB)": _mean(_value(result, "peak_memory_bytes") / GIB for result in trained),
             "predicted GPU-hours": _mean(each["train_seconds"] / 3600 for each in predicted),
-            "real hours": _mean(_value(result, "seconds") / 3600 for result in trained),
+            "real device-hours": _mean(
+                _value(result, "seconds") * result.get("processes", 1) / 3600 for result in trained
+            ),
             "device": ", ".join(devices),
         }
     if not cells:

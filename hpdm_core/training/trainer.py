@@ -342,6 +342,7 @@ class Trainer:
             "loss": self.loss.values(),
             **self._figures(),
             "device": str(self.device),
+            "processes": distributed.size(),
             "threads": torch.get_num_threads(),
             "parameters": cost.count_parameters(self.assembly),
             "flops_per_step": flops,

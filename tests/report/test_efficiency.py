@@ -86,10 +86,15 @@ def test_predicted_stands_beside_real(study):
     for seed in (0, 1):
         file = folder.parent / "store" / "train" / f"tdefault{seed}" / "result.json"
         result = json.loads(file.read_text())
-        result |= {"seconds": 3600.0 * (1 + seed), "peak_memory_bytes": 3 * 2**30, "device": "cuda"}
+        result |= {
+            "seconds": 3600.0 * (1 + seed),
+            "peak_memory_bytes": 3 * 2**30,
+            "device": "cuda",
+            "processes": 2,
+        }
         result["predicted"] = {"memory_bytes": 2**31, "train_seconds": 1800.0, "flops_per_second": 62.4e12}
         file.write_text(json.dumps(result))
     table = cost_table(load_results(folder))
-    assert table.cells.loc["default"].tolist() == ["2", "3", "0.5", "1.5", "cuda"]
+    assert table.cells.loc["default"].tolist() == ["2", "3", "0.5", "3", "cuda"]
     assert "no_context" not in table.cells.index
     assert "62.4 TFLOP/s" in table.caption
