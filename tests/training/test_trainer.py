@@ -247,6 +247,7 @@ def test_result(straight: Any, assemble: Make) -> None:
         "videos_per_second",
         "peak_memory_bytes",
         "device",
+        "processes",
         "threads",
         "parameters",
         "flops_per_step",
