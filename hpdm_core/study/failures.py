@@ -9,6 +9,8 @@ __all__ = ["TimeLimit", "kind_of"]
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 """How torch, CUDA and the C library say it, in errors that have no class of their own."""
+PEER_WORDS = ("connection closed by peer", "connection reset by peer", "remote process exited")
+"""How gloo and NCCL say that another process of the same cell is gone."""
 
 
 class TimeLimit(TroubleError):
@@ -33,5 +35,7 @@ def kind_of(error: BaseException) -> Cause:
             text = str(current).lower()
             if any(words in text for words in MEMORY_WORDS):
                 return "out of memory"
+            if isinstance(current, RuntimeError) and any(words in text for words in PEER_WORDS):
+                return "lost node"
         current = current.__cause__ or current.__context__
     return "full disk" if of_the_disk(error) else "code error"

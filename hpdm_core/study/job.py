@@ -52,11 +52,17 @@ def run_job(path: str, progress: Progress | None = None) -> None:
             with _ended_in_order(cell, heart, spec.get("slurm")), _together(cell):
                 cell.run(progress if heart is None else heart.show, own_output=heart is not None)
         except Exception as error:
+            said, file = describe(error), spec_file.parent / "error.json"
+            # Of several processes, who only sees that another is gone leaves the word to that one.
+            lost = said["kind"] == "lost node"
+            told = (read_json(file) or {}).get("kind", "lost node") != "lost node"
+            if (lost and told) or (not first and (lost or told)):
+                raise
             if heart is not None:
-                heart.say("error.json", describe(error))
-            elif first:
+                heart.say("error.json", said)
+            else:
                 with contextlib.suppress(OSError):
-                    write_json(spec_file.parent / "error.json", describe(error))
+                    write_json(file, said)
             raise
 
 

@@ -106,8 +106,10 @@ def judge(evidence: Evidence) -> Verdict:
     seen = evidence.seen
     if evidence.done:
         return Verdict(state="done", over=True)
-    if evidence.error is not None:
-        kind = str(evidence.error.get("kind", "code error"))
+    kind = str((evidence.error or {}).get("kind", "code error"))
+    # Of several processes one saw that another was gone: the scheduler may know why.
+    explained = kind == "lost node" and seen.phase == "over" and seen.cause is not None
+    if evidence.error is not None and not explained:
         cause: Cause = kind if kind in get_args(Cause) else "code error"  # type: ignore[assignment]
         reason = str(evidence.error.get("message", "unknown error"))
         return Verdict(state="failed", over=True, cause=cause, reason=reason)

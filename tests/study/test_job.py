@@ -11,7 +11,7 @@ import pytest
 from hpdm_core.files import read_json
 from hpdm_core.interruption import Interrupted
 from hpdm_core.study.failures import TimeLimit
-from hpdm_core.study.job import _ended_in_order, _rank
+from hpdm_core.study.job import _ended_in_order, _rank, run_job
 from hpdm_core.study.worker import Heart
 
 LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
@@ -101,3 +101,26 @@ def test_one_of_several_processes_writes(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert _rank() == rank
+
+
+def run_and_fail(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, *, rank: int) -> str:
+    def broken(spec: Any) -> Any:
+        raise error
+
+    monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(rank))
+    monkeypatch.setattr("hpdm_core.study.job.Cell.from_spec", broken)
+    with pytest.raises(type(error)):
+        run_job(str(folder / "spec.json"))
+    return str((read_json(folder / "error.json") or {}).get("kind"))
+
+
+def test_the_process_that_failed_has_the_word_not_the_one_that_missed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spec.json").write_text("{}")
+    gone, bug = RuntimeError("Connection closed by peer"), ValueError("bug")
+    assert run_and_fail(tmp_path, gone, monkeypatch, rank=1) == "None"
+    assert run_and_fail(tmp_path, gone, monkeypatch, rank=0) == "lost node"
+    assert run_and_fail(tmp_path, MemoryError(), monkeypatch, rank=1) == "out of memory"
+    assert run_and_fail(tmp_path, bug, monkeypatch, rank=1) == "out of memory"
+    assert run_and_fail(tmp_path, bug, monkeypatch, rank=0) == "code error"

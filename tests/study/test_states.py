@@ -32,6 +32,13 @@ def case(seen: Seen, **facts: Any) -> Evidence:
         (case(OVER, error={"kind": "diverged", "message": "x"}), "failed", True, "diverged"),
         (case(OVER, error={"message": "of an older version"}), "failed", True, "code error"),
         (case(OVER, error={"kind": "nonsense", "message": "x"}), "failed", True, "code error"),
+        (case(OVER, error={"kind": "lost node", "message": "closed by peer"}), "failed", True, "lost node"),
+        (
+            case(Seen(phase="over", cause="out of memory"), error={"kind": "lost node"}, started=True),
+            "failed",
+            True,
+            "out of memory",
+        ),
         # Waiting and running.
         (case(WAITING), "queued", False, None),
         (case(WAITING, started=True), "interrupted", False, None),
@@ -105,4 +112,15 @@ def raised_from(error: BaseException, cause: BaseException) -> BaseException:
     ],
 )
 def test_exceptions_have_their_class_of_failure(error: BaseException, kind: str) -> None:
+    assert kind_of(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:7"), "lost node"),
+        (ConnectionResetError("Connection reset by peer"), "code error"),
+    ],
+)
+def test_another_process_that_is_gone_is_no_error_of_the_code(error: Exception, kind: str) -> None:
     assert kind_of(error) == kind
