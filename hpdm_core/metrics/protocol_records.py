@@ -199,12 +199,11 @@ def _relations(record: ProtocolRecord) -> list[Problem]:
     measure = measures.get(record.title.partition(" ")[0].upper(), record.measure)
     if measure != record.measure:
         problems.append(Problem(("title",), f"'{record.title}' is a {measure}, not a {record.measure}"))
-    if record.title.upper().startswith(("FVD", "KVD")) and record.detector.use != "i3d":
+    title, use = record.title.upper(), record.detector.use
+    if use != "i3d" and (title.startswith("FVD") or (title.startswith("KVD") and f"[{use}]".upper() not in title)):
+        name = f"{record.measure}[{use}]"
         problems.append(
-            Problem(
-                ("title",),
-                f"'{record.title}' is a distance on i3d; on {record.detector.use} it has another name",
-            )
+            Problem(("title",), f"'{record.title}' is a distance on i3d; on {use} it has another name, as {name}")
         )
     return problems
 

@@ -144,16 +144,14 @@ class Queue:
         if self._clock() - self._accounts_asked < NO_ACCOUNTS_SECONDS:
             return found
         for begin in range(0, len(numbers), AT_ONCE):
-            command = ["sacct", "--noheader", "--parsable2", "--allocations", "--array"]
+            command = ["sacct", "--noheader", "--parsable2", "--allocations"]
             asked = ",".join(numbers[begin : begin + AT_ONCE])
             text, _ = run([*command, "--format=JobID,State,ExitCode", f"--jobs={asked}"])
             if text is None:
                 self._accounts_asked = self._clock()
                 return found
             for row in text.splitlines():
-                line = _of_sacct(row)
-                if line is not None and line.number in numbers:
-                    found[line.number] = line
+                found.update({line.number: line for line in _of_sacct(row) if line.number in numbers})
         return {number: line for number, line in found.items() if seen_of(line).phase == "over"}
 
 
@@ -175,14 +173,30 @@ def _exit_code(status: int) -> int:
     return 128 + (status & 127) if status & 127 else status >> 8
 
 
-def _of_sacct(row: str) -> Line | None:
+def _of_sacct(row: str) -> list[Line]:
     fields = row.split("|")
     if len(fields) < 3:
-        return None
+        return []
     code, _, signum = fields[2].partition(":")
     number = int(signum) if signum.isdecimal() else 0
     shown = 128 + number if number else int(code) if code.isdecimal() else 0
-    return Line(number=fields[0], state=fields[1], code=shown)
+    return [Line(number=each, state=fields[1], code=shown) for each in _tasks(fields[0])]
+
+
+def _tasks(number: str) -> list[str]:
+    """Return 12_0, 12_1, 12_2 and 12_5 for 12_[0-2,5%2], and any other number as it is.
+
+    sacct shows tasks of an array that never began in one row; not every release has its option against that.
+    """
+    job, bracket, tasks = number.partition("_[")
+    if not bracket:
+        return [number]
+    found = []
+    for piece in tasks.partition("]")[0].partition("%")[0].split(","):
+        first, _, last = piece.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            found += [f"{job}_{task}" for task in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def user() -> str:

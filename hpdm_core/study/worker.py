@@ -36,14 +36,16 @@ class Reporter:
         self._last = float("-inf")
 
     def __call__(self, progress: dict[str, Any]) -> None:
-        """Take note of ``progress``: ``step``, ``steps``, ``loss`` and whatever else."""
+        """Take note of ``progress``: ``step``, ``steps``, ``loss`` and whatever else; the first step always."""
         now = time.monotonic()
-        finished = progress.get("step") is not None and progress.get("step") == progress.get("steps")
-        if now - self._last < 1.0 and not finished:
+        step = progress.get("step")
+        first = self._first is None and step is not None
+        finished = step is not None and step == progress.get("steps")
+        if now - self._last < 1.0 and not first and not finished:
             return
         self._last = now
-        if self._first is None and progress.get("step") is not None:
-            self._first, self._first_time = progress["step"], time.time()
+        if first:
+            self._first, self._first_time = step, time.time()
         whole = {
             "stage": self._name,
             "started": self._started,

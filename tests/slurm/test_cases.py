@@ -142,7 +142,7 @@ def test_a_controller_killed_at_random_moments_loses_nothing_and_starts_nothing_
     file, results = study
     few = ["--set", "evaluation.metrics=[held_out_loss]", "--set", "seeds=[0, 1, 2]"]
     command = [sys.executable, "-m", "hpdm_core.study", str(file), "--results", str(results), *few]
-    accounts = ("sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID")
+    accounts = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID")
     before = cluster.run(*accounts).split()
     dice = random.Random(0)
     for _ in range(4):

@@ -26,7 +26,12 @@ echo "Submitted batch job $n"''',
 [ -e "$HERE/deaf" ] && { echo "squeue: error: Unable to contact slurm controller" >&2; exit 1; }
 cat "$HERE/queue" 2>/dev/null; exit 0""",
     "scancel": 'echo "$@" >> "$HERE/scancel.log"',
-    "sacct": '[ -e "$HERE/accounts" ] || exit 1; cat "$HERE/accounts"',
+    "sacct": """for option; do case $option in
+  --noheader|--parsable2|--allocations|--format=*|--jobs=*) ;;
+  *) echo "sacct: unrecognized option '$option'" >&2; exit 1;;
+esac; done
+[ -e "$HERE/accounts" ] || exit 1; cat "$HERE/accounts"
+""",
     "scontrol": 'echo "MaxArraySize            = $(cat "$HERE/array" 2>/dev/null || echo 1001)"',
 }
 
@@ -201,6 +206,19 @@ def test_what_squeue_has_forgotten_sacct_knows(cluster: Cluster) -> None:
     cluster.now += 60
     seen = backend.poll([job])[job.id]
     assert (seen.phase, seen.cause, seen.certain) == ("over", "out of memory", True)
+
+
+def test_tasks_of_an_array_that_never_began_are_one_row_of_sacct(cluster: Cluster) -> None:
+    backend = cluster.backend()
+    jobs = cluster.jobs(4)
+    backend.submit(jobs)
+    cluster.queue()
+    (cluster.folder / "accounts").write_text("77_2|FAILED|1:0\n77_[0-1,3%2]|CANCELLED by 0|0:0\n")
+    cluster.now += 60
+    seen = backend.poll(jobs)
+    assert [number_of(job) for job in jobs] == ["77_0", "77_1", "77_2", "77_3"]
+    assert [seen[job.id].cause for job in jobs] == ["cancelled", "cancelled", None, "cancelled"]
+    assert all(seen[job.id].certain for job in jobs)
 
 
 def test_a_step_killed_for_its_memory_is_known_by_the_log(cluster: Cluster) -> None:
