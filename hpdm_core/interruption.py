@@ -10,8 +10,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
-__all__ = ["Interrupted", "deferred", "requested", "watched"]
+__all__ = ["Interrupted", "deferred", "requested", "shielded", "watched"]
 
 
 class Interrupted(SystemExit):
@@ -74,3 +75,25 @@ def watched() -> Iterator[None]:
         _requests.signum = None
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM wait; they are dealt with at its end. In a thread nothing is changed.
+
+    For what must not be torn apart, as taking and giving back a lock. Keep it short.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            before[each] = signal.signal(each, lambda signum, frame: heard.append(signum))
+        yield
+    finally:
+        for each in reversed(before):
+            signal.signal(each, before[each])
+        if heard:
+            signal.raise_signal(heard[0])

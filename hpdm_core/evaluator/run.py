@@ -207,7 +207,7 @@ class Judge:
         result = {
             "protocol": record.name,
             "modified": [*modified, *_other_weights(record, described.get("weights")), *lacks],
-            "title": record.title,
+            "title": title_of(record, extractor),
             "record": stored,
             "identity": identity_of(stored),
             **numbers,
@@ -278,6 +278,14 @@ class Judge:
     def _weights_warning(self, extractor: FeatureExtractor) -> list[str]:
         warning = getattr(getattr(extractor, "identity", None), "warning", None)
         return [] if warning is None else [str(warning)]
+
+
+def title_of(record: ProtocolRecord, extractor: FeatureExtractor) -> str:
+    """Return the record's title. What is taken on other weights than all FVD is, says so in its name."""
+    identity = getattr(extractor, "identity", None)
+    if identity is None or identity.fvd or not record.title.upper().startswith(("FVD", "KVD")):
+        return record.title
+    return f"{record.title} [{identity.known} weights]"
 
 
 def _other_weights(record: ProtocolRecord, weights: Any) -> list[str]:

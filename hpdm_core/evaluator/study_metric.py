@@ -22,7 +22,7 @@ from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError
 from hpdm_core.evaluator.extraction import Extraction, FeatureCache, Task
 from hpdm_core.evaluator.reading import prepared
-from hpdm_core.evaluator.run import resolved_record
+from hpdm_core.evaluator.run import resolved_record, title_of
 from hpdm_core.evaluator.scores import measured
 from hpdm_core.evaluator.selection import candidates, needed_frames, reach
 from hpdm_core.evaluator.sources import Video
@@ -154,7 +154,8 @@ class ProtocolMetric:
     def titles(self, assembly: Assembly) -> list[str]:
         """Return the columns of the rows: the record's own title, or those of what stands in."""
         if self.lacks(assembly.plugins) is None:
-            return [load_record(self.given, assembly.plugins).title]
+            record = load_record(self.given, assembly.plugins)
+            return [title_of(record, assembly.make("feature_extractors", record.detector))]
         return [metric.name for metric in self._stand_ins(assembly)]
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
@@ -217,7 +218,8 @@ class ProtocolMetric:
         context.facts["modified"] = modified
         identity = identity_of({**resolved_record(record, described), "drawn": drawn})
         name = f"{record.name}{' (modified)' if modified else ''}, {identity}"
-        return [{"metric": record.title, "level": fitted.level, "value": found["value"], "record": name}]
+        title = title_of(record, extractor)
+        return [{"metric": title, "level": fitted.level, "value": found["value"], "record": name}]
 
     def _fakes(
         self, context: EvaluationContext, fitted: Fitted, extractor: FeatureExtractor
@@ -240,7 +242,7 @@ class ProtocolMetric:
         extractor: FeatureExtractor,
         described: Mapping[str, Any],
     ) -> tuple[Features, str | None]:
-        """Return features of reals, and in words how they were drawn where that is not by the record."""
+        """Return features of reals, and in words what about them is not by the record."""
         record, rule = fitted.record, fitted.record.reals
         assert rule is not None, "asked for above"
         listed = getattr(context.assembly.dataset, "files", None)
@@ -269,6 +271,8 @@ class ProtocolMetric:
         made = extraction.run(task, choices, count, keep=True, check=lambda have: _enough(have, rule, record))
         _enough(len(made.entries), rule, record)
         context.facts["reals"] = {"clips": len(made.entries), "unreadable": sorted(made.unreadable)}
+        if rule.count == "all" and made.unreadable:
+            return made.features, f"reals: {len(made.unreadable)} unreadable"
         return made.features, None
 
     def _drawn(

@@ -200,10 +200,14 @@ def _relations(record: ProtocolRecord) -> list[Problem]:
     if measure != record.measure:
         problems.append(Problem(("title",), f"'{record.title}' is a {measure}, not a {record.measure}"))
     title, use = record.title.upper(), record.detector.use
-    if use != "i3d" and (title.startswith("FVD") or (title.startswith("KVD") and f"[{use}]".upper() not in title)):
+    if use != "i3d" and (
+        title.startswith("FVD") or (title.startswith("KVD") and f"[{use}]".upper() not in title)
+    ):
         name = f"{record.measure}[{use}]"
         problems.append(
-            Problem(("title",), f"'{record.title}' is a distance on i3d; on {use} it has another name, as {name}")
+            Problem(
+                ("title",), f"'{record.title}' is a distance on i3d; on {use} it has another name, as {name}"
+            )
         )
     return problems
 

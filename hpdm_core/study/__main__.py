@@ -19,7 +19,7 @@ from rich.console import Console
 
 from hpdm_core.config.study_file import StudyConfig, load_study
 from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
-from hpdm_core.files import read_json
+from hpdm_core.files import disk_trouble, read_json
 from hpdm_core.passwords import without_passwords
 from hpdm_core.study.backends import BACKENDS, make_backend
 
@@ -125,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     if given.status or given.cancel:
-        return _look_or_cancel(study, given.results.resolve(), cancel=given.cancel)
+        from hpdm_core.study.simulated import results_for
+
+        results = results_for(given.backend or study.backend.use, given.results.resolve())
+        return _look_or_cancel(study, results, cancel=given.cancel)
     if given.detach and (given.backend or study.backend.use) != "slurm":
         return _detached(study, given.results.resolve(), given.backend or study.backend.use, words)
     again = shlex.join(["python", "-m", "hpdm_core.study", *(each for each in words if each != "--detach")])
@@ -222,8 +225,9 @@ def run_study(
         signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        for cell in cells if importers else ():
-            take(cell)
+        with disk_trouble(results):
+            for cell in cells if importers else ():
+                take(cell)
         code = controllers[0].run()
         for importer in importers:
             for text in importer.lines():
@@ -250,12 +254,12 @@ def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dic
 
 def _look_or_cancel(study: StudyConfig, results: Path, *, cancel: bool) -> int:
     from hpdm_core.study.cells import cells_of
-    from hpdm_core.study.status import cancel_study, status_of
+    from hpdm_core.study.status import begun_cells, cancel_study, status_of
 
     folder = results / study.name
     if cancel:
         return cancel_study(study.name, folder, say=print)
-    cells, _ = cells_of(study, results / "store")
+    cells = cells_of(study, results / "store")[0] if study.search is None else begun_cells(folder)
     print(status_of(cells, folder))
     return 0
 

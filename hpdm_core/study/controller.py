@@ -15,7 +15,7 @@ from typing import Any
 
 from hpdm_core.cell import Cell, Step
 from hpdm_core.config.study_file import Budget
-from hpdm_core.errors import HpdmError
+from hpdm_core.errors import HpdmError, TroubleError
 from hpdm_core.files import write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.adoption import Keepers, end_jobs, end_strangers
@@ -92,6 +92,7 @@ class Controller:
         self._planned: dict[Task, None] = {}
         """What may still be started, in order."""
         self._failures = 0
+        self._refusals: set[str] = set()
 
     def run(self) -> int:
         """Run what is missing and return the exit code: 0 all done (or, detached, submitted), 1 trouble, 130
@@ -319,9 +320,12 @@ class Controller:
     def _submit(self, tasks: Sequence[Task]) -> None:
         self._show()
         jobs: dict[Job, Task] = {task.job: task for task in tasks if task.job is not None}
+        problem: TroubleError | None = None
         try:
             # Inline, this returns when the cells have ended.
             self.backend.submit(list(jobs))
+        except TroubleError as error:
+            problem = error
         finally:
             for job, task in jobs.items():
                 if not self.backend.attached and not (job.folder / "job.json").exists():
@@ -330,8 +334,18 @@ class Controller:
                     task.numbers -= 1
                     task.state = "planned"
                     self._planned[task] = None
-            if refused := getattr(self.backend, "refused", ""):
-                self.display.line(f"fewer are submitted for now: {refused}")
+        if problem is not None:
+            if self.backend.attached or not self.attempts.tasks:
+                raise problem
+            self._refused(problem)  # what is under way goes on
+        elif refused := getattr(self.backend, "refused", ""):
+            self.display.line(f"fewer are submitted for now: {refused}")
+
+    def _refused(self, problem: TroubleError) -> None:
+        self.trouble = True
+        if str(problem) not in self._refusals:
+            self._refusals.add(str(problem))
+            self._say([f"no more are submitted for now: {message}" for message in problem.messages])
 
     def _set(
         self, task: Task, state: State, reason: str = "", cause: Cause | None = None, *, settled: bool = False

@@ -21,6 +21,8 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend, JournalFileSymlinkLock
 
+from hpdm_core.interruption import shielded
+
 __all__ = ["JournalFile"]
 
 Record = dict[str, Any]
@@ -72,18 +74,21 @@ class JournalFile(BaseJournalBackend):
         if self._held is not None:
             yield
             return
-        self._lock.acquire()
-        try:
-            self._held, self._whole = [], False
+        with shielded():
+            self._lock.acquire()
             try:
-                yield
+                self._held, self._whole = [], False
+                try:
+                    yield
+                finally:
+                    held, self._held = self._held, None
+                    if held:
+                        self._write(held)
             finally:
-                held, self._held = self._held, None
-                if held:
-                    self._write(held)
-        finally:
-            with contextlib.suppress(RuntimeError):  # someone thought that we were dead, and has broken it
-                self._lock.release()
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # someone thought that we were dead, and has broken it
+                    self._lock.release()
 
     def _write(self, records: list[Record]) -> None:
         data = b"".join(json.dumps(record, separators=(",", ":")).encode() + b"\n" for record in records)

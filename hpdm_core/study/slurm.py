@@ -174,14 +174,11 @@ class Slurm:
             if problem not in self._said:
                 self.refused = f"sbatch says: {problem}"
                 self._said.add(problem)
-            if any(words in problem.lower() for words in LIMIT_WORDS):
-                if len(now) > 1:  # a limit of the account: fewer at a time, and the rest when some have ended
-                    size, left = len(now) // 2, now + left
-                    continue
-                self._not_before = self.clock.monotonic() + RETRY_SECONDS
-                return
-            if any(words in problem.lower() for words in PASSING_WORDS):
-                self._not_before = self.clock.monotonic() + RETRY_SECONDS
+            if len(now) > 1 and any(words in problem.lower() for words in LIMIT_WORDS):
+                size, left = len(now) // 2, now + left  # a limit of the account: fewer, and the rest later
+                continue
+            self._not_before = self.clock.monotonic() + RETRY_SECONDS
+            if any(words in problem.lower() for words in (*LIMIT_WORDS, *PASSING_WORDS)):
                 return
             raise TroubleError(f"sbatch refused the job: {problem}")
 
@@ -222,6 +219,7 @@ class Slurm:
 
     def _parameters(self, name: str, count: int, frozen: str | None) -> dict[str, Any]:
         options = self._options
+        several = options.nodes * options.tasks_per_node > 1
         setup = [*_paths(frozen), *options.setup]
         if options.cpus_per_task is not None:  # srun stopped inheriting it from sbatch in SLURM 22.05
             setup.append(f"export SRUN_CPUS_PER_TASK={options.cpus_per_task}")
@@ -244,7 +242,8 @@ class Slurm:
             "wckey": options.wckey,
             "array_parallelism": options.max_running or count,
             "setup": setup,
-            "srun_args": list(options.srun_args) or None,
+            # A process that ends with an error takes the others along: they would wait for it in a collective.
+            "srun_args": [*(["--kill-on-bad-exit=1"] if several else []), *options.srun_args] or None,
             "additional_parameters": {"requeue": True, **options.additional_parameters},
         }
         return {key: value for key, value in given.items() if value is not None}

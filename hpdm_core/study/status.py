@@ -25,7 +25,7 @@ from hpdm_core.study.retries import Outcome
 from hpdm_core.study.states import Evidence, Seen, State, judge
 from hpdm_core.study.tasks import Task, jobs_in
 
-__all__ = ["cancel_study", "status_of"]
+__all__ = ["begun_cells", "cancel_study", "status_of"]
 
 CANCEL_SECONDS = 120.0
 POLL_SECONDS = 0.25
@@ -68,6 +68,20 @@ def status_of(cells: Sequence[Cell], folder: Path) -> str:
             f"{summary(Counter(standing.state for standing in found), len(found))}; {who}",
         ]
     )
+
+
+def begun_cells(folder: Path) -> list[Cell]:
+    """Return the cells that were begun in the study's ``folder``, oldest first: those of a search are known no
+    other way. One whose data, plugins or version have changed since is left out.
+    """
+    found = []
+    for place in sorted((folder / "jobs").glob("*")):
+        jobs = jobs_in(place, place.name)
+        spec = read_json(jobs[-1].spec) if jobs else None
+        if spec is not None:
+            with contextlib.suppress(TroubleError, FileNotFoundError):
+                found.append((jobs[0].spec.stat().st_mtime, Cell.from_spec(spec)))
+    return [cell for _, cell in sorted(found, key=lambda each: each[0])]
 
 
 def _standings(cells: Sequence[Cell], folder: Path) -> list[Standing]:

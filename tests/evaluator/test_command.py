@@ -247,7 +247,7 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
     weights.parent.mkdir()
     torch.save(I3D().state_dict(), weights)
     small = protocol(
-        title="frechet[i3d, random weights]",
+        title="FVD",
         detector={"use": "i3d", "weights": "mine.pt", "resize": "squash"},
         frames=9,
         reals__count=2,
@@ -255,6 +255,7 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
     )
     result = measure(run, ucf, fakes, small, tmp_path / "a.json", "--weights", weights.parent)
     assert result["value"] > 0 and result["modified"] == []
+    assert result["title"] == "FVD [unknown weights]"
     assert result["record"]["detector"]["weights"]["known"] == "unknown"
     assert any("unknown origin" in said for said in result["warnings"])
     assert str(tmp_path) not in json.dumps(result["record"])

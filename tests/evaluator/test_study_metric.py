@@ -69,7 +69,7 @@ def cell(ucf, protocol):
     """A cell on the small UCF-101, and a protocol that fits its finest level."""
     given = protocol(
         detector={"use": "i3d", "weights": "mine.pt", "resize": "squash"},
-        title="frechet[i3d, random weights]",
+        title="FVD",
         frames=9,
         reals__count=2,
         reals__prepare={"size": [32, 32], "resize": "bilinear_antialias", "crop": "centre"},
@@ -118,7 +118,7 @@ def test_reals_are_the_data_sets_files_by_the_records_rule(
     store = tmp_path / "store" / "evaluations" / "k"
     result = evaluate_metric(cell, part, samples_folder=samples, store_folder=store)
     (row,) = result["rows"]
-    assert row["metric"] == "frechet[i3d, random weights]" and row["level"] == 2 and row["value"] > 0
+    assert row["metric"] == "FVD [unknown weights]" and row["level"] == 2 and row["value"] > 0
     assert row["record"].startswith("small/random3d_16f, ")
     assert result["protocol"]["modified"] == [] and result["protocol"]["reals"]["clips"] == 2
     # The evaluator of folders says the same, to the last bit.
@@ -132,6 +132,35 @@ def test_reals_are_the_data_sets_files_by_the_records_rule(
     name = part.options["name"]
     assert run("--real", ucf, "--fake", folder, "--protocol", name, "--bootstrap", 0, "--out", out) == 0
     assert json.loads(out.read_text())["results"][0]["value"] == row["value"]
+
+
+def test_all_reals_but_one_are_not_all_reals(samples, protocol, ucf, tmp_path, monkeypatch):
+    from hpdm_core.data.readers import ReadError
+    from hpdm_core.evaluator import extraction, reading
+
+    def read(choice, prepare, **more):
+        if choice.video.name.endswith("Bikes_g02_c01.avi"):
+            raise ReadError(choice.video.path, "is damaged at 0.3 s")
+        return reading.read_clip(choice, prepare, **more)
+
+    given = protocol(frames=8, reals__prepare={"size": [32, 32]}, fakes__count=2)
+    part = json.dumps({"use": "protocol", "name": str(given), "bootstrap": 0})
+    cell = load_cell(
+        "tiny_clips",
+        sets=[
+            f"data.dataset={{use: ucf101, root: {ucf}}}",
+            "model.video=[16, 32, 32]",
+            "model.patch=[4, 8, 8]",
+            "evaluation.samples=2",
+            f"evaluation.metrics=[{part}]",
+        ],
+    )
+    (metric,) = cell.config.evaluation.metrics
+    store = tmp_path / "store" / "evaluations" / "k"
+    monkeypatch.setattr(extraction, "read_clip", read)
+    result = evaluate_metric(cell, metric, samples_folder=samples, store_folder=store)
+    assert result["protocol"]["modified"] == ["reals: 1 unreadable"]
+    assert "(modified)" in result["rows"][0]["record"]
 
 
 def test_a_data_set_without_files_is_drawn_from_and_says_so(protocol, tmp_path, samples):

@@ -147,6 +147,33 @@ def test_a_model_that_failed_is_not_tried_by_each_of_its_cells(study: Any, cell:
         assert run.text.count("train went wrong") >= 2
 
 
+def test_a_refusal_ends_nothing_that_is_under_way(study: Any, cell: Any, fake_job: Any) -> None:
+    class Full(Threads):
+        """Takes one job at a time."""
+
+        def submit(self, jobs: Sequence[Job]) -> None:
+            if not any(thread.is_alive() for thread in self.threads.values()):
+                super().submit(jobs[:1])
+                jobs = jobs[1:]
+            if jobs:
+                raise TroubleError("sbatch refused the job: a word nobody knows")
+
+    def job(path: str) -> None:
+        time.sleep(0.3)
+        fake_job(path)
+
+    run = study([cell("a"), cell("b"), cell("c")], backend=Full(job))
+    assert run.code == 1 and len(run.made) == 6
+    assert run.text.count("no more are submitted for now: sbatch refused the job: a word nobody knows") == 1
+
+    class Shut(Threads):
+        def submit(self, jobs: Sequence[Job]) -> None:
+            raise TroubleError("sbatch refused the job: invalid partition")
+
+    with pytest.raises(TroubleError, match="invalid partition"):
+        study([cell("d")], backend=Shut(None))
+
+
 def test_a_worker_that_was_killed_is_run_again(study: Any, cell: Any, tmp_path: Path) -> None:
     class Killed(Threads):
         def submit(self, jobs: Sequence[Job]) -> None:

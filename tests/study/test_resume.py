@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(tiny: Path, results: Path)
         assert study.poll() is None and time.monotonic() < deadline, shown(results)
         time.sleep(0.05)
     study.send_signal(signal.SIGINT)
-    assert study.wait(timeout=60) == 130
+    assert study.wait(timeout=60) == 130, shown(results)
     assert f"python -m hpdm_core.study {tiny}" in shown(results) and "training.steps=100000" in shown(results)
     assert "Traceback" not in shown(results)
     assert workers(results) == []

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from hpdm_core.study.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 STUDY = {
@@ -58,7 +61,7 @@ def proposals(folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["arms"]["default"] if path.exists() else []
 
 
-def test_two_kills_change_no_proposal(tmp_path: Path) -> None:
+def test_two_kills_change_no_proposal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = start(tmp_path / "whole")
     said, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, said
@@ -82,3 +85,17 @@ def test_two_kills_change_no_proposal(tmp_path: Path) -> None:
     assert {each["state"] for each in killed} == {"done", "pruned"}
     best = min(each["objectives"][0] for each in killed if each["objectives"])
     assert best < 0.1 + 0.1  # of a bowl whose edges lie at 2.6
+    capsys.readouterr()
+    given = [
+        str(tmp_path / "killed" / "killed.yaml"),
+        "--results",
+        str(tmp_path / "killed" / "results"),
+        "--status",
+    ]
+    assert main(given) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split(",")[0] for line in shown.splitlines()[2:]]
+    assert (
+        rows[:-1] == [*(f"default#{number}" for number in range(16)), "default"]
+        and "of 17 cells done" in rows[-1]
+    )

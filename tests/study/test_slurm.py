@@ -135,7 +135,7 @@ def test_a_job_alone_is_no_array_and_carries_every_option(cluster: Cluster) -> N
         "--signal=USR2@90",
         "module load x",
         "SRUN_CPUS_PER_TASK=4",
-        "--cpu-bind=none",
+        "--kill-on-bad-exit=1 --cpu-bind=none",
         "--wckey=''",
     ):
         assert line in batch, line
@@ -148,6 +148,7 @@ def test_a_job_alone_is_no_array_and_carries_every_option(cluster: Cluster) -> N
 def test_a_short_job_is_told_a_quarter_of_its_time_before_the_end(cluster: Cluster) -> None:
     backend = cluster.backend(time=2)
     backend.submit(cluster.jobs(1))
+    assert "--kill-on-bad-exit" not in cluster.batches()[0]  # one process alone
     assert "--signal=USR2@30" in cluster.batches()[0]
 
 
