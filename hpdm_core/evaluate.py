@@ -137,6 +137,18 @@ class EvaluationContext:
             self._extractors[name] = self.assembly.make("feature_extractors", part)
         return self._extractors[name]
 
+    def extractor_facts(self, part: Part) -> dict[str, Any]:
+        """Return all that features by ``part`` depend on besides the videos, as JSON: for the keys of caches."""
+        places = getattr(self.extractor(part), "places", ())
+        given = part.model_dump(mode="json")
+        return {
+            "extractor": self.extractor(part).describe(),
+            # What an extractor says of itself need not name all of its options; of its files, it says the hash.
+            "part": {name: value for name, value in given.items() if name not in places},
+            "plugins": plugin_hashes(self.assembly.plugins, [("feature_extractors", part)]),
+            "torch": torch.__version__,
+        }
+
     def fake_features(self, part: Part) -> list[Features]:
         """Return the features [n, d] of all ``evaluation.samples`` generated videos, per level."""
         from hpdm_core.sampling.files import read_label
@@ -162,20 +174,15 @@ class EvaluationContext:
         """Return the features [count, d] of real clips per level, corrupted after they were made small if
         asked for.
         """
-        places = getattr(self.extractor(part), "places", ())
+        sources = parts_in(self.assembly.config, "data")
         asked = {
             **data_facts(self.assembly.config, self.assembly.plugins),
             "fingerprint": self.data_fingerprint,
-            "extractor": self.extractor(part).describe(),
-            # What an extractor says of itself need not name all of its options; of its files, it says the hash.
-            "part": {
-                name: value for name, value in part.model_dump(mode="json").items() if name not in places
-            },
-            "plugins": {} if self.cache_folder is None else self._sources(part),
+            **self.extractor_facts(part),
+            "data_plugins": plugin_hashes(self.assembly.plugins, sources) if self.cache_folder else {},
             "split": split,
             "count": count,
             "corruption": corruption,
-            "torch": torch.__version__,
         }
         key = _sha256(asked)
         if key not in self._features:
@@ -208,11 +215,6 @@ class EvaluationContext:
             if distributed.is_main():
                 self._keep(key, found)
         return found
-
-    def _sources(self, part: Part) -> dict[str, str]:
-        """Return the hashes of the plugin files that make the features of real clips."""
-        parts = [("feature_extractors", part), *parts_in(self.assembly.config, "data")]
-        return plugin_hashes(self.assembly.plugins, parts)
 
     @cached_property
     def data_fingerprint(self) -> str:

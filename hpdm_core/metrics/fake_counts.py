@@ -13,13 +13,12 @@ import contextlib
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from hpdm_core import distributed
 from hpdm_core.errors import InputError, TroubleError
@@ -151,7 +150,7 @@ class FakeCounts:
         denoiser = lru_cache(lambda: context.assembly.denoiser(_model_at(context, step)))
 
         def work(indices: range) -> list[Features]:
-            file = self._file(context, extractor.describe(), step, indices)
+            file = self._file(context, part, step, indices)
             made = _kept(file, config.model.levels)
             if made is None:
                 labels = [label_of(index, config.model.classes) for index in indices]
@@ -167,12 +166,16 @@ class FakeCounts:
         for level in range(config.model.levels):
             yield np.concatenate([made[level] for made in batches])
 
-    def _file(
-        self, context: EvaluationContext, described: Mapping[str, Any], step: int, indices: range
-    ) -> Path | None:
+    def _file(self, context: EvaluationContext, part: Part, step: int, indices: range) -> Path | None:
         if context.cache_folder is None or context.samples_folder is None:
             return None
-        facts = [context.samples_folder.name, step, indices.start, indices.stop, described, torch.__version__]
+        facts = [
+            context.samples_folder.name,
+            step,
+            indices.start,
+            indices.stop,
+            context.extractor_facts(part),
+        ]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return context.cache_folder / f"{key}.npz"
 

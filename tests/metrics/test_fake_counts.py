@@ -115,6 +115,16 @@ def test_samples_of_checkpoints_are_not_drawn_twice(trained, monkeypatch):
     assert measured(trained)["details"] == first["details"]
 
 
+def test_features_of_another_extractor_file_are_not_taken(trained, monkeypatch):
+    measured(trained)
+    monkeypatch.setattr(
+        "hpdm_core.evaluate.plugin_hashes", lambda *given: {"feature_extractors/random3d": "edited"}
+    )
+    monkeypatch.setattr("hpdm_core.metrics.fake_counts._model_at", lambda *given: pytest.fail("drawn again"))
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        measured(trained)
+
+
 def test_a_checkpoint_that_is_gone_is_one_line(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "store")
     shutil.rmtree(tmp_path / "store" / "features", ignore_errors=True)
