@@ -41,12 +41,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def slurm(session: nox.Session) -> None:
-    """Start a real SLURM of two nodes on this machine (Debian or Ubuntu, as root) and run its tests."""
+    """Start real SLURMs of two nodes on this machine (Debian or Ubuntu, as root) and run their tests."""
     if os.getuid() != 0:
         session.skip("a SLURM of its own takes root, to install and to start its daemons; nothing was tested")
     install(session, "test")
     session.run("python", "tests/slurm/cluster.py", "install")
-    arguments = session.posargs or ["-q", "-rs"]
+    # Two clusters side by side: most of the time is waiting for one.
+    arguments = session.posargs or ["-n", "2", "--dist", "worksteal", "-q", "-rs", "--durations=5"]
     environment = {"OMP_NUM_THREADS": "1", "HPDM_SLURM": "required"}
     session.run("python", "-m", "pytest", "-m", "slurm", "tests/slurm", *arguments, env=environment)
 

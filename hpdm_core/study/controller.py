@@ -342,7 +342,6 @@ class Controller:
             self.display.line(f"fewer are submitted for now: {refused}")
 
     def _refused(self, problem: TroubleError) -> None:
-        self.trouble = True
         if str(problem) not in self._refusals:
             self._refusals.add(str(problem))
             self._say([f"no more are submitted for now: {message}" for message in problem.messages])

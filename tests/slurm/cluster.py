@@ -23,7 +23,9 @@ from pathlib import Path
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "mariadb-server")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol")
 ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct", "sacctmgr")
-NODES = ("n1", "n2")
+PLACE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+"""Several clusters may run side by side, one per pytest process: each has nodes and ports of its own."""
+NODES = (f"n{2 * PLACE + 1}", f"n{2 * PLACE + 2}")
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 MAX_ARRAY = 16
 
@@ -139,7 +141,7 @@ class Cluster:
             controller=controller,
             first=first,
             last=first + len(NODES) - 1,
-            nodes=f"n[1-{len(NODES)}]",
+            nodes=f"n[{2 * PLACE + 1}-{2 * PLACE + 2}]",
             accounting=WITH_ACCOUNTING.format(port=accounts, folder=self.folder) if self.accounting else "",
         )
         self.config.write_text(text)
@@ -310,7 +312,7 @@ def free_ports(count: int) -> list[int]:
 
 def free_range(count: int) -> int:
     """Return the first of ``count`` neighbouring free ports."""
-    for first in range(17001, 30000, count):
+    for first in range(17001 + 1000 * PLACE, 30000, count):
         if not any(listening(first + number) for number in range(count)):
             return first
     raise Broken("no free ports")
