@@ -174,12 +174,11 @@ class EvaluationContext:
         """Return the features [count, d] of real clips per level, corrupted after they were made small if
         asked for.
         """
-        sources = parts_in(self.assembly.config, "data")
         asked = {
             **data_facts(self.assembly.config, self.assembly.plugins),
             "fingerprint": self.data_fingerprint,
             **self.extractor_facts(part),
-            "data_plugins": plugin_hashes(self.assembly.plugins, sources) if self.cache_folder else {},
+            "data_plugins": plugin_hashes(self.assembly.plugins, parts_in(self.assembly.config, "data")),
             "split": split,
             "count": count,
             "corruption": corruption,

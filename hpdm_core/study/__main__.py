@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(describe_study(study, given.results))
         return 0
-    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
     if given.status or given.cancel:
         from hpdm_core.study.simulated import results_for
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _look_or_cancel(study, results, cancel=given.cancel)
     if given.detach and (given.backend or study.backend.use) != "slurm":
         return _detached(study, given.results.resolve(), given.backend or study.backend.use, words)
-    again = shlex.join(["python", "-m", "hpdm_core.study", *(each for each in words if each != "--detach")])
+    again = shlex.join(["python", "-m", "hpdm_core.study", *words])
     return run_study(
         study,
         given.results,
@@ -274,7 +274,7 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "controller.log"
-    command = [sys.executable, "-m", "hpdm_core.study", *(each for each in words if each != "--detach")]
+    command = [sys.executable, "-m", "hpdm_core.study", *words]
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -289,10 +289,7 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
         raise TroubleError(f"--detach: {''.join(last).removeprefix('error: ')} ({log})")
     process.returncode = 0  # it is left alone on purpose: nobody is to wait for it
     print(f"study '{study.name}' is run by process {process.pid} on this machine; what it says: {log}")
-    kept = [
-        each for each in words if each != "--detach"
-    ]  # other flags may say which cells there are, and where
-    look = shlex.join(["python", "-m", "hpdm_core.study", *kept, "--status"])
+    look = shlex.join(["python", "-m", "hpdm_core.study", *words, "--status"])
     print(f"To look: {without_passwords(look)}")
     return 0
 

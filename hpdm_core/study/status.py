@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from hpdm_core.cell import Cell
-from hpdm_core.errors import TroubleError
+from hpdm_core.errors import HpdmError, TroubleError
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study.adoption import Keepers, end_jobs
 from hpdm_core.study.controller import CANCEL
@@ -79,7 +79,7 @@ def begun_cells(folder: Path) -> list[Cell]:
         jobs = jobs_in(place, place.name)
         spec = read_json(jobs[-1].spec) if jobs else None
         if spec is not None:
-            with contextlib.suppress(TroubleError, FileNotFoundError):
+            with contextlib.suppress(HpdmError, FileNotFoundError):
                 found.append((jobs[0].spec.stat().st_mtime, Cell.from_spec(spec)))
     return [cell for _, cell in sorted(found, key=lambda each: each[0])]
 

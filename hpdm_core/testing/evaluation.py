@@ -161,7 +161,7 @@ class MetricCases(Case):
             ),
             data=DataConfig(
                 dataset=Part(use="synthetic")
-            ),  # any that is registered: `_Waves` takes its place
+            ),  # `_Waves`, which is not registered, takes its place
             training=TrainingConfig(steps=1, batch=1, learning_rate=1e-3),
             evaluation=EvaluationConfig(samples=SAMPLES, reals=6),
         )

@@ -64,6 +64,22 @@ def test_what_does_not_fit_is_marked_or_refused():
     assert fitted("cdfvd_i3d/fvd2048_16f", sizes=small).modified == ()
 
 
+def cell_on(dataset, given, *, bootstrap=0):
+    """A cell of 16x32x32 videos of ``dataset`` whose one metric is the protocol in the file ``given``."""
+    part = json.dumps({"use": "protocol", "name": str(given), "bootstrap": bootstrap})
+    return load_cell(
+        "tiny_clips",
+        sets=[
+            f"data.dataset={dataset}",
+            "model.video=[16, 32, 32]",
+            "model.patch=[4, 8, 8]",
+            "evaluation.samples=2",
+            "evaluation.reals=4",
+            f"evaluation.metrics=[{part}]",
+        ],
+    )
+
+
 @pytest.fixture
 def cell(ucf, protocol):
     """A cell on the small UCF-101, and a protocol that fits its finest level."""
@@ -75,18 +91,7 @@ def cell(ucf, protocol):
         reals__prepare={"size": [32, 32], "resize": "bilinear_antialias", "crop": "centre"},
         fakes__count=2,
     )
-    part = json.dumps({"use": "protocol", "name": str(given), "bootstrap": 0})
-    return load_cell(
-        "tiny_clips",
-        sets=[
-            f"data.dataset={{use: ucf101, root: {ucf}}}",
-            "model.video=[16, 32, 32]",
-            "model.patch=[4, 8, 8]",
-            "evaluation.samples=2",
-            "evaluation.reals=4",
-            f"evaluation.metrics=[{part}]",
-        ],
-    )
+    return cell_on(f"{{use: ucf101, root: {ucf}}}", given)
 
 
 @pytest.fixture
@@ -144,17 +149,7 @@ def test_all_reals_but_one_are_not_all_reals(samples, protocol, ucf, tmp_path, m
         return reading.read_clip(choice, prepare, **more)
 
     given = protocol(frames=8, reals__prepare={"size": [32, 32]}, fakes__count=2)
-    part = json.dumps({"use": "protocol", "name": str(given), "bootstrap": 0})
-    cell = load_cell(
-        "tiny_clips",
-        sets=[
-            f"data.dataset={{use: ucf101, root: {ucf}}}",
-            "model.video=[16, 32, 32]",
-            "model.patch=[4, 8, 8]",
-            "evaluation.samples=2",
-            f"evaluation.metrics=[{part}]",
-        ],
-    )
+    cell = cell_on(f"{{use: ucf101, root: {ucf}}}", given)
     (metric,) = cell.config.evaluation.metrics
     store = tmp_path / "store" / "evaluations" / "k"
     monkeypatch.setattr(extraction, "read_clip", read)
@@ -165,18 +160,7 @@ def test_all_reals_but_one_are_not_all_reals(samples, protocol, ucf, tmp_path, m
 
 def test_a_data_set_without_files_is_drawn_from_and_says_so(protocol, tmp_path, samples):
     given = protocol(frames=8, reals__prepare={"size": [32, 32]}, fakes__count=2)
-    part = {"use": "protocol", "name": str(given), "bootstrap": 5}
-    cell = load_cell(
-        "tiny_clips",
-        sets=[
-            "data.dataset={use: synthetic, classes: 3}",
-            "model.video=[16, 32, 32]",
-            "model.patch=[4, 8, 8]",
-            "evaluation.samples=2",
-            "evaluation.reals=4",
-            f"evaluation.metrics=[{json.dumps(part)}]",
-        ],
-    )
+    cell = cell_on("{use: synthetic, classes: 3}", given, bootstrap=5)
     store = tmp_path / "store" / "evaluations" / "k"
     result = evaluate_metric(
         cell, cell.config.evaluation.metrics[0], samples_folder=samples, store_folder=store

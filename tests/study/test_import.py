@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpdm_core.errors import InputError
+from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.study.__main__ import main
 from hpdm_core.study.import_cells import Importer
 
@@ -95,6 +97,17 @@ def test_what_is_not_what_its_key_says_is_made_here(
     assert f"not imported: {stage}: {said}; it is made here instead" in printed
     assert "1 samples, 2 evaluations" in printed and "train," not in printed.partition("imported from")[2]
     assert computed(here) == whole
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(
+    tiny: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Importer, cell: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Importer, "take", full)
+    with pytest.raises(TroubleError, match="No space left"):
+        run(tiny, tmp_path / "here", "--import", str(other))
 
 
 def test_what_is_here_is_left_alone(tiny: Path, other: Path, undisturbed: Path, tmp_path: Path) -> None:

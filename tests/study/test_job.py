@@ -12,7 +12,7 @@ from hpdm_core.files import read_json
 from hpdm_core.interruption import Interrupted
 from hpdm_core.study.failures import TimeLimit
 from hpdm_core.study.job import _ended_in_order, _rank, run_job
-from hpdm_core.study.worker import Heart
+from hpdm_core.study.worker import Heart, Reporter
 
 LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
 SHORT = {"limit_seconds": 60, "signal_seconds": 15}
@@ -43,6 +43,17 @@ def end(folder: Path, cell: Any, signum: int, slurm: dict[str, Any] | None, *, a
             (stage / "attempts" / "1" / "checkpoints" / "00000007").mkdir(parents=True)
         raise Interrupted(signum)
     return raised.value if isinstance(raised.value, TimeLimit) else read_json(folder / "end.json")
+
+
+def test_a_fast_worker_shows_its_first_step_at_once() -> None:
+    class Folder:
+        def heartbeat(self, progress: dict[str, Any]) -> None: ...
+
+    shown: list[Any] = []
+    report = Reporter("train", Folder(), lambda progress: shown.append(progress.get("step")))  # type: ignore[arg-type]
+    for progress in ({}, {"step": 1, "steps": 4}, {"step": 2, "steps": 4}, {"step": 4, "steps": 4}):
+        report(progress)
+    assert shown == [None, 1, 4]
 
 
 def test_time_is_up_and_it_goes_back_into_the_queue(scontrol: Path, cell: Any) -> None:

@@ -355,14 +355,20 @@ def test_a_seed_that_fails_ends_the_others(make: Make) -> None:
     assert (toy.proposals()[0]["state"], toy.proposals()[0]["reason"]) == ("failed", "diverged")
 
 
-def test_what_was_given_up_stays_so_after_a_kill(make: Make) -> None:
-    toy = make(proposals=4, pruner={"use": "median", "startup": 1, "every": 4})
+def given_up(make: Make, proposals: int) -> tuple[Any, Any]:
+    """Return a search whose second proposal is given up, and that proposal's cell."""
+    toy = make(proposals=proposals, pruner={"use": "median", "startup": 1, "every": 4})
     toy.study = load_with(toy, sampler="grid", space={"diffusion.sigma_max": {"choices": [60.0, 11.0, 50.0]}})
     toy.open()
     toy.run(cells=1)
     (bad,) = toy.search.next(1)
     bad.train_to(8)
     assert toy.search.ends(bad) is not None
+    return toy, bad
+
+
+def test_what_was_given_up_stays_so_after_a_kill(make: Make) -> None:
+    toy, _ = given_up(make, proposals=4)
     toy.close()
     toy.open()
     assert toy.proposals()[1]["state"] == "pruned"
@@ -465,13 +471,7 @@ def test_what_the_report_reads_is_written(make: Make) -> None:
 
 
 def test_a_proposal_that_was_given_up_as_another_is_given_up_too(make: Make) -> None:
-    toy = make(proposals=3, pruner={"use": "median", "startup": 1, "every": 4})
-    toy.study = load_with(toy, sampler="grid", space={"diffusion.sigma_max": {"choices": [60.0, 11.0, 50.0]}})
-    toy.open()
-    toy.run(cells=1)
-    (bad,) = toy.search.next(1)
-    bad.train_to(8)
-    assert toy.search.ends(bad) is not None
+    toy, bad = given_up(make, proposals=3)
     (other,) = toy.search.next(1)
     toy.search._open[-1].cells = [bad]  # a sampler that proposes the same again, before the first has ended
     toy.search.settled(bad, "cancelled", "pruned")
