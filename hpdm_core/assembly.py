@@ -6,12 +6,14 @@ then holds plain objects.
 
 from __future__ import annotations
 
+import copy
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpdm_core.config.schema import CellConfig
+from hpdm_core.config.schema import Arithmetic, CellConfig
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.errors import InputError
 from hpdm_core.model.fusion import FusionShape
@@ -19,6 +21,7 @@ from hpdm_core.model.hpdm import HPDM
 from hpdm_core.model.initialise import initialise
 from hpdm_core.pyramid import Pyramid
 from hpdm_core.randomness import keyed_global_rng
+from hpdm_core.runtime import compiler_problem, execution_of, state_dtype
 
 if TYPE_CHECKING:
     from hpdm_core.data.dataset import ClipDataset
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from hpdm_core.sampling.solver import Solver
 
 __all__ = ["Assembly"]
+
+log = logging.getLogger(__name__)
 
 
 class Assembly:
@@ -160,9 +165,22 @@ class Assembly:
             initialise(network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual)
         return network
 
-    def denoiser(self, model: HPDM) -> Denoiser:
-        """Return ``model`` as a denoiser in data units."""
-        return Denoiser(model, self.objective, self.sigma_in)
+    def denoiser(self, model: HPDM, arithmetic: Arithmetic | None = None) -> Denoiser:
+        """Return ``model`` as a denoiser in data units, under ``arithmetic``; None: as sampling runs it, compiled
+        if ``runtime.compile`` says so.
+
+        The weights are the model's own, now and later, but in another type they are a copy.
+        """
+        compiled = arithmetic is None and self.config.runtime.compile in (True, "sampling")
+        arithmetic = arithmetic or self.config.sampling
+        dtype = state_dtype(arithmetic)
+        same = all(parameter.dtype == dtype for parameter in model.parameters())
+        network = copy.copy(model) if same else copy.deepcopy(model).to(dtype)
+        network.execution = execution_of(arithmetic)
+        if compiled and (problem := compiler_problem(torch.device(self.config.runtime.device))) is not None:
+            log.warning("runtime.compile: %s; sampling goes on as it is, not compiled", problem)
+            compiled = False
+        return Denoiser(network, self.objective, self.sigma_in, compiled=compiled)
 
     def make(self, family: str, part: Any, *positional: Any) -> Any:
         """Build any other part, such as a metric."""

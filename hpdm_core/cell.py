@@ -221,11 +221,11 @@ class Cell:
 
         # Before any stage, also one that needs no model: a metric alone must give the same bits.
         if not distributed.is_main():
-            prepare_torch(self.config.runtime)
+            prepare_torch(self.config.runtime, self.config.training)
             return self._follow()
         self.observers.call("before_cell_started")
         try:
-            prepare_torch(self.config.runtime)
+            prepare_torch(self.config.runtime, self.config.training)
             for step in self._steps:
                 if step.stage.key in steps:
                     self._run_step(step, progress, own_output=own_output)

@@ -6,7 +6,7 @@ per level. No gradient is kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,24 @@ __all__ = ["Denoiser"]
 
 
 class Denoiser:
-    """``model`` under ``objective``, with ``sigma_in[level]`` the input scale of each level."""
+    """``model`` under ``objective``, with ``sigma_in[level]`` the input scale of each level.
 
-    def __init__(self, model: HPDM, objective: Objective, sigma_in: Sequence[float]) -> None:
+    ``compiled``: a call of the denoiser, which is what a tile costs at each step, goes through torch.compile as
+    one graph, for each level one without latents and one with; parents are encoded as they are.
+    """
+
+    def __init__(
+        self, model: HPDM, objective: Objective, sigma_in: Sequence[float], *, compiled: bool = False
+    ) -> None:
         self.model = model
         self.objective = objective
         self.sigma_in = tuple(sigma_in)
+        self._step: Callable[..., tuple[Tensor, Tensor]] = self._estimate
+        if compiled:
+            # Graphs per level: with latents and without, and both again for another number of rows.
+            limit = torch._dynamo.config.cache_size_limit
+            torch._dynamo.config.cache_size_limit = max(limit, 4 * len(self.sigma_in))
+            self._step = torch.compile(self._estimate, fullgraph=True)
 
     @torch.no_grad()
     def encode(
@@ -67,6 +79,18 @@ class Denoiser:
         ``latents`` are those of the previous step, None at the first. The estimate has the precision of
         ``z``.
         """
+        return self._step(level, z, sigma, coords, label, contexts, latents)
+
+    def _estimate(
+        self,
+        level: int,
+        z: Tensor,
+        sigma: Tensor,
+        coords: Coords,
+        label: Tensor | None,
+        contexts: Contexts | None,
+        latents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         entry = self._patches(level, z, sigma, coords, label, latents)
         ((prediction, latents),) = self.model([entry], [contexts])
         decoded = self.objective.denoised(z, prediction.to(z.dtype), sigma.to(z.dtype), self.sigma_in[level])

@@ -31,7 +31,7 @@ from torch import Tensor
 from hpdm_core import distributed
 from hpdm_core.config.compose import load_trained
 from hpdm_core.config.keys import parts_in, plugin_hashes
-from hpdm_core.config.schema import Part
+from hpdm_core.config.schema import Arithmetic, Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.files import read_json, trouble_when_unwritable, whole_or_absent, write_bytes
 from hpdm_core.metrics.corruptions import CORRUPTIONS
@@ -93,7 +93,7 @@ class EvaluationContext:
 
         if self.model_path is None or not self.model_path.is_file():
             raise TroubleError(f"weights: no file {self.model_path}; train the cell first")
-        return self.assembly.denoiser(load_ema_model(self.assembly, self.model_path))
+        return self.assembly.denoiser(load_ema_model(self.assembly, self.model_path), Arithmetic())
 
     # Videos
 
@@ -347,7 +347,7 @@ def evaluate_cell(
     assembly, spec = load_trained(cell)
     parts = [assembly.plugins.validate("metrics", _part(text)) for text in metrics]
     store = cell.resolve().parent.parent
-    prepare_torch(assembly.config.runtime)
+    prepare_torch(assembly.config.runtime, assembly.config.training)
     results = []
     for part in parts or assembly.config.evaluation.metrics:
         result = evaluate_metric(

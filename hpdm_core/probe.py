@@ -145,7 +145,7 @@ def _main() -> int:
 
     config = CellConfig.model_validate(spec["config"])
     assembly = Assembly(config, build_plugins(spec["plugins"]))
-    device = prepare_torch(config.runtime)
+    device = prepare_torch(config.runtime, config.training)
     batch = config.training.batch
     with contextlib.suppress(ImportError):
         _limit(device, spec["memory"])

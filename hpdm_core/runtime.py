@@ -1,26 +1,65 @@
 """The machine's side of a run: device, threads and arithmetic settings of torch."""
 
 import contextlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from hpdm_core.config.schema import RuntimeConfig
+from hpdm_core.config.schema import Arithmetic, RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.model.execution import Execution
 
-__all__ = ["available_devices", "compiler_problem", "free_memory", "prepare_torch", "weights_dtype"]
+__all__ = [
+    "available_devices",
+    "compiler_problem",
+    "execution_of",
+    "free_memory",
+    "prepare_torch",
+    "products_as_in",
+    "state_dtype",
+]
 
 MUCH = 2**60
 """Bytes: more than any machine has."""
 
 TF32 = ("tf32", "bf16")
 """Precisions whose float32 matrix products are rounded to TF32 on CUDA."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What the settings of PyTorch's memory on CUDA are called in the environment, since torch 2.9 and before."""
 
 
-def weights_dtype(runtime: RuntimeConfig) -> torch.dtype:
-    """Return the type of weights, moments and averages while training."""
-    return torch.float64 if runtime.precision == "fp64" else torch.float32
+def state_dtype(arithmetic: Arithmetic) -> torch.dtype:
+    """Return the type of weights, moments and averages while training, and of a level's state while sampling."""
+    return torch.float64 if arithmetic.precision == "fp64" else torch.float32
+
+
+def execution_of(arithmetic: Arithmetic, *, checkpointing: bool = False) -> Execution:
+    """Return how a backbone's blocks run under ``arithmetic``."""
+    attention = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[arithmetic.attention]
+    return Execution(
+        matmul_dtype=torch.bfloat16 if arithmetic.precision == "bf16" else None,
+        attention_dtype=attention,
+        checkpointing=checkpointing,
+    )
+
+
+@contextlib.contextmanager
+def products_as_in(arithmetic: Arithmetic, device: torch.device) -> Iterator[None]:
+    """Within the block float32 matrix products on CUDA are what ``arithmetic`` asks for; then as before."""
+    before = torch.get_float32_matmul_precision()
+    _set_products(arithmetic, device)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _set_products(arithmetic: Arithmetic, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if arithmetic.precision in TF32 else "highest")
 
 
 def available_devices() -> list[str]:
@@ -33,15 +72,16 @@ def available_devices() -> list[str]:
     return devices
 
 
-def prepare_torch(runtime: RuntimeConfig) -> torch.device:
+def prepare_torch(runtime: RuntimeConfig, arithmetic: Arithmetic) -> torch.device:
     """Set torch up as ``runtime`` asks, for the whole process, and return the device.
 
     Call it before other work of torch in the process: threads inherit the setting that small numbers are
     flushed to zero (without it, the decaying tails of optimizer moments slow a CPU down many times). On CUDA
-    float32 matrix products use TF32 unless ``precision`` says otherwise, as the paper's throughput implies
-    (paper: mixed precision was worse; weights and sums stay float32). Of several processes each gets a GPU of
-    its own (`hpdm_core.distributed.joined` chose it). Raises `InputError` for a device that this machine
-    lacks.
+    float32 matrix products use TF32 unless ``arithmetic`` says otherwise, as the paper's throughput implies
+    (paper: mixed precision was worse; weights and sums stay float32); and freed memory is kept in segments that
+    grow (self-conditioning changes shapes from step to step, which would leave fixed ones in pieces), unless the
+    environment has settings of its own. Of several processes each gets a GPU of its own
+    (`hpdm_core.distributed.joined` chose it). Raises `InputError` for a device that this machine lacks.
     """
     allowed = available_devices()
     if runtime.device not in allowed:
@@ -53,9 +93,16 @@ def prepare_torch(runtime: RuntimeConfig) -> torch.device:
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     device = torch.device(runtime.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if runtime.precision in TF32 else "highest")
+    if device.type == "cuda" and not any(name in os.environ for name in ALLOCATOR):
+        name = ALLOCATOR[0] if _torch_version() >= (2, 9) else ALLOCATOR[1]
+        os.environ[name] = "expandable_segments:True"  # read at the first allocation
+    _set_products(arithmetic, device)
     return device
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def compiler_problem(device: torch.device) -> str | None:

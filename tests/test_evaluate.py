@@ -362,7 +362,9 @@ def test_the_command_measures_a_train_stage(
     (cell / "spec.json").write_text(json.dumps(spec))
     (cell / "result.json").write_text(json.dumps(FIGURES))
     prepared: list[int | None] = []
-    monkeypatch.setattr("hpdm_core.evaluate.prepare_torch", lambda runtime: prepared.append(runtime.threads))
+    monkeypatch.setattr(
+        "hpdm_core.evaluate.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
+    )
     assert main([str(cell), "--metric", "throughput", "--out", str(tmp_path / "out.json")]) == 0
     assert prepared == [None]
     assert "metric=throughput.videos_per_second\tvalue=3.5" in capsys.readouterr().out

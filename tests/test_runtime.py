@@ -1,19 +1,21 @@
-"""Device and threads."""
+"""Device, threads, and what float32 means on CUDA."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hpdm_core.config.schema import RuntimeConfig
+from hpdm_core.config.schema import Arithmetic, RuntimeConfig
 from hpdm_core.errors import InputError
-from hpdm_core.runtime import available_devices, prepare_torch
+from hpdm_core.runtime import ALLOCATOR, available_devices, prepare_torch, products_as_in
 
 
 def test_cpu_with_threads_and_flushed_denormals() -> None:
     before = torch.get_num_threads()
     try:
-        assert prepare_torch(RuntimeConfig(device="cpu", threads=2)) == torch.device("cpu")
+        assert prepare_torch(RuntimeConfig(device="cpu", threads=2), Arithmetic()) == torch.device("cpu")
         assert torch.get_num_threads() == 2
-        prepare_torch(RuntimeConfig(device="cpu"))
+        prepare_torch(RuntimeConfig(device="cpu"), Arithmetic())
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -25,8 +27,49 @@ def test_an_absent_device_is_refused_with_what_there_is(device: str) -> None:
     with pytest.raises(
         InputError, match=rf"runtime.device: '{device}' is not available .* allowed here: cpu"
     ):
-        prepare_torch(RuntimeConfig(device=device))
+        prepare_torch(RuntimeConfig(device=device), Arithmetic())
 
 
 def test_the_cpu_is_always_there() -> None:
     assert available_devices()[0] == "cpu"
+
+
+@pytest.fixture
+def products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("tf32", "high"), ("bf16", "high"), ("fp32", "highest"), ("fp64", "highest")]
+)
+def test_float32_products_on_cuda_are_what_the_stage_asks_for(
+    precision: str, asked: str, monkeypatch: pytest.MonkeyPatch, products: None
+) -> None:
+    monkeypatch.setattr("hpdm_core.runtime.available_devices", lambda: ["cpu", "cuda"])
+    arithmetic = Arithmetic.model_validate({"precision": precision})
+    torch.set_float32_matmul_precision("medium")
+    with products_as_in(arithmetic, torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == asked
+    assert torch.get_float32_matmul_precision() == "medium"
+    prepare_torch(RuntimeConfig(device="cuda"), arithmetic)
+    assert torch.get_float32_matmul_precision() == asked
+
+
+def test_memory_on_cuda_is_kept_in_segments_that_grow_unless_the_user_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch, products: None
+) -> None:
+    monkeypatch.setattr("hpdm_core.runtime.available_devices", lambda: ["cpu", "cuda"])
+    environment: dict[str, str] = {}
+    monkeypatch.setattr("os.environ", environment)
+    prepare_torch(RuntimeConfig(device="cpu"), Arithmetic())
+    assert environment == {}
+    prepare_torch(RuntimeConfig(device="cuda"), Arithmetic())
+    assert list(environment.values()) == ["expandable_segments:True"]
+    assert set(environment) < set(ALLOCATOR)
+    for name in ALLOCATOR:
+        environment.clear()
+        environment[name] = "max_split_size_mb:64"
+        prepare_torch(RuntimeConfig(device="cuda"), Arithmetic())
+        assert environment == {name: "max_split_size_mb:64"}

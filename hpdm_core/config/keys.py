@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hpdm_core.config.content import Known, absent_of, contents_of, keyed_part
-from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
+from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Later, Part
 from hpdm_core.plugins import FAMILIES, Plugins
 
 __all__ = [
@@ -68,8 +68,14 @@ def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
 def keyed_section(
     config: CellConfig, section: str, plugins: Plugins, known: Known | None = None
 ) -> dict[str, Any]:
-    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.config.content.keyed_part`."""
-    data: dict[str, Any] = getattr(config, section).model_dump(mode="json")
+    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.config.content.keyed_part`, and
+    without the fields marked `Later` that have their default.
+    """
+    given = getattr(config, section)
+    data: dict[str, Any] = given.model_dump(mode="json")
+    for name, field in type(given).model_fields.items():
+        if any(isinstance(mark, Later) for mark in field.metadata) and getattr(given, name) == field.default:
+            del data[name]
     for family in FAMILIES.values():
         top, _, field = family.path.partition(".")
         if top == section and "*" not in field:

@@ -93,7 +93,9 @@ def _translate(model: type[BaseModel], data: Any, error: ValidationError) -> lis
                     f"should have at least {item['ctx']['min_length']} items, got {_shown(item['input'])}"
                 )
             case "value_error":
-                message = f"{item['ctx']['error']}, got {_shown(item['input'])}"
+                message = str(item["ctx"]["error"])
+                if path:  # else it is about the document as a whole
+                    message += f", got {_shown(item['input'])}"
             case "literal_error":
                 nearest = did_you_mean(str(item["input"]), _expected(item))
                 message = f"{_lowered(item['msg'])}, got {_shown(item['input'])}{nearest}"

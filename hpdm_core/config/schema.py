@@ -5,8 +5,9 @@ three keys (`hpdm_core.config.keys`) are hashes of parts of this form. Parts kee
 so that a changed default changes the key.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
@@ -26,6 +27,8 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 Positive = Annotated[int, Field(gt=0)]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
+AttentionPrecision = Literal["fp32", "bf16"]
 Triple = tuple[Positive, Positive, Positive]  # frames, height, width
 
 
@@ -35,6 +38,11 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=False, allow_inf_nan=False, hide_input_in_errors=True
     )
+
+
+@dataclass(frozen=True)
+class Later:
+    """Marks a field that came after keys were promised to last: at its default it is left out of the keys."""
 
 
 class Part(BaseModel):
@@ -113,7 +121,28 @@ class DataConfig(Frozen):
     downsampling: Literal["area", "trilinear", "centre_frame"] = "area"
 
 
-class TrainingConfig(Frozen):
+class Arithmetic(Frozen):
+    """The arithmetic of a stage. It changes results, so what is asked for here is part of the stage's key;
+    the device that it runs on is not.
+    """
+
+    precision: Annotated[Precision, Later()] = "tf32"
+    """tf32: float32, with matrix products rounded to TF32 on CUDA; fp32: not even those; bf16: matrix products and
+    attention of the blocks in bfloat16, residuals, norms and softmax's sums in float32; fp64: all in float64, to
+    compare runs."""
+    attention: Annotated[AttentionPrecision | None, Later()] = None
+    """Attention of the blocks (what they compute by scaled_dot_product_attention) in another precision than the rest:
+    fp32 or bf16; null follows ``precision``."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        """Write attention null where it has the precision that is asked for anyway: one arithmetic, one key."""
+        if self.attention == ("bf16" if self.precision == "bf16" else "fp32"):
+            object.__setattr__(self, "attention", None)
+        return self
+
+
+class TrainingConfig(Arithmetic):
     """Everything that the trained weights depend on besides model, diffusion, data and seed."""
 
     steps: Positive
@@ -137,7 +166,7 @@ class TrainingConfig(Frozen):
     """Steps whose checkpoints are kept besides the two newest."""
 
 
-class SamplingConfig(Frozen):
+class SamplingConfig(Arithmetic):
     """The tiled cascade."""
 
     solver: Part = Part(use="edm")
@@ -174,12 +203,11 @@ class RuntimeConfig(Frozen):
     strategy: Literal["single", "ddp", "fsdp"] = "single"
     """How several processes train one network: replicated (ddp) or sharded (fsdp, FSDP2). In one process all are the
     same."""
-    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "tf32"
-    """Arithmetic of training. tf32: float32, with matrix products rounded to TF32 on CUDA; fp32: not even those; bf16:
-    matrix products and attention of the blocks in bfloat16, residuals, norms and softmax in float32; fp64: all in
-    float64, to compare runs. Sampling and evaluation are float32 (TF32 on CUDA unless fp32)."""
-    compile: bool = False
-    """Whether training is compiled (torch.compile); without a compiler it goes on as it is and says so."""
+    precision: Precision | None = Field(default=None, exclude=True)
+    """The older name of ``training.precision`` and ``sampling.precision``; read as both."""
+    compile: bool | Literal["training", "sampling"] = False
+    """Whether training and sampling, or one of them, are compiled (torch.compile): a training step as a whole, and the
+    sampler's call of the network. Without a compiler they go on as they are and say so."""
     activation_checkpointing: bool = False
     """Whether a block keeps only its inputs for the backward pass and is run again there: less memory, more time."""
     micro_batch: Positive | None = None
@@ -224,3 +252,21 @@ class CellConfig(Frozen):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _older_name(self) -> Self:
+        """Take ``runtime.precision`` over as the precision of training and of sampling."""
+        old = self.runtime.precision
+        if old is None:
+            return self
+        for name in ("training", "sampling"):
+            stage: Arithmetic = getattr(self, name)
+            if "precision" in stage.model_fields_set and stage.precision != old:
+                raise ValueError(
+                    f"runtime.precision: is the older name of training.precision and sampling.precision, got "
+                    f"'{old}' beside {name}.precision '{stage.precision}'; allowed is one of them"
+                )
+            given = stage.model_dump(exclude_unset=True) | {"precision": old}
+            object.__setattr__(self, name, type(stage).model_validate(given))
+        object.__setattr__(self, "runtime", self.runtime.model_copy(update={"precision": None}))
+        return self

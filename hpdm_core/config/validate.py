@@ -83,7 +83,11 @@ def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, 
             _put(data, path, {"use": part.use, "options": part.options})
     config, found = check(CellConfig, data)
     # A part that has been complained about is not complained about again.
-    problems.extend(problem for problem in found if problem.path not in refused)
+    problems.extend(
+        problem if problem.path else _blamed(problem.message, (), ())
+        for problem in found
+        if problem.path not in refused
+    )
     if config is not None and not problems:
         problems = _relations(config, plugins)
     return (None if problems else config), lines_of(_ordered(problems), layers)
@@ -176,6 +180,15 @@ def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
         )
         for index, kept in enumerate(config.training.keep)
         if kept > steps
+    ]
+    problems += [
+        Problem(
+            (section, "attention"),
+            f"should be null with precision fp64, got '{stage.attention}'",
+            ((section, "precision"),),
+        )
+        for section, stage in (("training", config.training), ("sampling", config.sampling))
+        if stage.precision == "fp64" and stage.attention is not None
     ]
     try:
         torch.device(config.runtime.device)

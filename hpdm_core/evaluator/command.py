@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpdm_core import distributed
-from hpdm_core.config.schema import Part, RuntimeConfig
+from hpdm_core.config.schema import Arithmetic, Part, RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.evaluator.extraction import FeatureCache
 from hpdm_core.evaluator.manifest import Manifest, read_manifest
@@ -184,7 +184,7 @@ def _folders(given: argparse.Namespace) -> int:
         )
     records = [changed_record(record, changes) for record in loaded]
     manifest: Manifest | None = None if given.manifest is None else read_manifest(given.manifest)
-    device = prepare_torch(RuntimeConfig(device=given.device))
+    device = prepare_torch(RuntimeConfig(device=given.device), Arithmetic())
     judge = Judge(
         plugins=plugins,
         reader=plugins.make("video_readers", Part(use=given.reader)),

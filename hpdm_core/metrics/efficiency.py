@@ -33,7 +33,7 @@ FIGURES = {
     "batch": "largest batch that fits, up to the one allowed",
     "videos_per_second": "speed of the training step at that batch, making batches aside",
 }
-HOW = ("threads", "precision", "compile", "activation_checkpointing", "micro_batch")
+HOW = ("threads", "compile", "activation_checkpointing", "micro_batch")
 """What of ``runtime`` the figures hang on, and so stands beside them."""
 GIB = 2**30
 FREE_SHARE = 0.8
@@ -74,6 +74,9 @@ class Efficiency:
         context.facts.update(device=one.device or assembly.config.runtime.device)
         runtime = assembly.config.runtime.model_dump(mode="json")
         context.facts.update({name: runtime[name] for name in HOW})
+        context.facts["precision"] = assembly.config.training.precision
+        if assembly.config.training.attention is not None:
+            context.facts["attention"] = assembly.config.training.attention
         figures: dict[str, float | None] = {
             "tokens": assembly.pyramid.levels * math.prod(assembly.pyramid.grid),
             "parameters": cost.count_parameters(assembly),

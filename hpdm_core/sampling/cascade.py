@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.randomness import normal
+from hpdm_core.runtime import products_as_in, state_dtype
 from hpdm_core.sampling.cache import GIB, CachedContexts, FreshContexts, LevelContexts, NoContexts
 from hpdm_core.sampling.parents import Ancestors, CascadeDenoiser
 from hpdm_core.sampling.solver import Denoise
@@ -88,15 +89,16 @@ def sample(
             if progress is not None:
                 progress({"videos": done, "of": len(indices), **numbers})
 
-        made = _sample_batch(
-            assembly,
-            denoiser,
-            indices[batch],
-            labels[batch],
-            observe=observe,
-            given={level: videos[batch] for level, videos in given.items()},
-            report=report,
-        )
+        with products_as_in(config.sampling, torch.device(config.runtime.device)):
+            made = _sample_batch(
+                assembly,
+                denoiser,
+                indices[batch],
+                labels[batch],
+                observe=observe,
+                given={level: videos[batch] for level, videos in given.items()},
+                report=report,
+            )
         for level, videos in enumerate(made):
             finished[level].append(videos)
     return [torch.cat(parts) if parts else _empty(assembly, level) for level, parts in enumerate(finished)]
@@ -119,7 +121,7 @@ def _sample_batch(
     config = assembly.config
     pyramid = assembly.pyramid
     solver = assembly.solver
-    device = torch.device(config.runtime.device)
+    device, dtype = torch.device(config.runtime.device), state_dtype(config.sampling)
     size = config.runtime.tile_batch
     layout = Layout(pyramid, config.data.downsampling, torch.tensor(list(labels), device=device))
     levels = config.model.levels
@@ -129,7 +131,7 @@ def _sample_batch(
     parents: list[Tensor] = []  # noised states of the finished levels
     for level in range(levels):
         if level in given:
-            videos = given[level].to(device, torch.float32)
+            videos = given[level].to(device, dtype)
         else:
             offsets = parent_by_parent(level, pyramid.tiles(level, config.sampling.overlap), layout)
             batches = tile_batches(level, offsets, layout, size=size)
@@ -140,7 +142,7 @@ def _sample_batch(
 
             def noise(i: int, level: int = level, shape: tuple[int, ...] = shape) -> Tensor:
                 fields = [normal(shape, config.seed, "sampling", index, level, i) for index in indices]
-                return torch.stack(fields).to(device)
+                return torch.stack(fields).to(device, dtype)
 
             denoise = tiled_denoise(denoiser, batches, contexts)
             numbers = {"level": level, "levels": levels, "calls": solver.calls(level)}
@@ -153,8 +155,9 @@ def _sample_batch(
                 )
             videos = videos.clamp(-1, 1)
             if observe is not None:
-                observe(level, videos.detach().to("cpu", copy=True))  # theirs: they may write into it
-        finished.append(videos.cpu())
+                # A copy: it is theirs, and they may write into it.
+                observe(level, videos.detach().to("cpu", torch.float32, copy=True))
+        finished.append(videos.float().cpu())
         if level + 1 < levels:
             parents.append(
                 noised_parents(videos, indices, seed=config.seed, level=level, sigma_eff=sigma_eff)
@@ -194,7 +197,7 @@ def noised_parents(
     One field per video and level, whichever finer level asks: all tiles of all levels see the same parent.
     """
     fields = [normal(tuple(videos.shape[1:]), seed, "context_noise", index, level) for index in indices]
-    return videos + sigma_eff * torch.stack(fields).to(videos.device)
+    return videos + sigma_eff * torch.stack(fields).to(videos)
 
 
 def tiled_denoise(
@@ -214,7 +217,7 @@ def tiled_denoise(
         total = torch.zeros_like(z)
         contexts.begin()
         for i, batch in enumerate(batches):
-            noise_level = torch.full((len(batch),), sigma, device=z.device)
+            noise_level = torch.full((len(batch),), sigma, device=z.device, dtype=z.dtype)
             denoised, latents[i] = denoiser(
                 batch.level,
                 batch.crop(z),

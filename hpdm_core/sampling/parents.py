@@ -130,7 +130,7 @@ class Ancestors:
         self._chunks[level][number] = self._denoiser.encode(
             level,
             torch.stack(patches),
-            torch.full((len(rows),), self._sigmas[level], device=state.device),
+            torch.full((len(rows),), self._sigmas[level], device=state.device, dtype=state.dtype),
             layout.coords(level, torch.tensor([chain[-1] for chain, _ in rows])),
             layout.labels[videos.to(layout.labels.device)],
             self._sources(rows, level),

@@ -26,10 +26,9 @@ from torch import Tensor
 from hpdm_core import cost, distributed, interruption
 from hpdm_core.config.schema import SCHEMA_VERSION
 from hpdm_core.errors import DivergedError
-from hpdm_core.model.execution import Execution
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.runtime import compiler_problem, prepare_torch, weights_dtype
+from hpdm_core.runtime import compiler_problem, execution_of, prepare_torch, state_dtype
 from hpdm_core.training import checkpoint as checkpoints
 from hpdm_core.training.batches import Batch, loaded
 from hpdm_core.training.ema import WeightAverage
@@ -79,20 +78,17 @@ class Trainer:
         self.previous = tuple(previous)
         self.observers = Observers(assembly.plugins, None) if cell is None else cell.observers
         runtime = assembly.config.runtime
-        self.device = prepare_torch(runtime)
-        self.dtype = weights_dtype(runtime)
+        self.device = prepare_torch(runtime, self.config)
+        self.dtype = state_dtype(self.config)
         self.strategy = make_strategy(runtime.strategy)
         self.rows = share_of(self.config.batch)
         self.memory = MemoryMeter(self.device)
         self.model: HPDM = assembly.build_model(device=self.device).to(self.dtype)
-        self.model.execution = Execution(
-            matmul_dtype=torch.bfloat16 if runtime.precision == "bf16" else None,
-            checkpointing=runtime.activation_checkpointing,
-        )
+        self.model.execution = execution_of(self.config, checkpointing=runtime.activation_checkpointing)
         halflife = self.config.ema_halflife
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
         self.average = WeightAverage(self.model, halflife=self.halflife)
-        compiled = runtime.compile and self._can_compile()
+        compiled = runtime.compile in (True, "training") and self._can_compile()
         self.network = self.strategy.wrap(self.model, assembly, compiled=compiled)
         self.strategy.place(self.ema_model)
         self.joint_loss = self.strategy.compiled(joint_loss) if compiled else joint_loss
@@ -356,9 +352,10 @@ def load_ema_model(assembly: Assembly, path: Path) -> HPDM:
     """Return the network of ``assembly`` with the averaged weights in ``path`` (a trainer's
     model.safetensors).
 
-    It is on ``runtime.device``, in evaluation mode, without gradients. Raises `InputError` when the file is
-    missing, damaged or of another model.
+    It is on ``runtime.device``, in float32, in evaluation mode, without gradients. Raises `InputError` when the
+    file is missing, damaged or of another model.
     """
-    model = assembly.build_model(device=prepare_torch(assembly.config.runtime))
+    config = assembly.config
+    model = assembly.build_model(device=prepare_torch(config.runtime, config.training))
     checkpoints.load_weights(model, checkpoints.read_weights(path), origin=path)
     return model.requires_grad_(False).eval()

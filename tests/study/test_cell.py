@@ -141,7 +141,9 @@ def test_a_metric_alone_is_measured_with_the_threads_of_the_cell(
     tiny: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared: list[int | None] = []
-    monkeypatch.setattr("hpdm_core.runtime.prepare_torch", lambda runtime: prepared.append(runtime.threads))
+    monkeypatch.setattr(
+        "hpdm_core.runtime.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
+    )
     cell_of(tiny, store, "evaluation.metrics=[throughput]").run()
     assert prepared == [1]
 
