@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cell": source,
         "set": given.set,
         "batch": batch,
-        "precision": assembly.config.runtime.precision,
+        "precision": assembly.config.training.precision,
         **found,
         "shares": {name: seconds / total for name, seconds in found["seconds"].items()},
         "videos_per_second": batch / found["step_seconds"],

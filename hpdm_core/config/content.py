@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from pydantic import BaseModel
 
 from hpdm_core.config.problems import check
-from hpdm_core.config.schema import Part
+from hpdm_core.config.schema import Part, neutral_fields
 
 if typing.TYPE_CHECKING:
     from hpdm_core.plugins import Plugins
@@ -216,7 +216,8 @@ def absent_of(
 
 
 def keyed_part(plugins: Plugins, family: str, part: Part, known: Known | None = None) -> dict[str, Any]:
-    """Return a valid ``part`` as JSON for a key: each path of a marked option replaced by its fingerprint.
+    """Return a valid ``part`` as JSON for a key: each path of a marked option replaced by its fingerprint, and
+    options marked `hpdm_core.config.schema.Later` left out at their default.
 
     A path at which nothing lies is replaced by what ``known`` says lay there, else kept as it is given.
     """
@@ -227,6 +228,8 @@ def keyed_part(plugins: Plugins, family: str, part: Part, known: Known | None = 
     if made is None:
         raise ValueError(f"{family}/{part.use}: not validated: {'; '.join(map(str, problems))}")
     data: dict[str, Any] = part.model_dump(mode="json")
+    for name in neutral_fields(made):
+        data.pop(name, None)
     for name, mark in marked(model).items():
         data[name] = _replaced(getattr(made, name), partial(_keyed, plugins, mark, known))
     for name, (inner, value) in parts_of(model, made).items():

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hpdm_core.config.content import Known, absent_of, contents_of, keyed_part
-from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Later, Part
+from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part, neutral_fields
 from hpdm_core.plugins import FAMILIES, Plugins
 
 __all__ = [
@@ -73,9 +73,8 @@ def keyed_section(
     """
     given = getattr(config, section)
     data: dict[str, Any] = given.model_dump(mode="json")
-    for name, field in type(given).model_fields.items():
-        if any(isinstance(mark, Later) for mark in field.metadata) and getattr(given, name) == field.default:
-            del data[name]
+    for name in neutral_fields(given):
+        del data[name]
     for family in FAMILIES.values():
         top, _, field = family.path.partition(".")
         if top == section and "*" not in field:

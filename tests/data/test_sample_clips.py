@@ -86,6 +86,27 @@ def test_no_window_straddles_a_cut_or_the_split(numbered):
             assert numbers[-1] < boundary - 16 if split == "train" else boundary <= numbers[0] <= end - 16
 
 
+def test_windows_held_out_inside_every_shot_share_no_frame_with_training():
+    inside = SampleClips(ClipShape(8, 24, 32), FakeReader(), held_out="inside")
+    stream = generator("test")
+    seen = {split: [set(), set(), set()] for split in ("train", "held_out")}
+    for split, frames in seen.items():
+        for _ in range(900):
+            clip = inside.draw(split, stream)
+            numbers = frame_numbers(clip)
+            assert numbers == list(range(numbers[0], numbers[0] + 8))
+            frames[clip.label] |= set(numbers)
+    for label, source in enumerate(SOURCES):
+        train, held_out = seen["train"][label], seen["held_out"][label]
+        assert not train & held_out
+        # Of every shot but bikes' last, of nine frames, something is held out, and training saw both sides.
+        for start, cut in zip((0, *(cut + 1 for cut in source.cuts)), source.cuts, strict=False):
+            middle = held_out & set(range(start, cut + 1))
+            assert any(frame < min(middle) for frame in train & set(range(start, cut + 1)))
+            assert any(frame > max(middle) for frame in train & set(range(start, cut + 1)))
+    assert inside.describe()["held_out"] == "inside"
+
+
 def test_classes_are_drawn_equally_often(numbered):
     stream = generator("test")
     labels = torch.tensor([numbered.draw("held_out", stream).label for _ in range(600)])

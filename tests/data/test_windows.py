@@ -1,6 +1,6 @@
 import pytest
 
-from hpdm_core.data.windows import Windows, shots, span, split_end, spread
+from hpdm_core.data.windows import Windows, shots, span, split_end, split_inside, spread
 
 
 def test_span_counts_first_to_last():
@@ -44,3 +44,16 @@ def test_spread_is_even_and_distinct():
     assert spread(4, 4) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="cannot spread"):
         spread(5, 4)
+
+
+def test_the_middle_of_a_shot_is_held_out_and_seen_from_both_sides():
+    made = split_inside(range(100, 150), held_out=0.2, span=8)
+    assert made == {"train": [range(100, 120), range(130, 150)], "held_out": [range(120, 130)]}
+    # A window at least, where a fifth is less.
+    made = split_inside(range(0, 30), held_out=0.2, span=8)
+    assert made == {"train": [range(0, 11), range(19, 30)], "held_out": [range(11, 19)]}
+
+
+def test_a_shot_without_room_for_three_windows_trains_as_a_whole():
+    assert split_inside(range(5, 28), held_out=0.2, span=8) == {"train": [range(5, 28)], "held_out": []}
+    assert split_inside(range(5, 29), held_out=0.2, span=8)["held_out"] == [range(13, 21)]
