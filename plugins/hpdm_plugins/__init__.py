@@ -25,6 +25,7 @@ PLUGIN_MODULES = (
     "detectors",
     "metrics",
     "memorisation",
+    "refinement",
     "protocol_metric",
     "fake_counts",
 )
