@@ -9,6 +9,7 @@ in the units of a training loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,21 +104,29 @@ class HeldOutLoss:
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return rows per (parents, level, sigma_eff), and their mean over sigma_eff with ``sigma_eff`` None.
 
-        Level 0 has no parents: it is computed once and stands under both kinds.
+        Level 0 has no parents: it is computed once and stands under both kinds. The error of every patch by
+        itself goes into ``context.details``: per kind of parents and level a list over patches of lists over
+        sigma_eff. Patches are the same for all arms and seeds.
         """
         levels = context.assembly.config.model.levels
-        total = {
-            (kind, level): torch.zeros(len(self.sigmas), dtype=torch.float64)
-            for kind in PARENTS
-            for level in range(levels)
+        each: dict[tuple[str, int], list[Tensor]] = {
+            (kind, level): [] for kind in PARENTS for level in range(levels)
         }
         batches = [range(start, min(start + _ROWS, self.patches)) for start in range(0, self.patches, _ROWS)]
         for found in distributed.spread(batches, lambda numbers: self._batch_errors(context, numbers)):
-            for key, sums in found.items():
-                total[key] += sums
+            for key, errors in found.items():
+                each[key].append(errors)
+        context.details["sigma_eff"] = list(self.sigmas)
+        context.details["errors"] = [
+            {"parents": kind, "level": level, "patches": _in_json(torch.cat(errors, dim=1).T)}
+            for (kind, level), errors in each.items()
+        ]
         rows: list[Row] = []
-        for (kind, level), errors in total.items():
-            means = (errors / self.patches).tolist()
+        for (kind, level), parts in each.items():
+            total = torch.zeros(len(self.sigmas), dtype=torch.float64)
+            for errors in parts:
+                total += torch.stack([row.sum() for row in errors])
+            means = (total / self.patches).tolist()
             pairs = [(None, sum(means) / len(means)), *zip(self.sigmas, means, strict=True)]
             rows += [
                 {"metric": self.name, "level": level, "value": value, "parents": kind, "sigma_eff": sigma_eff}
@@ -126,7 +135,7 @@ class HeldOutLoss:
         return rows
 
     def _batch_errors(self, context: EvaluationContext, numbers: range) -> dict[tuple[str, int], Tensor]:
-        """Return the sums [K] over the patches ``numbers``, per kind of parents and level."""
+        """Return the errors [K, n] of the patches ``numbers``, per kind of parents and level."""
         patches = self._draw(context, numbers)
         first = self._errors(context, patches, level=0, contexts=None)
         found = {}
@@ -176,9 +185,7 @@ class HeldOutLoss:
         return context.denoiser.encode(level, z, sigma, patches.coords[level], patches.label, sources)
 
     def _errors(self, context: EvaluationContext, patches: _Patches, *, level: int, contexts: Any) -> Tensor:
-        """Return the squared error at each sigma_eff [K], averaged over a patch and summed over patches,
-        float64.
-        """
+        """Return the squared error at each sigma_eff of each patch, averaged over it: [K, n], float64."""
         clean, coords = patches.clean[level], patches.coords[level]
         sigma_in = context.denoiser.sigma_in[level]
         errors = []
@@ -191,8 +198,13 @@ class HeldOutLoss:
                     level, z, sigma, coords, patches.label, contexts, latents
                 )
             squared = (denoised.double() - clean.double()).square()
-            errors.append(reduce(squared, "b c f h w -> b", "mean").sum())
+            errors.append(reduce(squared, "b c f h w -> b", "mean"))
         return torch.stack(errors).cpu()
+
+
+def _in_json(errors: Tensor) -> list[list[float | None]]:
+    """Return a matrix as lists; what is not finite has no number in JSON."""
+    return [[value if math.isfinite(value) else None for value in row] for row in errors.tolist()]
 
 
 def _nested(pyramid: Pyramid, number: int) -> tuple[Triple, ...]:

@@ -44,6 +44,7 @@ class FakeContext:
 
     def __init__(self, denoiser: FakeDenoiser, classes: int = 0) -> None:
         self.denoiser = denoiser
+        self.details: dict[str, Any] = {}
         config = SimpleNamespace(
             model=SimpleNamespace(levels=3, classes=classes), data=SimpleNamespace(downsampling="area")
         )
@@ -80,6 +81,30 @@ def test_the_mean_is_over_the_noise_levels() -> None:
     singles = values(rows, level=1, parents="noisy")[1:]
     assert values(rows, level=1, parents="noisy", sigma_eff=None) == [pytest.approx(sum(singles) / 2)]
     assert len(rows) == 2 * 3 * 3
+
+
+def test_every_patch_has_its_error_in_the_details(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpdm_core.metrics.held_out_loss._ROWS", 2)
+    context = FakeContext(FakeDenoiser(unchanged))
+    rows = metric(patches=5).evaluate(context)  # type: ignore[arg-type]
+    assert context.details["sigma_eff"] == [0.1, 2.0]
+    found = {(each["parents"], each["level"]): each["patches"] for each in context.details["errors"]}
+    assert set(found) == {(kind, level) for kind in ("clean", "noisy") for level in range(3)}
+    for (kind, level), patches in found.items():
+        assert len(patches) == 5 and len({tuple(errors) for errors in patches}) == 5
+        for index, sigma in enumerate((0.1, 2.0)):
+            (value,) = values(rows, level=level, sigma_eff=sigma, parents=kind)
+            assert value == pytest.approx(sum(errors[index] for errors in patches) / 5, rel=1e-12)
+    # A patch's error does not depend on how many there are.
+    fewer = FakeContext(FakeDenoiser(unchanged))
+    metric(patches=3).evaluate(fewer)  # type: ignore[arg-type]
+    assert fewer.details["errors"][1]["patches"] == found["clean", 1][:3]
+
+
+def test_what_is_not_finite_stays_json() -> None:
+    context = FakeContext(FakeDenoiser(lambda level, z, sigma: z / 0))
+    metric().evaluate(context)  # type: ignore[arg-type]
+    assert context.details["errors"][0]["patches"] == [[None, None]] * 3
 
 
 def test_patches_and_noise_are_fixed_and_extend() -> None:
