@@ -228,8 +228,10 @@ def _limit(device: torch.device, memory: int | None) -> None:
     import torch
 
     if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(memory / whole, 1.0), device)
+        # Alone among torch's functions that take a device this one wants a number.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        whole = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(memory / whole, 1.0), index)
         return
     import resource  # not on Windows: there a probe has no limit of its own
 

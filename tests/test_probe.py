@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hpdm_core import cost
 from hpdm_core.config.compose import load_cell
 from hpdm_core.errors import TroubleError
-from hpdm_core.probe import Probe, _is_out_of_memory, largest_batch, probe_training
+from hpdm_core.probe import Probe, _is_out_of_memory, _limit, largest_batch, probe_training
+from hpdm_core.training.figures import MemoryMeter
 
 MIB = 2**20
 SMALL = ["runtime.threads=1", "model.video=[8,32,32]", "model.patch=[2,8,8]"]
@@ -80,3 +83,41 @@ def test_the_largest_batch_is_found(fitting, told):
         assert best is None and [each.batch for each in probes] == [1]
     else:
         assert 0.93 * min(fitting, 128) - 1 <= best.batch <= min(fitting, 128)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """torch.cuda without a card: its Python is torch's own, below it stands what the driver was asked."""
+    asked = []
+
+    def reset(index):
+        if "init" not in asked:
+            raise RuntimeError(f"Invalid device argument {index}: did you call init?")
+        asked.append(("reset", index))
+
+    def init():
+        if "init" not in asked:
+            asked.append("init")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", init)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", init)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: (init(), 1)[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * MIB))
+    below = {
+        "_cuda_setMemoryFraction": lambda share, index: asked.append((share, index)),
+        "_cuda_resetPeakMemoryStats": reset,
+    }
+    for name, does in below.items():
+        monkeypatch.setattr(torch._C, name, does, raising=False)
+    return asked
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_a_share_of_the_gpu_is_set_with_and_without_a_number(driver, device, index):
+    _limit(torch.device(device), 2 * MIB)
+    assert driver[-1] == (0.25, index)
+
+
+def test_memory_is_metered_before_anything_is_on_the_gpu(driver):
+    MemoryMeter(torch.device("cuda:0"))
+    assert driver == ["init", ("reset", 0)]

@@ -49,6 +49,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
         if self.cuda is not None:
+            torch.cuda.init()  # a device with a number is not looked up, and the allocator knows none before
             torch.cuda.reset_peak_memory_stats(self.cuda)
         self.resettable = self.cuda is None and _reset_high_water()
 
