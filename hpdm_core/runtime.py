@@ -1,12 +1,15 @@
 """The machine's side of a run: device, threads and arithmetic settings of torch."""
 
 import contextlib
+import functools
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hpdm_core.config.schema import Arithmetic, RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
@@ -17,10 +20,13 @@ __all__ = [
     "compiler_problem",
     "execution_of",
     "free_memory",
+    "pinned",
     "prepare_torch",
     "products_as_in",
     "state_dtype",
 ]
+
+log = logging.getLogger(__name__)
 
 MUCH = 2**60
 """Bytes: more than any machine has."""
@@ -123,16 +129,36 @@ def compiler_problem(device: torch.device) -> str | None:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on ``device``, or very many where the system does not tell.
 
-    On the CPU that is what the machine has available, or what the limits of this process's job leave.
+    On CUDA that is what the driver has left, and what PyTorch's allocator holds of it without using it. On the
+    CPU it is what the machine has available, or what the limits of this process's job leave.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return MUCH
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), MUCH)
     return min([free, *_free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor in pinned memory, from which a GPU copies while it computes.
+
+    Where the system gives no more of it (memory that is locked has a limit) ``tensor`` itself is returned:
+    copies from it are right too, and slower. The first time a line in the log says so.
+    """
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        _say_not_pinned()
+        return tensor
+
+
+@functools.cache
+def _say_not_pinned() -> None:
+    log.warning("the system gives no more pinned memory: ordinary memory is used, and copies are slower")
 
 
 def _free_in_groups(groups: Path, root: Path) -> list[int]:

@@ -2,8 +2,9 @@
 
 Beyond the paper not only the parents' features are kept but the contexts made of them, whatever the fusion:
 all that is computed at a step is the tiles themselves. Contexts stay on the device up to a budget of memory.
-Beyond it they go to pinned host memory on CUDA, and come back while the tiles before them are denoised; on
-the CPU they go to a scratch file that is mapped into memory (in Python's folder for temporary files: TMPDIR).
+Beyond it they go to host memory on CUDA, pinned as far as the system lets it be, and come back while the tiles
+before them are denoised; on the CPU they go to a scratch file that is mapped into memory (in Python's folder
+for temporary files: TMPDIR).
 Where the disk has no room either, tiles go parent by parent: their parents are run again at each step.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hpdm_core.runtime import free_memory
+from hpdm_core.runtime import free_memory, pinned
 from hpdm_core.sampling.parents import Ancestors
 from hpdm_core.sampling.tiles import TileBatch
 
@@ -136,7 +137,7 @@ class CachedContexts:
             return contexts
         if self._copies is not None:
             self.nbytes["host"] += size
-            return contexts.map(lambda tensor: tensor.to("cpu").pin_memory())
+            return contexts.map(lambda tensor: pinned(tensor.to("cpu")))
         if self._may_map:
             with contextlib.suppress(OSError):  # no room on the disk, or no file may be written
                 mapped = contexts.map(_mapped)
