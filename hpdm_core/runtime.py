@@ -96,6 +96,7 @@ def prepare_torch(runtime: RuntimeConfig, arithmetic: Arithmetic) -> torch.devic
             f"{', '.join(allowed)}{did_you_mean(runtime.device, allowed)}"
         )
     torch.set_flush_denormal(True)
+    _ask_for_determinism(runtime.deterministic)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     device = torch.device(runtime.device)
@@ -109,6 +110,34 @@ def prepare_torch(runtime: RuntimeConfig, arithmetic: Arithmetic) -> torch.devic
 def _torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""With a workspace of its own for each stream cuBLAS sums in one order; it reads this when it starts."""
+
+_taken: list[tuple[bool, bool, bool, str | None]] = []
+"""What the process had set before it was asked for determinism; empty while it is not."""
+
+
+def _ask_for_determinism(wanted: bool) -> None:
+    """Ask torch for deterministic algorithms, or give back what was set before that.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html: an operation that has none raises RuntimeError.
+    """
+    if wanted and not _taken:
+        enabled = torch.are_deterministic_algorithms_enabled()
+        lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+        benchmark = torch.backends.cudnn.benchmark
+        _taken.append((enabled, lenient, benchmark, os.environ.get(CUBLAS_WORKSPACE)))
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif not wanted and _taken:
+        enabled, lenient, benchmark, workspace = _taken.pop()
+        torch.use_deterministic_algorithms(enabled, warn_only=lenient)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(CUBLAS_WORKSPACE, None)
 
 
 def compiler_problem(device: torch.device) -> str | None:

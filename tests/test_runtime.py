@@ -1,13 +1,33 @@
 """Device, threads, and what float32 means on CUDA."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from hpdm_core.config.compose import load_cell
 from hpdm_core.config.schema import Arithmetic, RuntimeConfig
 from hpdm_core.errors import InputError
-from hpdm_core.runtime import ALLOCATOR, available_devices, prepare_torch, products_as_in
+from hpdm_core.runtime import (
+    ALLOCATOR,
+    CUBLAS_WORKSPACE,
+    available_devices,
+    prepare_torch,
+    products_as_in,
+)
+from hpdm_core.training.trainer import Trainer
+
+TRAINING = [
+    "model.video=[8,32,32]",
+    "model.patch=[2,8,8]",
+    "data.dataset=synthetic",
+    "model.classes=4",
+    "training.steps=3",
+    "training.batch=2",
+    "training.self_conditioning=0.9",
+    "runtime.deterministic=true",
+]
 
 
 def test_cpu_with_threads_and_flushed_denormals() -> None:
@@ -73,3 +93,53 @@ def test_memory_on_cuda_is_kept_in_segments_that_grow_unless_the_user_said_other
         environment[name] = "max_split_size_mb:64"
         prepare_torch(RuntimeConfig(device="cuda"), Arithmetic())
         assert environment == {name: "max_split_size_mb:64"}
+
+
+@pytest.fixture
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings of torch that a test may change."""
+    monkeypatch.delenv(CUBLAS_WORKSPACE, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    prepare_torch(RuntimeConfig(), Arithmetic())
+    torch.use_deterministic_algorithms(False)
+
+
+def settings() -> tuple[bool, bool, bool, str | None]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        os.environ.get(CUBLAS_WORKSPACE),
+    )
+
+
+@pytest.mark.parametrize("lenient", [False, True], ids=["unset before", "set to warn before"])
+def test_determinism_is_asked_for_and_what_was_set_is_given_back(own_settings: None, lenient: bool) -> None:
+    torch.use_deterministic_algorithms(lenient, warn_only=lenient)
+    prepare_torch(RuntimeConfig(), Arithmetic())
+    assert settings() == (lenient, lenient, True, None)
+    for _ in range(2):  # the second of two such cells in one process changes nothing
+        prepare_torch(RuntimeConfig(deterministic=True), Arithmetic())
+        assert settings() == (True, False, False, ":4096:8")
+    prepare_torch(RuntimeConfig(), Arithmetic())
+    assert settings() == (lenient, lenient, True, None)
+
+
+def test_a_workspace_that_is_set_stays(own_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
+    prepare_torch(RuntimeConfig(deterministic=True), Arithmetic())
+    assert os.environ[CUBLAS_WORKSPACE] == ":16:8"
+    prepare_torch(RuntimeConfig(), Arithmetic())
+    assert os.environ[CUBLAS_WORKSPACE] == ":16:8"
+
+
+def test_a_training_under_it_gives_the_same_bits_twice(own_settings: None) -> None:
+    cell = load_cell("efficiency_small", sets=TRAINING)
+    trained = []
+    for _ in range(2):
+        trainer = Trainer(cell)
+        trainer.run()
+        assert settings() == (True, False, False, ":4096:8")
+        trained.append(trainer.model.state_dict())
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in trained[1].items())

@@ -250,6 +250,9 @@ class RuntimeConfig(Frozen):
     """Folder in which decoded, resized frames of video files are kept, by content; may be shared."""
     clip_cache_size: Annotated[float, Field(gt=0)] = 20.0
     """Most GiB in that folder; what was used longest ago goes first."""
+    deterministic: bool = False
+    """Whether torch is asked for deterministic algorithms: on CUDA the same bits at every run, in more time; on the CPU
+    they are the same without."""
 
 
 class CellConfig(Frozen):

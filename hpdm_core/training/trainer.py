@@ -2,7 +2,8 @@
 
 Per step: a keyed batch -> the joint loss -> gradient, clipped -> optimizer -> weight average -> figures ->
 sometimes a checkpoint. Nothing depends on what ran before but weights, optimizer state and average, and those
-are in checkpoints: a run that is killed and started again ends with the same bits.
+are in checkpoints: a run that is killed and started again ends with the same bits
+(on CUDA: where ``runtime.deterministic`` is set).
 
 Several processes run the same loop, each with its share of every batch; what differs between one, replicas
 and shards stands in `hpdm_core.training.strategy`. The main process logs, saves and calls observers.
