@@ -26,7 +26,7 @@ from hpdm_core.files import read_json, write_json
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.lease import Held, Process
-from hpdm_core.study.store import Attempt, Stage, Store
+from hpdm_core.study.store import Attempt, Kind, Stage, Store
 from hpdm_core.study.worker import Progress, Reporter
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Cell:
         self.contents = dict(contents or {})
         self.kin = kin or Kin(config, plugins, self._known)
         self.observers = Observers(plugins, self)
+        self.at: Kind | None = None
+        """The stage that this process works on."""
 
     @property
     def name(self) -> str:
@@ -243,7 +245,9 @@ class Cell:
             kind, key, number = told
             stage = self.store.stage(kind, key)
             step = next(step for step in self._steps if step.stage == stage)
+            self.at = stage.kind
             step.run(stage.attempt(number), lambda progress: None)
+            self.at = None
         return self.results()
 
     def _run_step(self, step: Step, progress: Progress | None, *, own_output: bool) -> None:
@@ -263,6 +267,7 @@ class Cell:
             attempt.log(f"{step.name} of {self.name}, study '{self.study}', {Process.here()}")
             report = Reporter(step.name, attempt, progress)
             report({})
+            self.at = step.stage.kind
             started = time.monotonic()
             distributed.broadcast((step.stage.kind, step.stage.key, attempt.number))
             made = dict(step.run(attempt, report))
@@ -277,6 +282,7 @@ class Cell:
                 },
                 files=files,
             )
+            self.at = None
             attempt.log(f"{step.name} done")
             if step.name == "train":  # what resuming needed is of no more use; what was asked for stays
                 attempt.drop("checkpoints", keep=[f"{at:08d}" for at in self.config.training.keep])

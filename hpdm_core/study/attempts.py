@@ -106,13 +106,16 @@ class Attempts:
         """Write what became of the attempt into its folder."""
         job = task.job
         assert job is not None, f"{task.cell.name} has a job"
+        said = (task.error(steps) or {}).get("stage")
         outcome = Outcome(
             state=verdict.state,
             cause=verdict.cause,
             reason=verdict.reason,
             begun=task.begun or list((read_json(job.spec) or {}).get("begun", [])),
             reached=mark_of(task.cell) if steps else [],
-            micro_batch=task.micro_batch,
+            # Killed without a word it was at the first stage that is missing: they are done in order.
+            stage=said or (steps[0].stage.kind if steps else None),
+            smaller=task.smaller,
         )
         write_json(job.folder / "outcome.json", {**outcome.to_json(), "tail": task.tail}, durable=False)
         return outcome

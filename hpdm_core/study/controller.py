@@ -9,14 +9,14 @@ be killed at any moment and started again, and adopts the jobs that outlived it.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
 from hpdm_core.config.study_file import Budget
 from hpdm_core.errors import HpdmError, TroubleError
-from hpdm_core.files import write_bytes, write_json
+from hpdm_core.files import read_json, write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.adoption import Keepers, end_jobs, end_strangers
 from hpdm_core.study.attempts import Attempts
@@ -26,10 +26,10 @@ from hpdm_core.study.lease import LeaseLost
 from hpdm_core.study.ledger import Ledger
 from hpdm_core.study.locking import folder_trouble, locked
 from hpdm_core.study.overview import Overview, detached, interrupted, shortfalls
-from hpdm_core.study.planning import blocked, plan, smaller
+from hpdm_core.study.planning import blocked, plan
 from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
-from hpdm_core.study.retries import Outcome, pause, refusal, try_again
+from hpdm_core.study.retries import Outcome, pause, refusal, smaller, told, try_again
 from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
 from hpdm_core.study.tasks import Task, shared_stages
 
@@ -237,20 +237,20 @@ class Controller:
             return
         task.outcomes.append(outcome)
         if verdict.cause != "pruned" and try_again(task.outcomes):
-            less = smaller(task) if verdict.cause == "out of memory" else task.micro_batch
-            possible = verdict.cause != "out of memory" or less is not None
+            short = verdict.cause == "out of memory"
+            less = smaller(read_json(job.spec) or {}, outcome.stage) if short else {}
             # Cancel what may still run; without an answer and without certainty nothing is started again.
-            if possible and (self.keepers.cancel([job]) or (seen.phase == "over" and seen.certain)):
+            if less is not None and (self.keepers.cancel([job]) or (seen.phase == "over" and seen.certain)):
                 self._retry(task, outcome, less)
                 return
-        told = verdict.reason if verdict.cause == "pruned" else verdict.reason + refusal(task.outcomes)
-        self._set(task, verdict.state, told, verdict.cause, settled=True)
+        reason = verdict.reason if verdict.cause == "pruned" else verdict.reason + refusal(task.outcomes)
+        self._set(task, verdict.state, reason, verdict.cause, settled=True)
 
-    def _retry(self, task: Task, outcome: Outcome, less: int | None) -> None:
+    def _retry(self, task: Task, outcome: Outcome, less: Mapping[str, int]) -> None:
         self._set(task, "interrupted", outcome.reason, outcome.cause)
-        more = f", with micro-batches of {less}" if outcome.cause == "out of memory" else ""
+        more = f", with {told(less)}" if less else ""
         self.display.line(f"{task.cell.name}: {outcome.reason}; it is tried again{more}")
-        task.micro_batch = less
+        task.smaller.update(less)
         task.not_before = self.clock.monotonic() + pause(task.outcomes)
         task.note(task.cell.missing())
         task.state, task.forgiven, task.reason = "planned", True, ""

@@ -40,6 +40,7 @@ def run_job(path: str, progress: Progress | None = None) -> None:
     spec_file = Path(path)
     first = _rank() == 0
     heart = Heart(spec_file.parent) if progress is None and first else None
+    cell: Cell | None = None
     with interruption.watched(), heart or contextlib.nullcontext():
         try:
             spec = read_json(spec_file)
@@ -52,7 +53,8 @@ def run_job(path: str, progress: Progress | None = None) -> None:
             with _ended_in_order(cell, heart, spec.get("slurm")), _together(cell):
                 cell.run(progress if heart is None else heart.show, own_output=heart is not None)
         except Exception as error:
-            said, file = describe(error), spec_file.parent / "error.json"
+            said = describe(error, stage=None if cell is None else cell.at)
+            file = spec_file.parent / "error.json"
             # Of several processes, who only sees that another is gone leaves the word to that one.
             lost = said["kind"] == "lost node"
             told = (read_json(file) or {}).get("kind", "lost node") != "lost node"

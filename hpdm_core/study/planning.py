@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from hpdm_core.cell import Step
+from hpdm_core.files import read_json
 from hpdm_core.study.attempts import Attempts
-from hpdm_core.study.retries import Outcome, halved, micro_batch, try_again
+from hpdm_core.study.retries import Outcome, smaller, try_again
 from hpdm_core.study.states import Cause
 from hpdm_core.study.tasks import Task, jobs_in
 
-__all__ = ["blocked", "plan", "smaller"]
+__all__ = ["blocked", "plan"]
 
 SETTLED: tuple[Cause, ...] = ("code error", "diverged", "out of memory", "time limit")
 """Causes after which a later command does not try again without being asked to."""
@@ -27,8 +28,8 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
         return False
     task.note(steps)
     found = [outcome for job in jobs if (outcome := Outcome.read(job)) is not None]
-    if any(each.cause == "out of memory" for each in found):  # so were the attempts after it
-        task.micro_batch = smaller(task)
+    spec = (read_json(jobs[-1].spec) if jobs else None) or {}
+    task.smaller = dict(spec.get("smaller", {}))
     if jobs and Outcome.read(jobs[-1]) is None:
         seen = attempts.keepers.poll([jobs[-1]])[jobs[-1].id]
         task.outcomes, task.job = found, jobs[-1]
@@ -42,21 +43,19 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
         task.note(steps)
         attempts.drop(task)
     if retry_failed:
-        task.forgiven, task.outcomes, task.micro_batch = True, [], None
+        task.forgiven, task.outcomes, task.smaller = True, [], {}
         return False
     task.outcomes = found
     last = found[-1] if found else None
-    if last is not None and last.cause in SETTLED and not try_again(found):
+    again = try_again(found)
+    if again and last is not None and last.cause == "out of memory":
+        less = smaller(spec, last.stage)
+        task.smaller.update(less or {})
+        again = less is not None
+    if last is not None and last.cause in SETTLED and not again:
         _failed_earlier(task, last.cause, last.reason)
     elif last is None or last.cause not in ("out of memory", "time limit"):
         _failed_elsewhere(task, steps)
-    if (
-        task.state == "planned"
-        and last is not None
-        and last.cause == "out of memory"
-        and not task.micro_batch
-    ):
-        task.micro_batch = smaller(task)
     return False
 
 
@@ -87,12 +86,3 @@ def blocked(task: Task, steps: Sequence[Step]) -> tuple[str, Cause] | None:
         if not (old and (task.forgiven or failure.get("passing"))):
             return str(failure.get("message", "unknown error")), failure.get("kind", "code error")
     return None
-
-
-def smaller(task: Task) -> int | None:
-    """Return half the micro-batch that ``task`` has now; None where it cannot be halved."""
-    spec = dict(task.cell.spec())
-    if task.micro_batch is not None:
-        spec = micro_batch(spec, task.micro_batch)
-    found = halved(spec)
-    return None if found is None else found[1]

@@ -3,7 +3,8 @@
 | cause                         | what follows                                                                |
 |-------------------------------|-----------------------------------------------------------------------------|
 | lost node, preempted          | always again, from the newest checkpoint                                    |
-| out of memory                 | once again, with half the micro-batch and twice the accumulation            |
+| out of memory                 | again with half as much at a time (see `smaller`), until that is one;       |
+|                               | while evaluating once                                                       |
 | time limit                    | again while each attempt gets further than the one before                   |
 | never started                 | three times again: a node that starts nothing is the cluster's affair       |
 | code error, diverged          | never without ``--retry-failed``: the same again would end the same way     |
@@ -11,16 +12,17 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpdm_core.files import read_json
 from hpdm_core.study.states import Cause
+from hpdm_core.study.store import Kind
 
 if TYPE_CHECKING:
     from hpdm_core.study.jobs import Job
 
-__all__ = ["Mark", "Outcome", "halved", "mark_of", "micro_batch", "pause", "refusal", "try_again"]
+__all__ = ["Mark", "Outcome", "mark_of", "pause", "refusal", "smaller", "told", "try_again", "with_runtime"]
 
 Mark = list[int]
 NEVER_STARTED_LIMIT = 3
@@ -39,8 +41,10 @@ class Outcome:
     """How far the cell was when the attempt was submitted, see `mark_of`."""
     reached: Mark
     """How far it was at its end."""
-    micro_batch: int | None = None
-    """The micro-batch that the attempt was given because an earlier one ran out of memory."""
+    stage: Kind | None = None
+    """What it worked on when it ended without its results."""
+    smaller: Mapping[str, int] = field(default_factory=dict)
+    """Settings of ``runtime:`` that it was given because an earlier one ran out of memory."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain form that `read` understands."""
@@ -50,7 +54,8 @@ class Outcome:
             "reason": self.reason,
             "begun": self.begun,
             "reached": self.reached,
-            "micro_batch": self.micro_batch,
+            "stage": self.stage,
+            "smaller": dict(self.smaller),
         }
 
     @classmethod
@@ -65,7 +70,8 @@ class Outcome:
             reason=str(data["reason"]),
             begun=list(data.get("begun") or []),
             reached=list(data.get("reached") or []),
-            micro_batch=data.get("micro_batch"),
+            stage=data.get("stage"),
+            smaller=data.get("smaller") or {},
         )
 
 
@@ -91,7 +97,8 @@ def try_again(outcomes: Sequence[Outcome]) -> bool:
     if last.cause in ("lost node", "preempted"):
         return True
     if last.cause == "out of memory":
-        return sum(each.cause == "out of memory" for each in outcomes) == 1
+        evaluating = [each for each in outcomes if each.stage == "evaluations"]
+        return last.stage != "evaluations" or sum(each.cause == last.cause for each in evaluating) == 1
     if last.cause == "time limit":
         return last.reached > last.begun
     if last.cause == "never started":
@@ -101,10 +108,13 @@ def try_again(outcomes: Sequence[Outcome]) -> bool:
 
 
 def pause(outcomes: Sequence[Outcome]) -> float:
-    """Return the seconds to wait before a cell is tried again: none, unless it gets nowhere twice in a row."""
+    """Return the seconds to wait before a cell is tried again: none, unless it gets nowhere twice in a row.
+
+    One that ran out of memory is not tried again as it was.
+    """
     stuck = 0
     for each in reversed(outcomes):
-        if each.reached > each.begun:
+        if each.reached > each.begun or each.cause == "out of memory":
             break
         stuck += 1
     return PAUSE_SECONDS * 2 ** min(stuck - 2, PAUSE_DOUBLINGS) if stuck > 1 else 0.0
@@ -114,8 +124,8 @@ def refusal(outcomes: Sequence[Outcome]) -> str:
     """Return what to add to the last reason when `try_again` says no, for people."""
     last = outcomes[-1]
     if last.cause == "out of memory":
-        smaller = f" also with micro-batches of {last.micro_batch}" if last.micro_batch else ""
-        return f"{smaller}; lower runtime.micro_batch, or ask for more memory"
+        also = f" also with {told(last.smaller)}" if last.smaller else ""
+        return f"{also}; ask for more memory, or make the model or its videos smaller"
     if last.cause == "time limit":
         return " without getting any further; raise backend.time"
     if last.cause == "never started":
@@ -125,24 +135,60 @@ def refusal(outcomes: Sequence[Outcome]) -> str:
     return ""
 
 
-def halved(spec: Mapping[str, Any]) -> tuple[dict[str, Any], int] | None:
-    """Return ``spec`` with half the micro-batch, and that number; None when it cannot be halved.
+WORDS = {
+    "micro_batch": "micro-batches of {}",
+    "tile_batch": "tile batches of {}",
+    "sample_batch": "sample batches of {}",
+}
 
-    The global batch stays: the trainer sums as many micro-batches as it takes.
+
+def told(settings: Mapping[str, int]) -> str:
+    """Return settings that `smaller` gave, for people."""
+    return " and ".join(WORDS[name].format(number) for name, number in settings.items())
+
+
+def smaller(spec: Mapping[str, Any], stage: Kind | None) -> dict[str, int] | None:
+    """Return settings of ``runtime:`` that take less memory than those of ``spec``, an attempt's; None for none.
+
+    ``stage`` is where it ran out. In training half of what one process takes through the network at once: of its
+    share of the batch, or of ``micro_batch`` where that is less; the global batch stays, the trainer sums as many
+    micro-batches as it takes. In sampling half of the tiles that go through the network together, and once that
+    is one, half of the videos. An evaluation may sample too: half of both. No key depends on any of them.
     """
     config = spec.get("config")
-    if not isinstance(config, Mapping) or "batch" not in config.get("training", {}):
+    if not isinstance(config, Mapping) or "training" not in config:
         return None
-    runtime = config.get("runtime", {})
-    if "micro_batch" not in runtime:
-        return None
-    now = int(runtime["micro_batch"] or config["training"]["batch"])
-    if now < 2:
-        return None
-    return micro_batch(spec, (now + 1) // 2), (now + 1) // 2
+    runtime = config["runtime"]
+    if stage in ("train", None):
+        share = -(-int(config["training"]["batch"]) // int(spec.get("processes", 1)))
+        return _half("micro_batch", min(runtime["micro_batch"] or share, share))
+    videos = min(runtime["sample_batch"], config["evaluation"]["samples"])
+    tiles = _half("tile_batch", min(runtime["tile_batch"], videos * _tiles(config)))
+    fewer = _half("sample_batch", videos)
+    if stage == "evaluations":
+        return {**(tiles or {}), **(fewer or {})} or None
+    return tiles or fewer
 
 
-def micro_batch(spec: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return ``spec`` with micro-batches of ``number`` videos."""
+def _half(name: str, number: int) -> dict[str, int] | None:
+    return {name: (number + 1) // 2} if number > 1 else None
+
+
+def _tiles(config: Mapping[str, Any]) -> int:
+    """Return the tiles of the finest level, which has most."""
+    from hpdm_core.pyramid import Pyramid  # torch, which a controller does without until then
+
+    model = config["model"]
+    sizes = {name: tuple(model[name]) for name in ("video", "patch", "token")}
+    pyramid = Pyramid(**sizes, levels=model["levels"])
+    return len(pyramid.tiles(pyramid.levels - 1, config["sampling"]["overlap"]))
+
+
+def with_runtime(spec: Mapping[str, Any], settings: Mapping[str, int]) -> dict[str, Any]:
+    """Return ``spec`` with ``settings`` of ``runtime:`` where its own are larger; it notes them."""
+    if not settings:
+        return dict(spec)
     config = spec["config"]
-    return {**spec, "config": {**config, "runtime": {**config["runtime"], "micro_batch": number}}}
+    runtime = config["runtime"]
+    least = {name: min(number, runtime[name] or number) for name, number in settings.items()}
+    return {**spec, "config": {**config, "runtime": {**runtime, **least}}, "smaller": least}

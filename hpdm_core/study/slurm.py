@@ -103,6 +103,11 @@ class SlurmOptions(BaseModel):
         return self.signal_seconds or min(SIGNAL_SECONDS, self.time * 60 // 4)
 
     @property
+    def processes(self) -> int:
+        """Processes that run one cell together."""
+        return self.nodes * self.tasks_per_node
+
+    @property
     def gpus(self) -> int:
         """GPUs of one job."""
         return self.nodes * (self.gpus_per_node or _gpus_of(self.gres))
@@ -193,7 +198,8 @@ class Slurm:
         for index, job in enumerate(jobs):
             spec = read_json(job.spec)
             assert spec is not None, f"{job.spec} was written a moment ago"
-            write_json(job.spec, {**spec, "slurm": limits, "gpus": self.gpus}, durable=False)
+            told = {"slurm": limits, "gpus": self.gpus, "processes": self._options.processes}
+            write_json(job.spec, {**spec, **told}, durable=False)
             # From here on the job can be found by its name, also by another controller.
             place = {"slurm": None, "name": name, "index": index if len(jobs) > 1 else None}
             write_json(job.folder / "job.json", {**place, "log": str(folder)}, durable=False)
@@ -219,7 +225,7 @@ class Slurm:
 
     def _parameters(self, name: str, count: int, frozen: str | None) -> dict[str, Any]:
         options = self._options
-        several = options.nodes * options.tasks_per_node > 1
+        several = options.processes > 1
         setup = [*_paths(frozen), *options.setup]
         if options.cpus_per_task is not None:  # srun stopped inheriting it from sbatch in SLURM 22.05
             setup.append(f"export SRUN_CPUS_PER_TASK={options.cpus_per_task}")

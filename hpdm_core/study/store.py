@@ -164,7 +164,7 @@ class Attempt:
         """Write ``error.json`` and the traceback into the log; on a full disk neither may be possible."""
         text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):
-            write_json(self.folder / "error.json", describe(error))
+            write_json(self.folder / "error.json", describe(error, stage=self.stage.kind))
         with contextlib.suppress(OSError):
             self.log(text)
 
@@ -191,16 +191,18 @@ def is_product(path: Path) -> bool:
     return not other and path.is_file()
 
 
-def describe(error: BaseException) -> dict[str, Any]:
+def describe(error: BaseException, *, stage: Kind | None = None) -> dict[str, Any]:
     """Return the JSON form of an error: class, a message of one line per problem, traceback.
 
-    ``kind`` is its class of failure; ``passing``: the disk was full or failed, which is no fault of the cell.
+    ``kind`` is its class of failure; ``stage`` where it arose, None before and between them; ``passing``: the
+    disk was full or failed, which is no fault of the cell.
     """
     first = str(error).strip().partition("\n")[0]  # torch's own messages go on with a stack; that is below
     message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {first}"
     return {
         "class": type(error).__name__,
         "kind": kind_of(error),
+        "stage": stage,
         "message": message,
         "passing": of_the_disk(error),
         "traceback": "".join(traceback.format_exception(error)),

@@ -12,7 +12,7 @@ from hpdm_core.cell import Cell, Step
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study.jobs import Job
 from hpdm_core.study.ledger import LedgerCell
-from hpdm_core.study.retries import Mark, Outcome, mark_of, micro_batch
+from hpdm_core.study.retries import Mark, Outcome, mark_of, with_runtime
 from hpdm_core.study.states import Cause, State
 
 __all__ = ["Task", "jobs_in", "last_lines", "shared_stages"]
@@ -46,8 +46,8 @@ class Task:
     """Whether what failed before does not count: it is tried again."""
     pruned: str = ""
     """Why it was asked to end."""
-    micro_batch: int | None = None
-    """Given by a retry after it ran out of memory."""
+    smaller: dict[str, int] = field(default_factory=dict)
+    """Settings of ``runtime:`` given by a retry after it ran out of memory."""
     not_before: float = float("-inf")
     started: float = 0.0
     seconds: float | None = None
@@ -80,9 +80,7 @@ class Task:
         """Begin another attempt: write its spec, which ``prepare`` may change."""
         number = self.numbers + 1
         job = Job(cell=self.cell.identity, number=number, folder=self.folder / str(number))
-        spec = self.cell.spec()
-        if self.micro_batch is not None:
-            spec = micro_batch(spec, self.micro_batch)
+        spec = with_runtime(self.cell.spec(), self.smaller)
         if prepare is not None:
             spec = prepare(spec)
         self.begun = mark_of(self.cell)

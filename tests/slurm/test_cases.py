@@ -73,7 +73,7 @@ def test_a_preempted_cell_goes_on_at_the_exact_step(
     assert numbers(held.results) == [number]
 
 
-def test_a_cell_out_of_memory_is_tried_once_more_with_smaller_micro_batches(
+def test_a_cell_out_of_memory_is_tried_again_with_smaller_micro_batches(
     cluster: Any, study: tuple[Path, Path], of_default: Computed, computed: Computed, tmp_path: Path
 ) -> None:
     file, results = study
@@ -90,7 +90,7 @@ def test_a_cell_out_of_memory_is_tried_once_more_with_smaller_micro_batches(
     assert main([*command, "--set", "backend.mem_gb=1.5"]) == 0
     first, second = outcomes(results)
     assert (first["state"], first["cause"]) == ("failed", "out of memory")
-    assert (second["state"], second["micro_batch"]) == ("done", 1)
+    assert (second["state"], second["smaller"]) == ("done", {"micro_batch": 1})
     (result,) = (results / "store" / "train").glob("*/result.json")
     assert json.loads(result.read_text())["steps"] == 3
 

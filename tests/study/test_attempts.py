@@ -151,7 +151,7 @@ def test_what_an_older_attempt_still_writes_is_ignored(study: Any, cell: Any, fi
 
 
 class WithConfig:
-    """A fake cell whose spec has what a micro-batch takes."""
+    """A fake cell whose spec has what retries need to know."""
 
     def __init__(self, cell: Any, batch: int) -> None:
         self._cell, self._batch = cell, batch
@@ -160,29 +160,61 @@ class WithConfig:
         return getattr(self._cell, name)
 
     def spec(self) -> dict[str, Any]:
-        config = {"training": {"batch": self._batch}, "runtime": {"micro_batch": None}}
+        config = {
+            "model": {"video": [4, 2, 2], "patch": [2, 2, 2], "token": [1, 1, 1], "levels": 2},
+            "training": {"batch": self._batch},
+            "sampling": {"overlap": []},
+            "evaluation": {"samples": 9},
+            "runtime": {"micro_batch": None, "tile_batch": 4, "sample_batch": 2},
+        }
         return {**self._cell.spec(), "config": config}
 
 
-def test_out_of_memory_is_tried_once_more_with_half_the_micro_batch(
+def test_out_of_memory_is_tried_again_with_half_the_micro_batch_until_it_fits(
     study: Any, cell: Any, finish: Any
 ) -> None:
-    backend = Script([beat(), over("out of memory")], [beat(), ALIVE, finish, over()])
+    short = [beat(), over("out of memory")]
+    backend = Script(short, short[:], [beat(), ALIVE, finish, over()])
     run = study([WithConfig(cell("a"), 8)], backend=backend)
-    assert run.code == 0 and "micro-batches of 4" in run.text
-    assert [spec["config"]["runtime"]["micro_batch"] for spec in backend.specs] == [None, 4]
+    assert run.code == 0 and "micro-batches of 4" in run.text and "micro-batches of 2" in run.text
+    assert [spec["config"]["runtime"]["micro_batch"] for spec in backend.specs] == [None, 4, 2]
     assert all(spec["config"]["training"]["batch"] == 8 for spec in backend.specs)
-    assert (read_json(backend.jobs[1].folder / "outcome.json") or {})["micro_batch"] == 4
+    outcomes = [read_json(job.folder / "outcome.json") or {} for job in backend.jobs]
+    assert [each["smaller"] for each in outcomes] == [{}, {"micro_batch": 4}, {"micro_batch": 2}]
+    assert [each["stage"] for each in outcomes] == ["train", "train", None]
 
 
-def test_out_of_memory_twice_has_failed_until_it_is_asked_for(study: Any, cell: Any, finish: Any) -> None:
+def test_out_of_memory_with_one_video_has_failed_until_it_is_asked_for(
+    study: Any, cell: Any, finish: Any
+) -> None:
     backend = Script([beat(), over("out of memory")])
     run = study([WithConfig(cell("a"), 8)], backend=backend)
-    assert run.code == 1 and len(backend.jobs) == 2 and "also with micro-batches of 4" in run.text
+    assert run.code == 1 and len(backend.jobs) == 4 and "also with micro-batches of 1" in run.text
     again = Script([finish, over()])
     assert study([WithConfig(cell("a"), 8)], backend=again).code == 1 and again.jobs == []
     asked = Script([beat(), finish, over()])
     assert study([WithConfig(cell("a"), 8)], backend=asked, retry_failed=True).code == 0
+    assert asked.specs[0]["config"]["runtime"]["micro_batch"] is None
+
+
+def test_where_memory_ran_out_decides_what_is_halved(study: Any, cell: Any, finish: Any) -> None:
+    def says(stage: str) -> Callable[[Job], None]:
+        said = {"kind": "out of memory", "stage": stage, "message": "out of memory", "passing": False}
+        return lambda job: write_json(job.folder / "error.json", said)
+
+    backend = Script(
+        *[[beat(), says(stage), over()] for stage in ("samples", "train", "samples")],
+        [beat(), finish, over()],
+    )
+    run = study([WithConfig(cell("a"), 8)], backend=backend)
+    assert run.code == 0 and "tile batches of 2" in run.text
+    settings = [spec["config"]["runtime"] for spec in backend.specs]
+    assert [(each["micro_batch"], each["tile_batch"], each["sample_batch"]) for each in settings] == [
+        (None, 4, 2),
+        (None, 2, 2),
+        (4, 2, 2),
+        (4, 1, 2),
+    ]
 
 
 def test_a_batch_of_one_cannot_be_halved_and_is_not_tried_again(study: Any, cell: Any) -> None:

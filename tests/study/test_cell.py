@@ -137,6 +137,47 @@ def test_a_job_says_why_it_failed(tmp_path: Path) -> None:
     assert "no readable spec" in json.loads((tmp_path / "error.json").read_text())["message"]
 
 
+@pytest.mark.parametrize(
+    ("gone", "runs", "stage"),
+    [
+        (("train", "samples", "evaluations"), "hpdm_core.training.trainer.Trainer.run", "train"),
+        (("samples", "evaluations"), "hpdm_core.sampling.stage.sample_missing", "samples"),
+        (("evaluations",), "hpdm_core.evaluate.evaluate_metric", "evaluations"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["main process", "another"])
+def test_a_job_says_at_which_stage_it_failed(
+    gone: tuple[str, ...],
+    runs: str,
+    stage: str,
+    first: bool,
+    tiny: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    for kind in gone:
+        shutil.rmtree(store / kind)
+    cell = cell_of(tiny, store)
+    (tmp_path / "spec.json").write_text(json.dumps(cell.spec()))
+    monkeypatch.setattr(runs, short)
+    if not first:  # told by the main one what to follow
+        made = {step.stage.kind: step.stage for step in reversed(cell.missing())}[stage]
+        monkeypatch.setattr("hpdm_core.distributed.is_main", lambda: False)
+        monkeypatch.setattr("hpdm_core.distributed.broadcast", lambda _: (made.kind, made.key, 1))
+        monkeypatch.setattr("hpdm_core.distributed.on_main", lambda _: [made.key])
+    with pytest.raises(MemoryError):
+        run_job(str(tmp_path / "spec.json"), lambda progress: None)
+    said = json.loads((tmp_path / "error.json").read_text())
+    assert (said["kind"], said["stage"]) == ("out of memory", stage)
+    if first:
+        failure = cell.missing()[0].stage.failure()
+        assert failure is not None and failure["stage"] == stage
+
+
 def test_a_metric_alone_is_measured_with_the_threads_of_the_cell(
     tiny: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

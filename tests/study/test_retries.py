@@ -12,13 +12,11 @@ from hpdm_core.errors import InputError
 from hpdm_core.files import write_json
 from hpdm_core.study.budget import Spending
 from hpdm_core.study.jobs import Job
-from hpdm_core.study.retries import Outcome, halved, mark_of, pause, refusal, try_again
+from hpdm_core.study.retries import Outcome, mark_of, pause, refusal, smaller, told, try_again, with_runtime
 
 
-def ended(cause: Any, *, begun: int = 0, reached: int = 0, micro_batch: int | None = None) -> Outcome:
-    return Outcome(
-        state="failed", cause=cause, reason="", begun=[begun], reached=[reached], micro_batch=micro_batch
-    )
+def ended(cause: Any, *, begun: int = 0, reached: int = 0, stage: Any = None) -> Outcome:
+    return Outcome(state="failed", cause=cause, reason="", begun=[begun], reached=[reached], stage=stage)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +26,11 @@ def ended(cause: Any, *, begun: int = 0, reached: int = 0, micro_batch: int | No
         ([ended("lost node")] * 20, True),
         ([ended("preempted")] * 20, True),
         ([ended("out of memory")], True),
-        ([ended("out of memory"), ended("out of memory", micro_batch=1)], False),
-        ([ended("out of memory"), ended("lost node"), ended("out of memory", micro_batch=1)], False),
+        ([ended("out of memory", stage="train")] * 9, True),
+        ([ended("out of memory", stage="samples")] * 9, True),
+        ([ended("out of memory", stage="train"), ended("out of memory", stage="evaluations")], True),
+        ([ended("out of memory", stage="evaluations")] * 2, False),
+        ([ended("out of memory", stage="evaluations"), ended("out of memory", stage="train")], True),
         ([ended("time limit", begun=0, reached=5)], True),
         ([ended("time limit", begun=0, reached=5), ended("time limit", begun=5, reached=5)], False),
         ([ended("never started")] * 2, True),
@@ -56,22 +57,78 @@ def test_what_gets_nowhere_is_tried_ever_less_often() -> None:
     assert pause([*[stuck] * 9, moved]) == 0
 
 
-def spec(batch: int, micro_batch: int | None) -> dict[str, Any]:
-    return {"config": {"training": {"batch": batch}, "runtime": {"micro_batch": micro_batch, "threads": 1}}}
+def test_what_ran_out_of_memory_is_not_the_same_again_and_waits_for_nothing() -> None:
+    short = ended("out of memory", stage="train")
+    assert pause([short] * 9) == 0 and pause([ended("lost node"), short, ended("lost node")]) == 0
+
+
+def spec(*, processes: int | None = None, batch: int = 8, **runtime: int | None) -> dict[str, Any]:
+    """An attempt at a cell of 2 x 2 x 2 tiles at its finest level, 27 with their overlap."""
+    model = {"video": [4, 8, 16], "patch": [2, 4, 8], "token": [1, 1, 1], "levels": 2}
+    config = {
+        "model": model,
+        "training": {"batch": batch},
+        "sampling": {"overlap": ["f", "h", "w"]},
+        "evaluation": {"samples": 6},
+        "runtime": {"micro_batch": None, "tile_batch": 256, "sample_batch": 16, "threads": 1, **runtime},
+    }
+    return {"config": config, "attempt": "a.1", **({} if processes is None else {"processes": processes})}
+
+
+def retries(first: dict[str, Any], stage: Any) -> list[dict[str, int]]:
+    """What each attempt after the first is given, while all run out of memory."""
+    made: list[dict[str, int]] = []
+    now = first
+    while (less := smaller(now, stage)) is not None:
+        made.append(less)
+        now = with_runtime(now, {**now.get("smaller", {}), **less})
+        assert now["config"] == {**first["config"], "runtime": {**now["config"]["runtime"]}}
+        assert len(made) < 20
+    return made
 
 
 @pytest.mark.parametrize(
-    ("batch", "now", "half"), [(8, None, 4), (8, 3, 2), (8, 2, 1), (8, 1, None), (1, None, None)]
+    ("first", "numbers"),
+    [
+        (spec(batch=8), [4, 2, 1]),
+        (spec(batch=64, processes=8), [4, 2, 1]),
+        (spec(batch=9, processes=2), [3, 2, 1]),
+        (spec(batch=64, processes=8, micro_batch=3), [2, 1]),
+        (spec(batch=64, processes=8, micro_batch=32), [4, 2, 1]),
+        (spec(batch=64, processes=64), []),
+        (spec(batch=8, micro_batch=1), []),
+    ],
 )
-def test_the_micro_batch_is_halved_and_the_global_batch_stays(
-    batch: int, now: int | None, half: int | None
+def test_training_takes_half_of_what_one_process_takes(first: dict[str, Any], numbers: list[int]) -> None:
+    assert retries(first, "train") == [{"micro_batch": number} for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("first", "tiles", "videos"),
+    [
+        (spec(tile_batch=8), [4, 2, 1], [3, 2, 1]),
+        (spec(tile_batch=8, sample_batch=2), [4, 2, 1], [1]),
+        (spec(), [81, 41, 21, 11, 6, 3, 2, 1], [3, 2, 1]),  # 6 videos of 27 tiles are all there are
+        (spec(tile_batch=1, sample_batch=1), [], []),
+    ],
+)
+def test_sampling_takes_half_the_tiles_and_then_half_the_videos(
+    first: dict[str, Any], tiles: list[int], videos: list[int]
 ) -> None:
-    found = halved(spec(batch, now))
-    if half is None:
-        assert found is None
-        return
-    assert found is not None
-    assert found[1] == half and found[0] == spec(batch, half)
+    wanted = [{"tile_batch": number} for number in tiles] + [{"sample_batch": number} for number in videos]
+    assert retries(first, "samples") == wanted
+
+
+def test_an_evaluation_takes_half_of_both() -> None:
+    assert smaller(spec(tile_batch=8), "evaluations") == {"tile_batch": 4, "sample_batch": 3}
+    assert smaller(spec(tile_batch=1, sample_batch=1), "evaluations") is None
+    assert told({"tile_batch": 4, "sample_batch": 3}) == "tile batches of 4 and sample batches of 3"
+
+
+def test_a_setting_that_is_smaller_already_stays() -> None:
+    made = with_runtime(spec(micro_batch=2, tile_batch=64), {"micro_batch": 4, "tile_batch": 8})
+    assert made["config"]["runtime"] == spec(micro_batch=2, tile_batch=8)["config"]["runtime"]
+    assert made["smaller"] == {"micro_batch": 2, "tile_batch": 8}
 
 
 def test_a_mark_grows_with_checkpoints_videos_and_stages(tmp_path: Path, cell: Any) -> None:

@@ -141,7 +141,7 @@ def test_a_job_alone_is_no_array_and_carries_every_option(cluster: Cluster) -> N
         assert line in batch, line
     assert "--array" not in batch and number_of(job) == "77"
     spec = read_json(job.spec)
-    assert spec is not None and spec["gpus"] == backend.gpus == 4
+    assert spec is not None and spec["gpus"] == backend.gpus == 4 and spec["processes"] == 4
     assert spec["slurm"] == {"limit_seconds": 5400, "signal_seconds": 90}
 
 
