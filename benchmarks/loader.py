@@ -4,9 +4,10 @@
     [--json]
 
 Writes two folders of videos, 150 frames of 240 x 320 pixels: H.264 with a key frame every 12 frames, and
-MPEG-4 in AVI like UCF-101's files. One core draws clips from each, one after the other, as training does:
-`cold` decodes every clip (the dataset's own memory of frames is off), `cached` finds its frames in the clip
-cache on disk (`runtime.clip_cache`) after one round that filled it. Then a trainer that takes `--step-ms` for
+MPEG-4 in AVI like UCF-101's files. One core draws clips from each, one after the other, and cuts a patch of
+three levels out of each, as training does: `cold` decodes every clip (the dataset's own memory of frames is off), `cached` finds its frames in the clip
+cache on disk (`runtime.clip_cache`) after one round that filled it. `patches` is that cutting alone, out of a
+decoded clip: `whole first` brings the whole clip to float32 before, `as cut` only what is cut out. Then a trainer that takes `--step-ms` for
 a step of `--batch` clips asks for batches made here, by a thread, and by `--workers` processes: `wait` is what
 a step waits for its batch, the first ones left out.
 """
@@ -27,12 +28,15 @@ from typing import Any
 import av
 import torch
 from machine import facts
+from torch import Tensor
 
 from hpdm_core.config.compose import load_cell
 from hpdm_core.data import file_clips
 from hpdm_core.data.clip_cache import CachedReader
 from hpdm_core.data.dataset import ClipDataset, ClipShape
+from hpdm_core.data.frames import to_pixels, to_video
 from hpdm_core.errors import report_errors
+from hpdm_core.pyramid import Pyramid, level_patch
 from hpdm_core.randomness import generator
 from hpdm_core.training.batches import loaded
 from hpdm_plugins.readers_pyav import PyAVReader
@@ -65,12 +69,31 @@ def write_folder(root: Path, codec: str, files: int) -> Path:
     return folder
 
 
-def draws(dataset: ClipDataset, seconds: float) -> dict[str, float]:
-    """Draw for ``seconds``; return clips per second of processor time and of the clock."""
-    each, begun = [], time.process_time()
+def pyramid_of(shape: ClipShape) -> Pyramid:
+    """Three levels, each twice as fine as the last."""
+    video = (shape.frames, shape.height, shape.width)
+    frames, height, width = (size // 4 for size in video)
+    return Pyramid(video=video, patch=(frames, height, width), token=(1, 1, 1), levels=3)
+
+
+def cut(pixels: Tensor, pyramid: Pyramid) -> list[Tensor]:
+    """Return a patch of every level, out of its middle."""
+    made = []
+    for level in range(pyramid.levels):
+        f, h, w = (
+            (size - patch) // 2 for size, patch in zip(pyramid.size(level), pyramid.patch, strict=True)
+        )
+        made.append(level_patch(pixels, pyramid, level, (f, h, w), "area"))
+    return made
+
+
+def draws(dataset: ClipDataset, pyramid: Pyramid, seconds: float) -> dict[str, float]:
+    """Draw and cut for ``seconds``; return clips per second of processor time and of the clock."""
+    each: list[float] = []
+    begun = time.process_time()
     while sum(each) < seconds or len(each) < 3:
         start = time.perf_counter()
-        dataset.draw("train", generator("benchmark", "draw", len(each)))
+        cut(dataset.draw("train", generator("benchmark", "draw", len(each))).pixels, pyramid)
         each.append(time.perf_counter() - start)
     return {
         "clips_per_second": len(each) / sum(each),
@@ -79,14 +102,34 @@ def draws(dataset: ClipDataset, seconds: float) -> dict[str, float]:
     }
 
 
+def patches_ms(shape: ClipShape, rounds: int = 9) -> dict[str, float]:
+    """Return the median milliseconds of processor time for a patch of each level out of a decoded clip."""
+    pyramid = pyramid_of(shape)
+    frames = torch.randint(256, (*pyramid.video, 3), dtype=torch.uint8)
+    ways = {
+        "whole first": lambda: cut(to_video(frames), pyramid),
+        "as cut": lambda: cut(to_pixels(frames), pyramid),
+    }
+    found = {}
+    for name, way in ways.items():
+        each = []
+        for _ in range(rounds):
+            begun = time.process_time()
+            way()
+            each.append(time.process_time() - begun)
+        found[name] = 1e3 * statistics.median(each)
+    return found
+
+
 def folder_rows(shape: ClipShape, root: Path, cache: Path, seconds: float) -> dict[str, dict[str, float]]:
     """Time one folder, decoding and from the cache."""
     file_clips.FrameCache.__init__.__defaults__ = (0,)  # type: ignore[attr-defined]  # every draw reads
     plain = video_folder(shape, PyAVReader(), root=root)
     kept = video_folder(shape, CachedReader(PyAVReader(), cache, limit=20 * GIB), root=root)
-    cold = draws(plain, seconds)
-    draws(kept, 3 * seconds)  # fills the cache
-    return {"cold": cold, "cached": draws(kept, seconds)}
+    pyramid = pyramid_of(shape)
+    cold = draws(plain, pyramid, seconds)
+    draws(kept, pyramid, 3 * seconds)  # fills the cache
+    return {"cold": cold, "cached": draws(kept, pyramid, seconds)}
 
 
 def waits(given: argparse.Namespace, root: Path, cache: Path) -> dict[str, float]:
@@ -147,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "size": given.size,
         "files": given.files,
         "folders": rows,
+        "patches_ms": patches_ms(shape),
         "batch": given.batch,
         "step_ms": given.step_ms,
         "workers": given.workers,
@@ -165,6 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{codec + ' ' + way:<16}{row['clips_per_second']:>9.1f}{row['clips_per_cpu_second']:>13.1f}"
                 f"{row['median_ms']:>11.2f}"
             )
+    print("a patch of each level out of a decoded clip, CPU ms:")
+    for way, spent in result["patches_ms"].items():
+        print(f"{way:<16}{spent:>9.1f}")
     print(f"steps of {given.step_ms:g} ms and {given.batch} clips wait, median ms:")
     for way, wait in waited.items():
         print(f"{way:<16}{wait:>9.2f}")

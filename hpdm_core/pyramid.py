@@ -32,6 +32,7 @@ __all__ = [
     "crop",
     "downsample",
     "level_patch",
+    "unit_range",
 ]
 
 Triple = tuple[int, int, int]
@@ -276,7 +277,7 @@ def _mean_of(video: Tensor, axis: int, pitch: int, picked: Sequence[int]) -> Ten
     total: Tensor | None = None
     for member in picked:
         index[axis] = slice(member, None, pitch)
-        part = video[tuple(index)]
+        part = unit_range(video[tuple(index)])
         total = part if total is None else total + part
     if total is None:
         raise ValueError("no member picked")
@@ -316,7 +317,7 @@ DOWNSAMPLINGS: dict[str, Callable[[Tensor, Triple], Tensor]] = {
 def downsample(video: Tensor, pitch: Triple, mode: str) -> Tensor:
     """Return ``video`` [..., F, H, W] at one pixel per ``pitch``, by one of `DOWNSAMPLINGS`.
 
-    Raises ValueError when the pitch does not divide the size, or for an unknown mode.
+    uint8 pixels come out as float32 in [-1, 1], see `unit_range`. Raises ValueError when the pitch does not divide the size, or for an unknown mode.
     """
     if mode not in DOWNSAMPLINGS:
         raise ValueError(f"downsampling '{mode}'; allowed are {', '.join(DOWNSAMPLINGS)}")
@@ -336,15 +337,26 @@ def crop(video: Tensor, offsets: Tensor, size: Triple) -> Tensor:
     return torch.stack([_cut(row, corner, size) for row, corner in zip(video, corners, strict=True)])
 
 
+def unit_range(pixels: Tensor) -> Tensor:
+    """Return uint8 ``pixels``, 0 to 255, as new float32 in [-1, 1]; real numbers are returned as they are."""
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
+
+
 def level_patch(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[int], mode: str) -> Tensor:
     """Return the patch [C, f, h, w] at ``offset`` (the level's pixels) of a full-resolution [C, F, H, W].
 
-    Cropped first, then downsampled; on the last level the pixels are the video's own, bit by bit.
+    Cropped first, then downsampled; on the last level the pixels are the video's own, bit by bit. A video is
+    float32 in [-1, 1], or uint8 as decoded: then the patch is that of `unit_range` of the whole video, bit by
+    bit, but only what is cut out is brought to float32, in pieces that stay in the processor's cache.
     """
     pitch = pyramid.pitch(level)
     corner = [start * step for start, step in zip(offset, pitch, strict=True)]
     f, h, w = (patch * step for patch, step in zip(pyramid.patch, pitch, strict=True))
-    return downsample(_cut(video, corner, (f, h, w)), pitch, mode)
+    region = _cut(video, corner, (f, h, w))
+    if region.dtype != torch.uint8:
+        return downsample(region, pitch, mode)
+    groups = [downsample(group, pitch, mode) for group in region.split(pitch[0], dim=-3)]
+    return torch.cat(groups, dim=-3)
 
 
 def _cut(video: Tensor, corner: Sequence[int], size: Triple) -> Tensor:

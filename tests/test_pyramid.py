@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hpdm_core import pyramid as pyramid_module
+from hpdm_core.data.frames import to_pixels, to_video
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import DOWNSAMPLINGS, Pyramid, crop, downsample, level_patch
 
@@ -181,6 +183,37 @@ def test_the_finest_patch_is_the_videos_own_pixels():
     video = clip()
     patch = level_patch(video, SMALL, 2, (5, 17, 29), "area")
     assert torch.equal(patch, video[:, 5:7, 17:23, 29:39])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("mode", DOWNSAMPLINGS)
+@pytest.mark.parametrize("pyramid", [SMALL, MIXED], ids=["small", "mixed"])
+def test_patches_of_bytes_are_those_of_the_whole_clip_in_float32_bit_by_bit(pyramid, mode, flip):
+    start = torch.Generator().manual_seed(3)
+    frames = torch.randint(256, (*pyramid.video, 3), dtype=torch.uint8, generator=start)
+    whole, pixels = to_video(frames, flip=flip), to_pixels(frames, flip=flip)
+    for level in range(3):
+        last = [size - patch for size, patch in zip(pyramid.size(level), pyramid.patch, strict=True)]
+        for offset in ((0, 0, 0), tuple(last), tuple(room // 2 for room in last)):
+            made = level_patch(pixels, pyramid, level, offset, mode)
+            assert made.dtype == torch.float32 and made.is_contiguous()
+            assert torch.equal(made, level_patch(whole, pyramid, level, offset, mode))
+
+
+def test_only_what_is_cut_out_is_brought_to_float32(monkeypatch):
+    brought = []
+
+    def noted(pixels, real=pyramid_module.unit_range):
+        brought.append(pixels.numel() if pixels.dtype == torch.uint8 else 0)
+        return real(pixels)
+
+    monkeypatch.setattr(pyramid_module, "unit_range", noted)
+    video = torch.zeros(3, *SMALL.video, dtype=torch.uint8)
+    level_patch(video, SMALL, 2, (1, 2, 3), "area")
+    assert sum(brought) == 3 * 2 * 6 * 10
+    brought.clear()
+    level_patch(video, SMALL, 0, (0, 0, 0), "centre_frame")  # one frame of four
+    assert sum(brought) == video.numel() // 4
 
 
 def test_downsampling_agrees_with_the_library():

@@ -1,17 +1,18 @@
-"""What a dataset promises: short windows of video in [-1, 1], one at a time, with no randomness but the
-generator's.
+"""What a dataset promises: short windows of video, one at a time, with no randomness but the generator's.
 
 Not here: batches, levels and patches (training), and the files behind a dataset
 (`hpdm_core.data.file_clips`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hpdm_core.errors import InputError
+from hpdm_core.pyramid import unit_range
 from hpdm_core.randomness import generator
 
 __all__ = ["NO_LABEL", "Clip", "ClipDataset", "ClipShape", "Split", "fixed_clips", "pick", "require_rgb"]
@@ -32,14 +33,24 @@ class ClipShape:
     channels: int = 3
 
 
-@dataclass(frozen=True)
 class Clip:
-    """One window of video: ``video`` float32 [C, F, H, W] in [-1, 1]; ``label`` a class index, or -1 for
-    none.
+    """One window of video [C, F, H, W], made of float32 in [-1, 1] or of uint8, 0 to 255, as decoded.
+
+    uint8 takes a quarter of the memory, and training brings only the pixels that it uses to float32.
+    ``label``: a class index, or -1 for none.
     """
 
-    video: Tensor
-    label: int = NO_LABEL
+    def __init__(self, video: Tensor, label: int = NO_LABEL) -> None:
+        self.pixels = video
+        """What it was made of."""
+        self.label = label
+
+    @cached_property
+    def video(self) -> Tensor:
+        """The whole window, float32 [C, F, H, W] in [-1, 1]."""
+        if self.pixels.dtype != torch.uint8:
+            return self.pixels
+        return unit_range(self.pixels.contiguous())
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpdm_core.data.dataset import NO_LABEL, Clip, ClipShape, Split, pick
 from hpdm_core.data.files import Skipped, SourceFile, fingerprint
-from hpdm_core.data.frames import covering_short_side, crop_offsets, scaled_size, to_video
+from hpdm_core.data.frames import covering_short_side, crop_offsets, scaled_size, to_pixels
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
 from hpdm_core.data.windows import span
 from hpdm_core.errors import InputError, TroubleError
@@ -149,7 +149,7 @@ class FileClips:
         top, left = crop_offsets(expected, need, generator if self._crop == "random" else None)
         window = torch.stack([frame[top : top + need[0], left : left + need[1]] for frame in frames])
         mirrored = self._flip and split == "train" and pick(2, generator) == 1
-        return Clip(to_video(window, flip=mirrored), file.label if self._labels else NO_LABEL)
+        return Clip(to_pixels(window, flip=mirrored), file.label if self._labels else NO_LABEL)
 
     def _windows(self, info: VideoInfo) -> int:
         return info.frames - span(self._clip.frames, self._stride) + 1

@@ -1,6 +1,6 @@
 """From decoded frames to a clip: size, antialiased resizing, cropping, and the range [-1, 1].
 
-Frames are uint8 [..., H, W, 3] as readers give them; clips are float32 [C, F, H, W].
+Frames are uint8 [..., H, W, 3] as readers give them; clips are uint8 or float32 [C, F, H, W].
 """
 
 import itertools
@@ -10,7 +10,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["covering_short_side", "crop_offsets", "resize", "scaled_size", "to_video"]
+from hpdm_core.pyramid import unit_range
+
+__all__ = ["covering_short_side", "crop_offsets", "resize", "scaled_size", "to_pixels", "to_video"]
 
 
 def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -60,11 +62,14 @@ def crop_offsets(
     return top, left
 
 
-def to_video(frames: Tensor, *, flip: bool = False) -> Tensor:
-    """Return frames, uint8 [F, H, W, C], as a clip, float32 [C, F, H, W] in [-1, 1]; ``flip`` mirrors it
-    left-right.
+def to_pixels(frames: Tensor, *, flip: bool = False) -> Tensor:
+    """Return frames, uint8 [F, H, W, C], as a clip, uint8 [C, F, H, W]; ``flip`` mirrors it left-right.
+
+    Not mirrored it is a view of ``frames``.
     """
-    video = rearrange(frames, "f h w c -> c f h w")
-    if flip:
-        video = video.flip(-1)
-    return video.contiguous().float().div_(127.5).sub_(1)
+    return rearrange(frames.flip(-2) if flip else frames, "f h w c -> c f h w")
+
+
+def to_video(frames: Tensor, *, flip: bool = False) -> Tensor:
+    """Return frames, uint8 [F, H, W, C], as a clip, float32 [C, F, H, W] in [-1, 1]; see `to_pixels`."""
+    return unit_range(to_pixels(frames, flip=flip).contiguous())

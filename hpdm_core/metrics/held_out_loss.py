@@ -158,7 +158,7 @@ class HeldOutLoss:
             clip = context.clip(_STREAM, self.split, number)
             labels.append(clip.label if assembly.config.model.classes else -1)
             for level, offset in enumerate(_nested(pyramid, number)):
-                clean[level].append(level_patch(clip.video, pyramid, level, offset, mode))
+                clean[level].append(level_patch(clip.pixels, pyramid, level, offset, mode))
                 offsets[level].append(offset)
         coords = [
             pyramid.coords(level, torch.tensor(starts), downsampling=mode).to(context.device)

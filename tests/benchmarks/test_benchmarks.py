@@ -89,6 +89,7 @@ def test_a_benchmark_prints_one_json_line(name, run):
         assert result["speedup"] > 0 and full["oom"] == 0
     if name == "loader":
         assert set(result["folders"]) == {"h264", "mpeg4"}
+        assert set(result["patches_ms"]) == {"whole first", "as cut"}
         assert set(result["wait_ms"]) == {"here", "thread", "workers", "workers, cached"}
 
 

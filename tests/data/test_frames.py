@@ -54,6 +54,12 @@ def test_to_video_maps_bytes_to_the_unit_range_and_back():
     assert torch.equal(((video + 1) * 127.5).round().to(torch.uint8)[0, 1, 2], frames[1, 2, :, 0])
 
 
+def test_bytes_keep_their_bits_in_float32():
+    """Models were trained on these numbers: x / 127.5 - 1 rounds otherwise than (x - 127.5) / 127.5."""
+    frames = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256, 1)
+    assert torch.equal(to_video(frames).flatten(), torch.arange(256.0) / 127.5 - 1)
+
+
 def test_flip_mirrors_left_and_right():
     frames = torch.arange(24, dtype=torch.uint8).reshape(1, 2, 4, 3)
     assert torch.equal(to_video(frames, flip=True)[:, 0], to_video(frames)[:, 0, :, [3, 2, 1, 0]])

@@ -40,6 +40,7 @@ def test_class_folders(classes, pyav):
     drawn = draws(dataset, "train")
     assert {clip.label for clip in drawn} == {0, 1}
     assert drawn[0].video.shape == (3, 4, 8, 12)
+    assert {clip.pixels.dtype for clip in drawn} == {torch.uint8}  # float32 only what is cut out of them
     described = json.loads(json.dumps(dataset.describe()))
     assert described["splits"] == {
         "train": {"clips": 8, "windows": 48},

@@ -85,6 +85,20 @@ def test_slots_of_one_level_share_the_crop_and_not_the_noise(
     assert not torch.equal(batch.noise[1], batch.noise[3])
 
 
+def test_a_clip_of_bytes_makes_the_same_batch_and_is_never_whole_in_float32(assemble: Make) -> None:
+    assembly = assemble()
+    shape = (3, *assembly.pyramid.video)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    given, batches = [Clip(pixels), Clip(Clip(pixels).video)], []
+    for clip in given:
+        assembly.__dict__["dataset"] = OneClip(label=-1)
+        assembly.dataset.clip = clip  # type: ignore[attr-defined]
+        batches.append(TrainingBatches(assembly)(1))
+    for bytewise, real in zip(batches[0].clean, batches[1].clean, strict=True):
+        assert torch.equal(bytewise, real) and bytewise.stride() == real.stride()
+    assert "video" not in vars(given[0])
+
+
 def test_label_dropout_hides_a_tenth_and_the_rest_keep_their_own(assemble: Make) -> None:
     size = 10_000
     assembly = assemble(model=MANY, training={"batch": 1})
