@@ -102,7 +102,8 @@ def measure(cell: str, sets: Sequence[str], videos: int, repeats: int) -> dict[s
         "cached": assemble("runtime.cache=contexts"),
         "uncached": assemble("runtime.cache=none"),
     }
-    device = prepare_torch(assemblies["cached"].config.runtime)
+    config = assemblies["cached"].config
+    device = prepare_torch(config.runtime, config.sampling)
     denoiser = lively(assemblies["cached"])
     memory = Run(assemblies["cached"], denoiser, videos).memory
     tenth = memory / 10 / cache.GIB

@@ -36,6 +36,12 @@ TF32 = ("tf32", "bf16")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """What the settings of PyTorch's memory on CUDA are called in the environment, since torch 2.9 and before."""
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""With a workspace of its own for each stream cuBLAS sums in one order; it reads this when it starts."""
+
+_taken: list[tuple[bool, bool, bool, str | None]] = []
+"""What the process had set before it was asked for determinism; empty while it is not."""
+
 
 def state_dtype(arithmetic: Arithmetic) -> torch.dtype:
     """Return the type of weights, moments and averages while training, and of a level's state while sampling."""
@@ -110,13 +116,6 @@ def prepare_torch(runtime: RuntimeConfig, arithmetic: Arithmetic) -> torch.devic
 def _torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""With a workspace of its own for each stream cuBLAS sums in one order; it reads this when it starts."""
-
-_taken: list[tuple[bool, bool, bool, str | None]] = []
-"""What the process had set before it was asked for determinism; empty while it is not."""
 
 
 def _ask_for_determinism(wanted: bool) -> None:

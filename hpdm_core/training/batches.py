@@ -131,7 +131,11 @@ class TrainingBatches:
         sigma, in_loss = self.noise_sampler.draw(generator(seed, "sigma", step, index))  # [S], [S]
         patches = [
             level_patch(
-                clip.pixels, self.pyramid, level, tuple(offsets[level].tolist()), self.config.data.downsampling
+                clip.pixels,
+                self.pyramid,
+                level,
+                tuple(offsets[level].tolist()),
+                self.config.data.downsampling,
             )
             for level in range(self.pyramid.levels)
         ]
