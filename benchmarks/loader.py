@@ -5,11 +5,12 @@
 
 Writes two folders of videos, 150 frames of 240 x 320 pixels: H.264 with a key frame every 12 frames, and
 MPEG-4 in AVI like UCF-101's files. One core draws clips from each, one after the other, and cuts a patch of
-three levels out of each, as training does: `cold` decodes every clip (the dataset's own memory of frames is off), `cached` finds its frames in the clip
-cache on disk (`runtime.clip_cache`) after one round that filled it. `patches` is that cutting alone, out of a
-decoded clip: `whole first` brings the whole clip to float32 before, `as cut` only what is cut out. Then a trainer that takes `--step-ms` for
-a step of `--batch` clips asks for batches made here, by a thread, and by `--workers` processes: `wait` is what
-a step waits for its batch, the first ones left out.
+three levels out of each, as training does: `cold` decodes every clip (the dataset's own memory of frames is
+off), `cached` finds its frames in the clip cache on disk (`runtime.clip_cache`) after one round that filled
+it. `patches` is that cutting alone, out of a decoded clip: `whole first` brings the whole clip to float32
+before, `as cut` only what is cut out. Then a trainer that takes `--step-ms` for a step of `--batch` clips
+asks for batches made here, by a thread, and by `--workers` processes: `wait` is what a step waits for its
+batch, the first ones left out.
 """
 
 from __future__ import annotations

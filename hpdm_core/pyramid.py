@@ -317,7 +317,9 @@ DOWNSAMPLINGS: dict[str, Callable[[Tensor, Triple], Tensor]] = {
 def downsample(video: Tensor, pitch: Triple, mode: str) -> Tensor:
     """Return ``video`` [..., F, H, W] at one pixel per ``pitch``, by one of `DOWNSAMPLINGS`.
 
-    uint8 pixels come out as float32 in [-1, 1], see `unit_range`. Raises ValueError when the pitch does not divide the size, or for an unknown mode.
+    uint8 pixels come out as float32 in [-1, 1], see `unit_range`.
+
+    Raises ValueError when the pitch does not divide the size, or for an unknown mode.
     """
     if mode not in DOWNSAMPLINGS:
         raise ValueError(f"downsampling '{mode}'; allowed are {', '.join(DOWNSAMPLINGS)}")
@@ -355,8 +357,8 @@ def level_patch(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[in
     region = _cut(video, corner, (f, h, w))
     if region.dtype != torch.uint8:
         return downsample(region, pitch, mode)
-    groups = [downsample(group, pitch, mode) for group in region.split(pitch[0], dim=-3)]
-    return torch.cat(groups, dim=-3)
+    groups = rearrange(region, "c (f step) h w -> f c step h w", step=pitch[0]).unbind()
+    return torch.cat([downsample(group, pitch, mode) for group in groups], dim=-3)
 
 
 def _cut(video: Tensor, corner: Sequence[int], size: Triple) -> Tensor:

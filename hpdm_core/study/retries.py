@@ -179,8 +179,8 @@ def _tiles(config: Mapping[str, Any]) -> int:
     from hpdm_core.pyramid import Pyramid  # torch, which a controller does without until then
 
     model = config["model"]
-    sizes = {name: tuple(model[name]) for name in ("video", "patch", "token")}
-    pyramid = Pyramid(**sizes, levels=model["levels"])
+    video, patch, token = (tuple(model[name]) for name in ("video", "patch", "token"))
+    pyramid = Pyramid(video=video, patch=patch, token=token, levels=model["levels"])
     return len(pyramid.tiles(pyramid.levels - 1, config["sampling"]["overlap"]))
 
 

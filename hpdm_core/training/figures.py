@@ -49,7 +49,8 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
         if self.cuda is not None:
-            torch.cuda.init()  # a device with a number is not looked up, and the allocator knows none before
+            # A device with a number is not looked up, and the allocator knows none before this.
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             torch.cuda.reset_peak_memory_stats(self.cuda)
         self.resettable = self.cuda is None and _reset_high_water()
 
