@@ -97,8 +97,13 @@ class Coords:
         return replace(self, offset=self.offset[rows])
 
     def to(self, device: torch.device | str) -> Coords:
-        """Return a copy on ``device``."""
-        return replace(self, offset=self.offset.to(device), scale=self.scale.to(device))
+        """Return a copy on ``device``; the host does not wait for one that goes to an accelerator."""
+        ahead = torch.device(device).type != "cpu"
+        return replace(
+            self,
+            offset=self.offset.to(device, non_blocking=ahead),
+            scale=self.scale.to(device, non_blocking=ahead),
+        )
 
     def _axes(self, grid: Triple) -> list[Tensor]:
         """Cell centres per axis as fractions of the whole video, each [B, cells of the axis]."""

@@ -142,7 +142,7 @@ def _sample_batch(
 
             def noise(i: int, level: int = level, shape: tuple[int, ...] = shape) -> Tensor:
                 fields = [normal(shape, config.seed, "sampling", index, level, i) for index in indices]
-                return torch.stack(fields).to(device, dtype)
+                return torch.stack(fields).to(device, dtype, non_blocking=True)
 
             denoise = tiled_denoise(denoiser, batches, contexts)
             numbers = {"level": level, "levels": levels, "calls": solver.calls(level)}

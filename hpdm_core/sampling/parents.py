@@ -132,7 +132,7 @@ class Ancestors:
             torch.stack(patches),
             torch.full((len(rows),), self._sigmas[level], device=state.device, dtype=state.dtype),
             layout.coords(level, torch.tensor([chain[-1] for chain, _ in rows])),
-            layout.labels[videos.to(layout.labels.device)],
+            layout.labels[videos.to(layout.labels.device, non_blocking=True)],
             self._sources(rows, level),
         )
         self._places[level].update((row, (number, place)) for place, row in enumerate(rows))
@@ -143,12 +143,15 @@ class Ancestors:
 
     def _take(self, level: int, rows: Sequence[Row]) -> Any:
         places = [self._places[level][row] for row in rows]
+        device = self._layout.labels.device
         numbers = list(dict.fromkeys(number for number, _ in places))
         parts, order, done = [], torch.empty(len(rows), dtype=torch.long), 0
         for number in numbers:
             mine = [index for index, (chunk, _) in enumerate(places) if chunk == number]
             taken = torch.tensor([places[index][1] for index in mine])
-            parts.append(self._chunks[level][number].take(taken))
+            parts.append(self._chunks[level][number].take(taken.to(device, non_blocking=True)))
             order[mine] = torch.arange(done, done + len(mine))  # where each lies in the concatenation
             done += len(mine)
-        return parts[0] if len(parts) == 1 else type(parts[0]).cat(parts).take(order)
+        if len(parts) == 1:
+            return parts[0]
+        return type(parts[0]).cat(parts).take(order.to(device, non_blocking=True))

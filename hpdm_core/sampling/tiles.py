@@ -82,7 +82,7 @@ def tile_batches(level: int, offsets: Sequence[Triple], layout: Layout, *, size:
                 tiles=tiles,
                 videos=rows % videos,
                 coords=layout.coords(level, torch.tensor([offsets[tile] for tile in tiles.tolist()])),
-                label=layout.labels[(rows % videos).to(device)],
+                label=layout.labels[(rows % videos).to(device, non_blocking=True)],
                 runs=tuple(runs),
                 size=layout.pyramid.patch,
             )

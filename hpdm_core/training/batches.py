@@ -44,7 +44,7 @@ class Batch:
     in_loss: list[Tensor]  # [B] bool
     offsets: list[Tensor]  # [B, 3] int64, in the own pixels of the slot's level; always on the CPU
     label: Tensor  # [B] int64, -1 where there is none or it was dropped
-    conditioned: Tensor  # [K] int64: rows whose latents of the first pass go into the second
+    conditioned: Tensor  # [K] int64, on the CPU: rows whose latents of the first pass go into the second
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         """Return this batch on ``device``, its real numbers as ``dtype``."""
@@ -63,7 +63,7 @@ class Batch:
             in_loss=moved(self.in_loss),
             offsets=self.offsets,
             label=self.label.to(device, non_blocking=True),
-            conditioned=self.conditioned.to(device, non_blocking=True),
+            conditioned=self.conditioned,  # `split` asks which are in a part: on a GPU that is waited for
         )
 
     def split(self, rows: int | None) -> list[Batch]:

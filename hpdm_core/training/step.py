@@ -71,6 +71,7 @@ def self_conditioning_latents(
         unused = self_conditioning_latents(model, entries, rows.new_zeros(1))
         # Zeros, not None: every process then has gradients of the same parameters, whatever the backbone.
         return [None if made is None else torch.zeros_like(made) for made in unused]
+    rows = rows.to(entries[0].noisy.device, non_blocking=True)
     chosen = [
         replace(
             entry,
@@ -126,7 +127,7 @@ def joint_loss(
     loss, used = torch.stack(losses), counts > 0  # [S], [S]
     total = loss.sum() / used.sum().clamp(min=1)
 
-    level = torch.tensor([entry.level for entry in entries], device=loss.device)
+    level = torch.tensor([entry.level for entry in entries]).to(loss.device, non_blocking=True)
     nothing = loss.new_zeros(levels)
     sums = nothing.index_add(0, level, loss.detach())
     slots = nothing.index_add(0, level, used.to(loss.dtype))
