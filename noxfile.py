@@ -35,7 +35,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests; posargs go to pytest (``-m slow`` for those that take minutes)."""
     install(session, "test", "postgres", "dashboard")
     # One thread per worker: two workers on two cores beat one worker with two threads.
-    arguments = session.posargs or ["-n", "2", "-m", "not slow and not slurm", "-q"]
+    arguments = session.posargs or ["-n", "2", "-m", "not slow and not slurm and not gpu", "-q"]
     session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
