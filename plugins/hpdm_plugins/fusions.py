@@ -1,13 +1,15 @@
-"""Context fusions: none, shallow (the parent's pixels) and deep (the parents' features).
+"""Context fusions: none, shallow (the parent's pixels), deep (the parents' features), and two beyond the paper.
 
-HPDM, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. All three take coordinates through a Linear
-before the same blocks, so that an arm changes one thing.
+The first three are HPDM's, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. The mean over levels of Eq 7
+blurs by a token what a parent's token shows of its pixels: `deep_levels` has a map for each coarser level in
+its place, `deep_pixels` adds the parent's pixels. All take coordinates through a Linear before the same blocks,
+so that an arm changes one thing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
 from hpdm_core.model.interpolation import Cover, cover, sample_cells
 from hpdm_core.pyramid import Coords
 
-__all__ = ["DeepFusion", "NoFusion", "ShallowConcat"]
+__all__ = ["DeepFusion", "DeepLevels", "DeepPixels", "NoFusion", "ShallowConcat"]
 
 START_STD = 0.02
 
@@ -56,16 +58,28 @@ class FusionLinear(nn.Linear):
         return F.linear(places, self.weight[:, first : first + places.shape[-1]], self.bias)
 
 
-def _linears(shape: FusionShape, extra: int) -> nn.ModuleDict:
-    """One map per block that runs more than one level, named by its block."""
+def _linears(shape: FusionShape, extra: Callable[[int], int]) -> nn.ModuleDict:
+    """One map per block that runs more than one level, named by its block; ``extra``: inputs beside the own
+    features, by the number of levels that the block runs."""
+    width = shape.token_dim
     return nn.ModuleDict(
-        {str(block): FusionLinear(shape.token_dim + extra, shape.token_dim) for block in shape.fused_blocks}
+        {
+            str(block): FusionLinear(width + extra(shape.levels_per_block[block]), width)
+            for block in shape.fused_blocks
+        }
     )
 
 
 def _coordinates(coords: Coords, shape: FusionShape) -> Tensor:
     """Absolute positions (f, h, w) of the token centres in [-1, 1]: [B, N, 3]."""
     return rearrange(coords.centres(shape.grid), "b a n -> b n a")
+
+
+def _parent_pixels(shape: FusionShape, coords: Coords, parent: Source) -> Tensor:
+    """The parent's noisy pixels sampled trilinearly at the child's: [B, C, F, H, W]."""
+    cells = rearrange(parent.noisy, "b c f h w -> b f h w c")
+    sampled = sample_cells(cells, coords.within(parent.coords, shape.patch), coords.share_of(parent.coords))
+    return rearrange(sampled, "b f h w c -> b c f h w")
 
 
 class NoFusion(ContextFusion):
@@ -75,7 +89,7 @@ class NoFusion(ContextFusion):
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
         super().__init__(shape)
-        self.maps = _linears(shape, 3) if coordinates else None
+        self.maps = _linears(shape, lambda levels: 3) if coordinates else None
 
     def fuse(
         self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
@@ -101,12 +115,7 @@ class ShallowConcat(NoFusion):
 
     def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
         """See `ContextFusion`."""
-        parent = sources[-1]
-        cells = rearrange(parent.noisy, "b c f h w -> b f h w c")
-        sampled = sample_cells(
-            cells, coords.within(parent.coords, self.shape.patch), coords.share_of(parent.coords)
-        )
-        return rearrange(sampled, "b f h w c -> b c f h w")
+        return _parent_pixels(self.shape, coords, sources[-1])
 
     def token_context(
         self, block: int, level: int, coords: Coords, sources: Sequence[Source]
@@ -123,11 +132,8 @@ class ShallowConcat(NoFusion):
         return super().fuse(block, level, tokens, None, coords, sigma)
 
 
-class DeepFusion(ContextFusion):
-    """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
-
-    The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over
-    levels. With ``detach`` no gradient flows into the parents.
+class _FromFeatures(ContextFusion):
+    """Base of the deep fusions: Linear(concat[own, something of the parents' block inputs, coordinates]).
 
     The map is applied part by part. What context and coordinates give is made with the context, so that a
     denoising step pays for Linear(D -> D) only; and the context's part is applied to the parents' covered
@@ -135,26 +141,15 @@ class DeepFusion(ContextFusion):
     (about a quarter of them).
     """
 
-    def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
+    def __init__(
+        self, shape: FusionShape, features: Callable[[int], int], *, coordinates: bool, detach: bool
+    ) -> None:
+        """``features``: inputs of the map that come from the parents, by the levels that its block runs."""
         super().__init__(shape)
         self.coordinates = coordinates
         self.detach = detach
-        self.maps = _linears(shape, shape.token_dim + (3 if coordinates else 0))
-
-    def token_context(
-        self, block: int, level: int, coords: Coords, sources: Sequence[Source]
-    ) -> Tensor | None:
-        """See `ContextFusion`."""
-        layer, width = _map(self.maps, block), self.shape.token_dim
-        covers = self._covers(coords, sources)
-        if sum(found.cells for found, _ in covers) < math.prod(self.shape.grid):
-            mapped = _total(found.sample(layer.part(found.cut(tokens), width)) for found, tokens in covers)
-        else:
-            mapped = layer.part(_total(found.sample(found.cut(tokens)) for found, tokens in covers), width)
-        rest: Tensor = layer.bias
-        if self.coordinates:
-            rest = layer.constant(_coordinates(coords, self.shape).to(mapped.dtype), 2 * width)
-        return torch.add(rest, mapped, alpha=1 / len(sources))
+        places = 3 if coordinates else 0
+        self.maps = _linears(shape, lambda levels: features(levels) + places)
 
     def fuse(
         self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
@@ -163,11 +158,6 @@ class DeepFusion(ContextFusion):
         if context is None:
             raise ValueError("deep fusion was given no context")
         return _map(self.maps, block).part(tokens, 0) + context
-
-    def mean(self, coords: Coords, sources: Sequence[Source]) -> Tensor:
-        """Return the parents' features at the child's token centres, averaged over levels (Eq 7)."""
-        covers = self._covers(coords, sources)
-        return _total(found.sample(found.cut(tokens)) for found, tokens in covers) / len(sources)
 
     def _covers(self, coords: Coords, sources: Sequence[Source]) -> list[tuple[Cover, Tensor]]:
         """Return what the child needs of each source, and the source's tokens [B, N, D]."""
@@ -181,6 +171,87 @@ class DeepFusion(ContextFusion):
             found = cover(positions, self.shape.grid, coords.share_of(source.coords))
             made.append((found, source.tokens.detach() if self.detach else source.tokens))
         return made
+
+    def _rest(self, layer: FusionLinear, coords: Coords, like: Tensor) -> Tensor:
+        """Return what the bias and, where they are taken, the coordinates give."""
+        if not self.coordinates:
+            return layer.bias
+        places = _coordinates(coords, self.shape).to(like.dtype)
+        return layer.constant(places, layer.in_features - 3)
+
+
+class DeepFusion(_FromFeatures):
+    """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
+
+    The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over
+    levels. With ``detach`` no gradient flows into the parents.
+    """
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
+        super().__init__(shape, lambda levels: shape.token_dim, coordinates=coordinates, detach=detach)
+
+    def token_context(
+        self, block: int, level: int, coords: Coords, sources: Sequence[Source]
+    ) -> Tensor | None:
+        """See `ContextFusion`."""
+        layer, width = _map(self.maps, block), self.shape.token_dim
+        covers = self._covers(coords, sources)
+        if sum(found.cells for found, _ in covers) < math.prod(self.shape.grid):
+            mapped = _total(found.sample(layer.part(found.cut(tokens), width)) for found, tokens in covers)
+        else:
+            mapped = layer.part(_total(found.sample(found.cut(tokens)) for found, tokens in covers), width)
+        return torch.add(self._rest(layer, coords, mapped), mapped, alpha=1 / len(sources))
+
+    def mean(self, coords: Coords, sources: Sequence[Source]) -> Tensor:
+        """Return the parents' features at the child's token centres, averaged over levels (Eq 7)."""
+        covers = self._covers(coords, sources)
+        return _total(found.sample(found.cut(tokens)) for found, tokens in covers) / len(sources)
+
+
+class DeepPixels(DeepFusion):
+    """Deep context fusion, and the immediate parent's noisy pixels beside the child's in the tokenizer.
+
+    Features that are interpolated between tokens have lost what lies within one; pixels have not. The parent's
+    noise level is not added, as shallow fusion does: it comes with the parent's features, whose blocks are
+    conditioned on it. So this differs from `DeepFusion` in the pixels alone.
+    """
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
+        super().__init__(shape, coordinates=coordinates, detach=detach)
+        self.extra_channels = shape.channels
+
+    def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
+        """See `ContextFusion`."""
+        return _parent_pixels(self.shape, coords, sources[-1])
+
+
+class DeepLevels(_FromFeatures):
+    """Deep context fusion with a map of its own for each coarser level: Linear(concat[own, the parent's, the
+    grandparent's, ..., coordinates]).
+
+    Features are sampled as in `DeepFusion`, and stand side by side where that takes their mean. Maps go by the
+    distance of the levels, nearest first: to be the parent means the same to children of all levels. A map has
+    as many as the levels that its block runs allow, less one; a child with fewer ancestors uses the first.
+    """
+
+    def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
+        width = shape.token_dim
+        super().__init__(shape, lambda levels: (levels - 1) * width, coordinates=coordinates, detach=detach)
+
+    def token_context(
+        self, block: int, level: int, coords: Coords, sources: Sequence[Source]
+    ) -> Tensor | None:
+        """See `ContextFusion`."""
+        layer, width, samples = _map(self.maps, block), self.shape.token_dim, math.prod(self.shape.grid)
+        parts = []
+        for distance, (found, tokens) in enumerate(reversed(self._covers(coords, sources)), start=1):
+            box = found.cut(tokens)
+            if found.cells < samples:
+                parts.append(found.sample(layer.part(box, distance * width)))
+            else:
+                parts.append(layer.part(found.sample(box), distance * width))
+        mapped = _total(parts)
+        return self._rest(layer, coords, mapped) + mapped
 
 
 def _map(maps: nn.ModuleDict, block: int) -> FusionLinear:
@@ -205,3 +276,5 @@ def register_context_fusions(register: Register) -> None:
         "shallow_concat", ShallowConcat, source="HPDM, Table 3, shallow fusion: cascaded diffusion's concat"
     )
     register("deep", DeepFusion, source="HPDM, section 4.2, Eq 7 and 8, Fig 11")
+    register("deep_pixels", DeepPixels, source="beyond the paper: deep, and the pixels of shallow fusion")
+    register("deep_levels", DeepLevels, source="beyond the paper: deep, without Eq 7's mean over levels")

@@ -11,9 +11,15 @@ from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.model.initialise import initialise
 from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion, NoFusion, ShallowConcat
+from hpdm_plugins.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
 
-FUSIONS = {"deep": DeepFusion, "none": NoFusion, "shallow_concat": ShallowConcat}
+FUSIONS = {
+    "deep": DeepFusion,
+    "deep_levels": DeepLevels,
+    "deep_pixels": DeepPixels,
+    "none": NoFusion,
+    "shallow_concat": ShallowConcat,
+}
 
 
 def make_pyramid(levels=3, token=(1, 2, 2)):

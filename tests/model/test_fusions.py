@@ -1,10 +1,13 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion, NoFusion, ShallowConcat
+from hpdm_plugins.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
 
 PYRAMID = Pyramid(video=(16, 24, 40), patch=(4, 6, 10), token=(1, 1, 1), levels=3)
 SHAPE = FusionShape(token_dim=8, grid=PYRAMID.grid, patch=PYRAMID.patch, levels_per_block=(1, 2, 3))
@@ -81,6 +84,68 @@ def test_deep_fusion_is_one_linear_of_the_concatenation(coordinates):
     torch.testing.assert_close(fused, fusion.maps["2"](torch.cat(parts, dim=-1)), atol=1e-5, rtol=1e-5)
 
 
+def sampled(child, parent, features, grid):
+    """``features`` [B, D, *grid] of level ``parent`` at the cells of level ``child``, by torch's own sampler."""
+    f, h, w = (2 * axis - 1 for axis in coords(child).within(coords(parent), grid))
+    axes = (w[:, None, None, :], h[:, None, :, None], f[:, :, None, None])
+    places = torch.stack([axis.expand(3, *grid) for axis in axes], dim=-1)
+    return F.grid_sample(features, places, align_corners=False, padding_mode="border")
+
+
+def features_at(child, parent, tokens, grid):
+    """Tokens [B, N, D] of a parent at a child's token centres."""
+    return sampled(child, parent, tokens.transpose(1, 2).unflatten(2, grid), grid).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("coordinates", [True, False])
+@pytest.mark.parametrize("grid", [PYRAMID.grid, (1, 1, 2)], ids=["many samples", "few samples"])
+def test_deep_levels_is_one_linear_of_all_levels_side_by_side(coordinates, grid):
+    """Nearest first, for a child that has all the ancestors that its block allows and for one with fewer."""
+    tokens_per_patch = math.prod(grid)
+    shape = FusionShape(token_dim=8, grid=grid, patch=PYRAMID.patch, levels_per_block=(1, 2, 3))
+    fusion = scrambled(DeepLevels(shape, coordinates=coordinates))
+    own, *features = (torch.randn(3, tokens_per_patch, 8) for _ in range(3))
+    parents = [source(k, features[k]) for k in range(2)]
+    for level, sources in ((1, parents[:1]), (2, parents)):
+        context = fusion.token_context(2, level, coords(level), sources)
+        fused = fusion.fuse(2, level, own, context, coords(level), torch.ones(3))
+        nearest_first = [features_at(level, k, features[k], grid) for k in reversed(range(level))]
+        missing = [torch.zeros(3, tokens_per_patch, 8)] * (2 - level)
+        here = [coords(level).centres(grid).transpose(1, 2)] if coordinates else []
+        parts = torch.cat([own, *nearest_first, *missing, *here], dim=-1)
+        expected = torch.einsum("bni,oi->bno", parts, fusion.maps["2"].weight) + fusion.maps["2"].bias
+        torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_deep_levels_has_as_many_maps_as_its_block_has_coarser_levels():
+    shapes = {block: tuple(layer.weight.shape) for block, layer in DeepLevels(SHAPE).maps.items()}
+    assert shapes == {"1": (8, 8 + 8 + 3), "2": (8, 8 + 2 * 8 + 3)}
+    assert tuple(DeepLevels(SHAPE, coordinates=False).maps["2"].weight.shape) == (8, 24)
+
+
+@pytest.mark.parametrize("fusion", [DeepFusion, DeepPixels, DeepLevels])
+def test_deep_fusions_start_near_a_no_op(fusion):
+    made = fusion(SHAPE)
+    tokens, sources = torch.randn(3, 240, 8), [source(0), source(1)]
+    fused = made.fuse(2, 2, tokens, made.token_context(2, 2, coords(2), sources), coords(2), torch.ones(3))
+    assert 0 < (fused - tokens).square().mean() < 0.02 * tokens.square().mean()
+
+
+def test_deep_pixels_is_deep_fusion_with_the_parents_pixels():
+    deep, fusion = DeepFusion(SHAPE), DeepPixels(SHAPE)
+    fusion.load_state_dict(scrambled(deep).state_dict())
+    sources = [source(0), source(1)]
+    contexts = [made.token_context(2, 2, coords(2), sources) for made in (deep, fusion)]
+    assert torch.equal(*contexts)
+    assert fusion.reads_tokens and (deep.extra_channels, fusion.extra_channels) == (0, 3)
+    expected = sampled(2, 1, sources[1].noisy, PYRAMID.patch)
+    blind = [replace(each, tokens=None) for each in sources]  # as the network calls it
+    torch.testing.assert_close(fusion.pixel_context(2, coords(2), blind), expected, atol=1e-5, rtol=0)
+    assert deep.pixel_context(2, coords(2), blind) is None
+    grey = FusionShape(8, PYRAMID.grid, PYRAMID.patch, (1, 2, 3), channels=1)
+    assert DeepPixels(grey).extra_channels == 1
+
+
 def test_deep_fusion_has_one_map_per_block_with_more_than_one_level():
     maps = DeepFusion(SHAPE).maps
     assert {block: tuple(layer.weight.shape) for block, layer in maps.items()} == {"1": (8, 19), "2": (8, 19)}
@@ -89,8 +154,9 @@ def test_deep_fusion_has_one_map_per_block_with_more_than_one_level():
     assert NoFusion(SHAPE, coordinates=False).maps is None
 
 
-def test_detached_features_still_train_the_map():
-    fusion = DeepFusion(SHAPE, detach=True)
+@pytest.mark.parametrize("fusion", [DeepFusion, DeepPixels, DeepLevels])
+def test_detached_features_still_train_the_map(fusion):
+    fusion = fusion(SHAPE, detach=True)
     tokens = torch.randn(3, 240, 8, requires_grad=True)
     fusion.token_context(1, 1, coords(1), [source(0, tokens)]).square().sum().backward()
     assert tokens.grad is None

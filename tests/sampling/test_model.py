@@ -104,7 +104,7 @@ class Uncached:
         return self.denoiser.encode(*recipe.arguments, [self._run(source) for source in recipe.sources])
 
 
-@pytest.mark.parametrize("fusion", ["deep", "shallow_concat", "none"])
+@pytest.mark.parametrize("fusion", ["deep", "deep_levels", "deep_pixels", "shallow_concat", "none"])
 def test_cached_equals_uncached(fusion, make_cell):
     assembly = make_cell(fusion)
     denoiser = assembly.denoiser(lively(assembly.build_model()))
