@@ -26,6 +26,7 @@ from hpdm_core.runtime import compiler_problem, execution_of, state_dtype
 if TYPE_CHECKING:
     from hpdm_core.data.dataset import ClipDataset
     from hpdm_core.diffusion import NoiseSampler, Objective
+    from hpdm_core.model.backbone import Backbone
     from hpdm_core.plugins import Plugins
     from hpdm_core.pyramid import CoordinateSampler
     from hpdm_core.sampling.solver import Solver
@@ -149,7 +150,10 @@ class Assembly:
         )
         with torch.device(device):
             with keyed_global_rng(seed, "model.backbone"):
-                backbone = self.plugins.make("backbones", model.backbone, model.token_dim, model.blocks)
+                backbone: Backbone = self.plugins.make(
+                    "backbones", model.backbone, model.token_dim, model.blocks, self.pyramid.grid
+                )
+                self._check_self_conditioning(backbone)
             with keyed_global_rng(seed, "model.context_fusion"):
                 fusion = self.plugins.make("context_fusions", model.context_fusion, shape)
             diffusion = self.config.diffusion
@@ -164,6 +168,15 @@ class Assembly:
         if torch.device(device).type != "meta":
             initialise(network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual)
         return network
+
+    @torch.no_grad()
+    def _check_self_conditioning(self, backbone: Backbone) -> None:
+        share = self.config.training.self_conditioning
+        if share and backbone.start(None, 1) is None:
+            raise InputError(
+                f"training.self_conditioning: {share} of the videos are to take latents from a first pass, and "
+                f"model.backbone '{self.config.model.backbone.use}' has none; allowed is 0, or a backbone with latents"
+            )
 
     def denoiser(self, model: HPDM, arithmetic: Arithmetic | None = None) -> Denoiser:
         """Return ``model`` as a denoiser in data units, under ``arithmetic``; None: as sampling runs it, compiled

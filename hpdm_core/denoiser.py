@@ -73,10 +73,11 @@ class Denoiser:
         label: Tensor | None,
         contexts: Contexts | None,
         latents: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next step.
 
-        ``latents`` are those of the previous step, None at the first. The estimate has the precision of
+        ``latents`` are those of the previous step, None at the first, and always where the backbone has no
+        state. The estimate has the precision of
         ``z``.
         """
         return self._step(level, z, sigma, coords, label, contexts, latents)

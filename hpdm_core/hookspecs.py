@@ -70,7 +70,10 @@ def register_objectives(register: Register) -> None:
 
 @hookspec
 def register_backbones(register: Register) -> None:
-    """model.backbone: ``factory(token_dim: int, blocks: int, *, ...) -> Backbone``."""
+    """model.backbone: ``factory(token_dim: int, blocks: int, *, ...) -> Backbone``.
+
+    One that names a third positional parameter, ``grid``, is handed the tokens of a patch per axis (f, h, w) there.
+    """
 
 
 @hookspec

@@ -46,7 +46,7 @@ BETWEEN: dict[str, tuple[KeyPath, ...]] = {
     "noise_sampler": (("model", "levels"),),
     "coordinate_sampler": SIZES,
     "solver": (("model", "levels"), ("diffusion", "noise_scaling")),
-    "network": (("model", "token_dim"), ("model", "blocks"), *SIZES),
+    "network": (("model", "backbone"), ("model", "token_dim"), ("model", "blocks"), *SIZES),
 }
 """What each of them is built from besides its own key."""
 

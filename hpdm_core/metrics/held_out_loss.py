@@ -62,7 +62,7 @@ class HeldOutLoss:
 
     ``self_conditioning``: every estimate is the second of two passes at the same noise, the first from zero
     latents: what training does with most videos, and near what sampling does with the latents of its
-    previous step. False: one pass.
+    previous step. False: one pass, as always where there are no latents: a second one would be the same.
     """
 
     name = "held_out_loss"
@@ -197,6 +197,8 @@ class HeldOutLoss:
                 denoised, latents = context.denoiser(
                     level, z, sigma, coords, patches.label, contexts, latents
                 )
+                if latents is None:
+                    break
             squared = (denoised.double() - clean.double()).square()
             errors.append(reduce(squared, "b c f h w -> b", "mean"))
         return torch.stack(errors).cpu()

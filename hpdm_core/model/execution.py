@@ -33,29 +33,29 @@ class Execution:
     checkpointing: bool = False
 
     def run(
-        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Run one block, as `Backbone.run` does."""
         if self.checkpointing and torch.is_grad_enabled():
-            updated: tuple[Tensor, Tensor] = checkpoint(
+            updated: tuple[Tensor, Tensor | None] = checkpoint(
                 self._cast, backbone, block, tokens, latents, condition, use_reentrant=False
             )
             return updated
         return self._cast(backbone, block, tokens, latents, condition)
 
     def _cast(
-        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if self.matmul_dtype is None:
             return self._attend(backbone, block, tokens, latents, condition)
         with torch.autocast(tokens.device.type, dtype=self.matmul_dtype):
             made, read = self._attend(backbone, block, tokens, latents, condition)
         # A backbone of somebody's own may end with a product instead of a sum.
-        return made.to(tokens.dtype), read.to(latents.dtype)
+                return made.to(tokens.dtype), None if read is None or latents is None else read.to(latents.dtype)
 
     def _attend(
-        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if self.attention_dtype is None:
             return backbone.run(block, tokens, latents, condition)
         with _AttentionIn(self.attention_dtype):

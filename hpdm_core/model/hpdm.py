@@ -35,7 +35,7 @@ class Patches:
 
     ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices
     of the entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an
-    earlier pass.
+    earlier pass, None for none and always None where the backbone has no state.
     """
 
     level: int
@@ -205,19 +205,16 @@ class HPDM(nn.Module):
 
     def forward(
         self, entries: Sequence[Patches], contexts: Sequence[Contexts | None] | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block.
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block (None
+        where the backbone has no state).
 
         An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an
         entry above level 0 has neither, or sources of other levels than 0..level-1.
         """
         states = self._begin(entries, contexts)
         self._run(states, range(self.blocks))
-        results = []
-        for state in states:
-            assert state.latents is not None, "the last block runs every level"
-            results.append((self._detokenize(state.tokens), state.latents))
-        return results
+        return [(self._detokenize(state.tokens), state.latents) for state in states]
 
     def child_blocks(self, level: int) -> tuple[int, ...]:
         """Return the blocks that a child of ``level`` runs: those whose inputs serve as context."""
@@ -230,7 +227,8 @@ class HPDM(nn.Module):
 
         ``blocks`` defaults to `child_blocks`. Always two passes, the second self-conditioned on the first
         one's latents, so that a parent does not depend on how often it is asked for; the second pass stops
-        before the last of ``blocks``. Where the fusion reads no tokens, the blocks are not run at all.
+        before the last of ``blocks``, and is the only one where the backbone has no state. Where the fusion
+        reads no tokens, the blocks are not run at all.
         """
         wanted = self.child_blocks(entry.level) if blocks is None else tuple(sorted(blocks))
         outside = [b for b in wanted if not 0 <= b < self.blocks or self.levels_per_block[b] <= entry.level]
@@ -240,16 +238,18 @@ class HPDM(nn.Module):
             embedding = self.sigma_embedding(entry.sigma, entry.level)
             return Encoded(entry.level, entry.coords, entry.sigma, embedding, entry.noisy)
         contexts = self.contexts(entry.level, entry.coords, sources) if entry.level else None
-        (first,) = self._begin([replace(entry, sources=(), latents=None)], [contexts])
-        self._run([first], range(self.blocks))
-        (second,) = self._begin([replace(entry, sources=(), latents=first.latents)], [contexts])
-        notes = self._run([second], range(wanted[-1]), noted=wanted)
-        notes[wanted[-1]] = second.tokens
+        (last,) = self._begin([replace(entry, sources=(), latents=None)], [contexts])
+        last.latents = self._latents(last)
+        if last.latents is not None:
+            self._run([last], range(self.blocks))
+            (last,) = self._begin([replace(entry, sources=(), latents=last.latents)], [contexts])
+        notes = self._run([last], range(wanted[-1]), noted=wanted)
+        notes[wanted[-1]] = last.tokens
         return Encoded(
             level=entry.level,
             coords=entry.coords,
             sigma=entry.sigma,
-            sigma_embedding=second.sigma_embedding,
+            sigma_embedding=last.sigma_embedding,
             noisy=entry.noisy,
             tokens=notes,
         )
@@ -312,19 +312,24 @@ class HPDM(nn.Module):
                 notes[block] = states[0].tokens
             # All are fused before any is updated: sources show the block's input before their own fusion.
             fused = [self._fuse(block, state, states) for state in active]
-            latents = [self._latents(state) for state in active]
+            # All have latents, or none has.
+            latents = [made for state in active if (made := self._latents(state)) is not None]
             rows = [tokens.shape[0] for tokens in fused]
             condition = _fold([state.condition for state in active])
             folded_tokens, folded_latents = self.execution.run(
-                self.backbone, block, _fold(fused), _fold(latents), condition
+                self.backbone, block, _fold(fused), _fold(latents) if latents else None, condition
             )
-            updated = zip(torch.split(folded_tokens, rows), torch.split(folded_latents, rows), strict=True)
-            for state, (tokens, own) in zip(active, updated, strict=True):
-                state.tokens, state.latents = tokens, own
+            for state, tokens in zip(active, torch.split(folded_tokens, rows), strict=True):
+                state.tokens = tokens
+            if folded_latents is not None:
+                for state, own in zip(active, torch.split(folded_latents, rows), strict=True):
+                    state.latents = own
         return notes
 
-    def _latents(self, state: _State) -> Tensor:
-        """Return an entry's latents; before its first block they are made from those of an earlier pass."""
+    def _latents(self, state: _State) -> Tensor | None:
+        """Return an entry's latents; before its first block they are made from those of an earlier pass. None
+        where the backbone has no state.
+        """
         if state.latents is None:
             return self.backbone.start(state.entry.latents, state.entry.noisy.shape[0])
         return state.latents

@@ -146,6 +146,8 @@ class RIN(Backbone):
         latents: Tensor = initial + self.recall_gain(recalled + self.recall(self.recall_norm(recalled)))
         return latents.expand(batch, -1, -1)
 
-    def run(self, block: int, tokens: Tensor, latents: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Backbone`."""
         return cast(tuple[Tensor, Tensor], self.blocks[block](tokens, latents, condition))

@@ -10,12 +10,14 @@ class Family:
     """One family of parts.
 
     ``name`` is the plural used in messages and by ``why FAMILY/KEY``; ``path`` the key in a study file; ``positional``
-    the names of the positional parameters that every factory of the family is handed.
+    the names of the positional parameters that every factory of the family is handed; ``optional`` those that may
+    follow, handed to a factory that names them.
     """
 
     name: str
     path: str
     positional: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
     @property
     def hook(self) -> str:
@@ -36,7 +38,12 @@ FAMILIES: dict[str, Family] = {
         Family(name="noise_scalings", path="diffusion.noise_scaling", positional=("levels",)),
         Family(name="noise_samplers", path="diffusion.noise_sampling", positional=("sigma_in",)),
         Family(name="objectives", path="diffusion.objective", positional=()),
-        Family(name="backbones", path="model.backbone", positional=("token_dim", "blocks")),
+        Family(
+            name="backbones",
+            path="model.backbone",
+            positional=("token_dim", "blocks"),
+            optional=("grid",),
+        ),
         Family(name="solvers", path="sampling.solver", positional=("sigma_in",)),
         Family(name="datasets", path="data.dataset", positional=("clip", "reader")),
         Family(name="video_readers", path="data.reader", positional=()),

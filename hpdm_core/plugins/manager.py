@@ -19,7 +19,7 @@ from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.plugins import loading
 from hpdm_core.plugins.families import FAMILIES, Family
-from hpdm_core.plugins.options import FactoryError, options_model, parts_of
+from hpdm_core.plugins.options import FactoryError, handed, options_model, parts_of
 from hpdm_core.plugins.rules import RuleError, hook_functions
 
 __all__ = ["PluginInfo", "Plugins", "Registration", "build_plugins"]
@@ -144,13 +144,14 @@ class Plugins:
         return checked
 
     def make(self, family: str, part: Part, *positional: Any) -> Any:
-        """Build a part: its factory called with what the family is handed and with its validated options."""
+        """Build a part: its factory called with what it is handed of the family's positional values, optional ones
+        at the end, and with its validated options."""
         checked = self.validate(family, part)
         registration = self.get(family, part.use)
         made, problems = check(registration.options, checked.options)
         assert made is not None, f"validated options were refused: {problems}"
         values = {name: getattr(made, name) for name in registration.options.model_fields}
-        return registration.factory(*positional, **values)
+        return registration.factory(*handed(registration.factory, positional), **values)
 
     def nested(self, family: str, part: Part) -> Iterator[tuple[str, Part]]:
         """Yield (family, part) of a part and of every part among its options. The part must be valid."""

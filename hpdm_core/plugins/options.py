@@ -9,7 +9,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from hpdm_core.config.schema import Part
 from hpdm_core.plugins.families import FAMILIES, Family
 
-__all__ = ["FactoryError", "described", "named_family", "options_model", "parts_of"]
+__all__ = ["FactoryError", "described", "handed", "named_family", "options_model", "parts_of"]
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -69,8 +69,14 @@ def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type
         raise FactoryError(f"an option has a type that a study file cannot hold: {reason}") from error
 
 
+def handed(factory: Callable[..., Any], positional: Sequence[Any]) -> Sequence[Any]:
+    """Return those of the ``positional`` values of a family, optional ones at the end, that ``factory`` takes."""
+    parameters = inspect.signature(factory).parameters.values()
+    return positional[: sum(parameter.kind in POSITIONAL for parameter in parameters)]
+
+
 def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
-    wanted = f"({', '.join((*family.positional, '*', '...'))})"
+    wanted = f"({', '.join((*family.positional, *family.optional, '*', '...'))})"
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise FactoryError(
@@ -79,10 +85,12 @@ def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             raise FactoryError(f"its factory takes *{parameter.name}; allowed is {wanted}")
     positional = tuple(parameter.name for parameter in parameters if parameter.kind in POSITIONAL)
-    if positional != family.positional:
+    least, most = len(family.positional), (*family.positional, *family.optional)
+    if len(positional) < least or positional != most[: len(positional)]:
+        more = f", and {', '.join(family.optional)} where they name it" if family.optional else ""
         raise FactoryError(
             f"its factory has the positional parameters ({', '.join(positional)}); "
-            f"{family.name} are handed ({', '.join(family.positional)}), options stand after '*': {wanted}"
+            f"{family.name} are handed ({', '.join(family.positional)}){more}, options stand after '*': {wanted}"
         )
 
 

@@ -55,8 +55,9 @@ class CascadeDenoiser(Protocol):
         label: Tensor | None,
         contexts: Any,
         latents: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next call."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next call (None
+        where there is nothing to pass on)."""
 
 
 class Ancestors:

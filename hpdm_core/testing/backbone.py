@@ -1,4 +1,4 @@
-"""Contract of backbones: blocks that process tokens with latents."""
+"""Contract of backbones: blocks that process tokens, with latents or without."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm_core.model.initialise import initialise
-from hpdm_core.randomness import generator
+from hpdm_core.randomness import generator, normal
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
 
 if TYPE_CHECKING:
@@ -19,13 +19,19 @@ __all__ = ["BackboneCases"]
 
 
 class BackboneCases(Case):
-    """``factory(token_dim, blocks, *, ...) -> Backbone`` with ``start`` and ``run``."""
+    """``factory(token_dim, blocks, *, ...)`` or ``factory(token_dim, blocks, grid, *, ...) -> Backbone`` with
+    ``start`` and ``run``; a backbone without state starts from None and keeps to it.
+
+    Most checks use a backbone whose parameters were moved a little from their start: gates that start at zero
+    would hide what is wrong.
+    """
 
     family: ClassVar[str] = "backbones"
     token_dim = 16
     blocks = 2
     batch = 2
-    tokens = 12
+    grid = (2, 3, 4)
+    tokens = 24
     conditions = 2
 
     def _inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,39 +42,53 @@ class BackboneCases(Case):
 
     def _run(
         self, backbone: Backbone, tokens: Tensor, condition: Tensor, previous: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
+        """Return what the last block gives, by name; no latents where the backbone has no state."""
         latents = backbone.start(previous, len(tokens))
         for block in range(self.blocks):
             tokens, latents = backbone.run(block, tokens, latents, condition)
-        return tokens, latents
+        return {"tokens": tokens} if latents is None else {"tokens": tokens, "latents": latents}
+
+    def _previous(self, backbone: Backbone) -> Tensor | None:
+        """Return latents as an earlier pass may end with; None where the backbone has no state."""
+        started = backbone.start(None, self.batch)
+        return None if started is None else torch.randn(started.shape, generator=generator(3, "latents"))
 
     def _make(self, seed: int = 0) -> Backbone:
-        made: Backbone = self.make(self.token_dim, self.blocks, seed=seed)
+        made: Backbone = self.make(self.token_dim, self.blocks, self.grid, seed=seed)
         expect(isinstance(made, nn.Module), f"{type(made).__name__} is no torch.nn.Module")
         if not any(parameter.is_meta for parameter in made.parameters()):
             initialise(made, seed=seed)  # as a cell does
         return made
 
+    def _moved(self, seed: int = 0) -> Backbone:
+        """Return a backbone whose parameters are moved a little from their start."""
+        made = self._make(seed)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                parameter.add_(0.1 * normal(parameter.shape, seed, "conformance", name))
+        return made
+
     @torch.no_grad()
     def test_shapes(self) -> None:
-        """Tokens keep [B, N, D] and latents [B, M, E] through every block; everything is finite."""
-        backbone = self._make()
+        """Tokens keep [B, N, D] and latents [B, M, E], or None, through every block; everything is finite."""
+        backbone = self._moved()
         tokens, condition = self._inputs()
         latents = backbone.start(None, self.batch)
-        shape = latents.shape
-        expect(
-            len(shape) == 3 and shape[0] == self.batch, f"start: {list(shape)}, wanted [{self.batch}, M, E]"
-        )
+        shape = _shape(latents)
+        if latents is not None:
+            expect(
+                latents.ndim == 3 and len(latents) == self.batch,
+                f"start: {shape}, wanted [{self.batch}, M, E], or None for a backbone without state",
+            )
         for block in range(self.blocks):
             tokens, latents = backbone.run(block, tokens, latents, condition)
             wanted = [self.batch, self.tokens, self.token_dim]
             expect(
                 list(tokens.shape) == wanted, f"block {block}: tokens {list(tokens.shape)}, wanted {wanted}"
             )
-            expect(
-                latents.shape == shape, f"block {block}: latents {list(latents.shape)}, wanted {list(shape)}"
-            )
-            finite = bool(torch.isfinite(tokens).all() and torch.isfinite(latents).all())
+            expect(_shape(latents) == shape, f"block {block}: latents {_shape(latents)}, wanted {shape}")
+            finite = all(bool(torch.isfinite(x).all()) for x in (tokens, latents) if x is not None)
             expect(finite, f"block {block}: not finite")
 
     @torch.no_grad()
@@ -76,56 +96,60 @@ class BackboneCases(Case):
         """start(None) and start(zeros) are the same: the first pass of self-conditioning has nothing to go
         on.
         """
-        backbone = self._make()
+        backbone = self._moved()
         nothing = backbone.start(None, self.batch)
+        if nothing is None:
+            return  # no state, so nothing is ever passed on
         zeros = backbone.start(torch.zeros_like(nothing), self.batch)
+        expect(zeros is not None, "start gives latents for None, and None for latents")
+        assert zeros is not None
         expect_close(zeros, nothing, "start(zeros) against start(None)", tolerance=1e-6)
 
     @torch.no_grad()
     def test_rows_are_independent(self) -> None:
         """Row i of every result depends on row i only, also in the latents that come in."""
-        backbone = self._make()
+        backbone = self._moved()
         tokens, condition = self._inputs()
-        previous = torch.randn(backbone.start(None, self.batch).shape, generator=generator(3, "latents"))
+        previous = self._previous(backbone)
         together = self._run(backbone, tokens, condition, previous)
         for row in range(self.batch):
             one = slice(row, row + 1)
-            alone = self._run(backbone, tokens[one], condition[one], previous[one])
-            for name, given, wanted in zip(("tokens", "latents"), alone, together, strict=True):
-                expect_close(given, wanted[one], f"{name} of row {row} alone", tolerance=1e-5)
+            before = None if previous is None else previous[one]
+            alone = self._run(backbone, tokens[one], condition[one], before)
+            for name, wanted in together.items():
+                expect_close(alone[name], wanted[one], f"{name} of row {row} alone", tolerance=1e-5)
 
     @torch.no_grad()
     def test_deterministic(self) -> None:
         """Built twice under one seed and called twice it is bitwise the same, with no random numbers."""
-        first, second = self._make(), self._make()
+        first, second = self._moved(), self._moved()
         tokens, condition = self._inputs()
         wanted = self._run(first, tokens, condition)
         with leaves_global_rng_alone("run"):
             again, rebuilt = self._run(first, tokens, condition), self._run(second, tokens, condition)
         for what, given in (("called twice", again), ("built twice", rebuilt)):
-            same = all(torch.equal(one, other) for one, other in zip(given, wanted, strict=True))
+            same = all(torch.equal(given[name], wanted[name]) for name in wanted)
             expect(same, f"{what}, the result differs")
 
     @torch.no_grad()
     def test_state_dict_round_trip(self) -> None:
         """Its state dict, saved and loaded into one of another seed, gives the same results."""
-        first, second = self._make(seed=0), self._make(seed=1)
+        first, second = self._moved(seed=0), self._moved(seed=1)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
         second.load_state_dict(torch.load(file, weights_only=True))
         tokens, condition = self._inputs()
         wanted, given = self._run(first, tokens, condition), self._run(second, tokens, condition)
-        same = all(torch.equal(one, other) for one, other in zip(given, wanted, strict=True))
+        same = all(torch.equal(given[name], wanted[name]) for name in wanted)
         expect(same, "loaded into a fresh backbone, the state dict gives another result")
 
     def test_gradients(self) -> None:
         """Gradients reach tokens, condition and every parameter, and are finite."""
-        backbone = self._make()
+        backbone = self._moved()
         tokens, condition = (each.requires_grad_() for each in self._inputs())
-        previous = torch.randn(backbone.start(None, self.batch).shape, generator=generator(3, "latents"))
-        made, latents = self._run(backbone, tokens, condition, previous)
-        (made.square().mean() + latents.square().mean()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        made = self._run(backbone, tokens, condition, self._previous(backbone))
+        torch.stack([each.square().mean() for each in made.values()]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         inputs = (("tokens", tokens), ("condition", condition))
         for name, each in (*inputs, *backbone.named_parameters()):
             expect(each.grad is not None, f"no gradient reaches {name}")
@@ -141,5 +165,9 @@ class BackboneCases(Case):
         with torch.device("meta"):
             backbone = self._make()
         tokens, condition = (each.to("meta") for each in self._inputs())
-        made, _ = self._run(backbone, tokens, condition)
-        expect(made.is_meta, f"on the meta device the result is on {made.device}")
+        for name, made in self._run(backbone, tokens, condition).items():
+            expect(made.is_meta, f"on the meta device the {name} are on {made.device}")
+
+
+def _shape(latents: Tensor | None) -> list[int] | None:
+    return None if latents is None else list(latents.shape)

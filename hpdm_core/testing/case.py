@@ -30,7 +30,7 @@ from hpdm_core.config.problems import check
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError
 from hpdm_core.plugins.families import FAMILIES
-from hpdm_core.plugins.options import FactoryError, options_model
+from hpdm_core.plugins.options import FactoryError, handed, options_model
 from hpdm_core.randomness import keyed_global_rng
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ class Case:
             made, problems = check(model, dict(self.options))
             if made is None:
                 raise InputError(*(str(problem) for problem in problems))
-            return self._factory()(*positional, **{name: getattr(made, name) for name in model.model_fields})
+            factory = self._factory()
+            options = {name: getattr(made, name) for name in model.model_fields}
+            return factory(*handed(factory, positional), **options)
 
     def make_or_skip(self, *positional: Any) -> Any:
         """Build the part, or skip the check with the part's own words if it refuses these values

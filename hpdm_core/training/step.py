@@ -62,8 +62,9 @@ def self_conditioning_latents(
     rows.
 
     The whole hierarchy runs once from zero latents, without gradient; ``rows`` [K] may be empty (then None
-    per entry, without a pass). With ``always`` there is a pass also then, on the first row and for nothing,
-    and zeros come back: the processes of a sharded network run it together.
+    per entry, without a pass); a backbone without state gives None too. With ``always`` there is a pass also
+    for no rows, on the first one and for nothing, and zeros come back: the processes of a sharded network run
+    it together.
     """
     if len(rows) == 0:
         if not always:
@@ -84,6 +85,9 @@ def self_conditioning_latents(
     ]
     kept: list[Tensor | None] = []
     for entry, (_, latents) in zip(entries, model(chosen), strict=True):
+        if latents is None:
+            kept.append(None)
+            continue
         whole = latents.new_zeros(len(entry.sigma), *latents.shape[1:])
         kept.append(whole.index_copy(0, rows, latents))
     return kept

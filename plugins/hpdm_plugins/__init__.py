@@ -12,6 +12,7 @@ PLUGIN_MODULES = (
     "noise",
     "objectives",
     "backbones",
+    "dit",
     "optimizers",
     "solvers",
     "gaussian_world",

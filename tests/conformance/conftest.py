@@ -111,6 +111,8 @@ def options_of(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str,
                     "latent_head_dim": 5,
                     "heads": 2,
                 }
+            case "backbones/dit":
+                return {"heads": 2}
             case "metrics/efficiency":
                 # Out of memory at once: times that are measured are not the same twice.
                 return {"most": 1, "steps": 1, "memory": 0.001}
