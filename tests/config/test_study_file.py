@@ -244,6 +244,19 @@ def test_an_arm_is_not_blamed_for_sizes_that_it_does_not_set(study) -> None:
     assert lines_of(file) == ["study.yaml:3: model.video: f = 5 is no multiple of patch 2"]
 
 
+@pytest.mark.parametrize("explicit", [True, False])
+def test_self_conditioning_needs_a_backbone_with_latents(study, explicit: bool) -> None:
+    """The default share was given by nobody: the arm that chose the backbone is to blame."""
+    share = "training: {self_conditioning: 0.5}" if explicit else "training: {}"
+    arms = "arms:\n  a: {}\n  b:\n    model.backbone: {use: dit, heads: 2}"
+    (line,) = lines_of(study(f"{share}\n{arms}\n"))
+    assert line == (
+        f"study.yaml:6: training.self_conditioning: {0.5 if explicit else 0.9} of the videos are to take latents "
+        "from a first pass, and model.backbone 'dit' has none; allowed is 0, or a backbone with latents"
+    )
+    load_study(study(f"{share}\n{arms}\n    training.self_conditioning: 0\n"))
+
+
 def test_a_misspelt_key_is_one_problem(folder, study) -> None:
     base = folder / "base.yaml"
     base.write_text(base.read_text().replace("steps: 10", "step: 10"))

@@ -484,6 +484,33 @@ class Grows(Blocks):
         return tokens, torch.cat([latents, latents], dim=1)
 
 
+class Stateless(Blocks):
+    """No latents, and it asks for the grid."""
+
+    def __init__(self, token_dim, blocks, grid):
+        super().__init__(token_dim, blocks)
+        del self.first
+        self.place = nn.Parameter(torch.randn(*grid, token_dim))
+
+    def start(self, previous, batch):
+        return None
+
+    def run(self, block, tokens, latents, condition):
+        places = self.place.flatten(0, 2)
+        return tokens + self.maps[block](tokens + places + condition.mean(1, keepdim=True)), latents
+
+
+class ForgetsItsLatents(Blocks):
+    def run(self, block, tokens, latents, condition):
+        return super().run(block, tokens, latents, condition)[0], None
+
+
+class MakesLatents(Stateless):
+    def run(self, block, tokens, latents, condition):
+        tokens, _ = super().run(block, tokens, latents, condition)
+        return tokens, tokens
+
+
 class Data:
     classes = ("one", "two")
 
@@ -683,6 +710,7 @@ SOUND = [
     (ObjectiveCases, Velocity),
     (SolverCases, Euler),
     (BackboneCases, Blocks),
+    (BackboneCases, Stateless),
     (DatasetCases, Data),
     (VideoReaderCases, Reader),
     (FeatureExtractorCases, Means),
@@ -727,6 +755,8 @@ BROKEN = [
     (BackboneCases, MixesTheBatch, "rows_are_independent", "row 0 alone"),
     (BackboneCases, IgnoresTheCondition, "gradients", "the gradient of condition is 0"),
     (BackboneCases, Grows, "shapes", "latents"),
+    (BackboneCases, ForgetsItsLatents, "shapes", "latents None, wanted"),
+    (BackboneCases, MakesLatents, "shapes", "latents .*, wanted None"),
     (DatasetCases, Unscaled, "clips", "wanted -1 to 1"),
     (DatasetCases, LabelTooLarge, "clips", "label 1"),
     (DatasetCases, DependsOnHistory, "keyed", "the same generator"),

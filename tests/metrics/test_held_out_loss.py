@@ -170,6 +170,17 @@ def test_the_second_pass_gets_the_latents_of_the_first() -> None:
     assert len(single.calls) == len(denoiser.calls) / 2
 
 
+def test_without_latents_a_second_pass_is_left_out() -> None:
+    class Stateless(FakeDenoiser):
+        def __call__(self, *arguments: Any) -> Any:
+            return super().__call__(*arguments)[0], None
+
+    denoiser, single = Stateless(unchanged), FakeDenoiser(unchanged)
+    found = metric().evaluate(FakeContext(denoiser))  # type: ignore[arg-type]
+    assert found == metric(self_conditioning=False).evaluate(FakeContext(single))  # type: ignore[arg-type]
+    assert len(denoiser.calls) == len(single.calls)
+
+
 def test_labels_are_the_clips_own_or_none() -> None:
     for classes, wanted in ((0, [-1, -1, -1]), (5, [0, 1, 2])):
         denoiser = FakeDenoiser(unchanged)

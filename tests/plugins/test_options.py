@@ -6,6 +6,8 @@ from pydantic import Field
 
 from hpdm_core.config.problems import check
 from hpdm_core.config.schema import Part
+from hpdm_core.hookspecs import hookimpl
+from hpdm_core.plugins import build_plugins
 from hpdm_core.plugins.families import FAMILIES
 from hpdm_core.plugins.options import FactoryError, described, options_model
 
@@ -100,6 +102,36 @@ def part_of_unknown_family(shape: object, *, a: Annotated[Part, "solver"]) -> No
 def test_factories_that_break_the_rules(factory, words: str) -> None:
     with pytest.raises(FactoryError, match=words):
         model_of(factory)
+
+
+def no_grid(token_dim: int, blocks: int, *, a: int = 1) -> object:
+    return token_dim, blocks, a
+
+
+def with_grid(token_dim: int, blocks: int, grid: object, *, a: int = 1) -> object:
+    return token_dim, blocks, grid, a
+
+
+def wrong_grid(token_dim: int, blocks: int, shape: object) -> None: ...
+def no_blocks(token_dim: int, *, a: int = 1) -> None: ...
+
+
+@pytest.mark.parametrize(("factory", "made"), [(no_grid, (8, 2, 3)), (with_grid, (8, 2, (1, 2, 2), 3))])
+def test_an_optional_positional_parameter_is_handed_to_who_names_it(factory, made: object) -> None:
+    class Plugin:
+        @hookimpl
+        def register_backbones(self, register) -> None:
+            register("mine", factory, source="me")
+
+    plugins = build_plugins(objects=[Plugin()])
+    assert plugins.make("backbones", Part(use="mine", options={"a": 3}), 8, 2, (1, 2, 2)) == made
+
+
+@pytest.mark.parametrize("factory", [wrong_grid, no_blocks])
+def test_a_backbone_takes_the_grid_under_its_name_or_not_at_all(factory) -> None:
+    words = r"handed \(token_dim, blocks\), and grid where they name it, .*\(token_dim, blocks, grid, \*, \.\.\.\)"
+    with pytest.raises(FactoryError, match=words):
+        options_model(FAMILIES["backbones"], "mine", factory)
 
 
 def test_annotations_of_what_the_core_hands_over_are_never_evaluated() -> None:
