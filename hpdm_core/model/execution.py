@@ -51,7 +51,7 @@ class Execution:
         with torch.autocast(tokens.device.type, dtype=self.matmul_dtype):
             made, read = self._attend(backbone, block, tokens, latents, condition)
         # A backbone of somebody's own may end with a product instead of a sum.
-                return made.to(tokens.dtype), None if read is None or latents is None else read.to(latents.dtype)
+        return made.to(tokens.dtype), None if read is None or latents is None else read.to(latents.dtype)
 
     def _attend(
         self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
