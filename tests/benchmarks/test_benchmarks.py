@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-IMPORTED = {"machine", "sections"}
+IMPORTED = {"machine", "sections", "gpu_parts"}
 """Modules that benchmarks share."""
 TINY = [
     "model.video=[4,8,8]",
@@ -52,7 +52,7 @@ ARGUMENTS = {
     "parallel": ["--steps=1", "--rounds=1", "--strategy", "ddp", *sets([*TINY, *DATA])],
     "context_sampling": ["--repeats=1", "--threads=1"],
 }
-OTHERS = {"controller", "evaluate"}
+OTHERS = {"controller", "evaluate", "gpu"}
 """Benchmarks with tests of their own."""
 
 

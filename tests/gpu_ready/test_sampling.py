@@ -32,6 +32,7 @@ def test_the_host_waits_once_per_level(
     fusion: str, cache: str, hpdm_s: Callable[..., Assembly], pretend: Any
 ) -> None:
     found: list[Counter[str]] = []
+    model: Any = None
     for steps, tiles in ((1, 8), (2, 3)):
         assembly = hpdm_s(
             *SETS,
@@ -41,7 +42,7 @@ def test_the_host_waits_once_per_level(
             f"runtime.tile_batch={tiles}",
         )
         assert len(assembly.pyramid.tiles(1, ())) == 8
-        model = assembly.build_model(device="cuda").requires_grad_(False).eval()
+        model = model or assembly.build_model(device="cuda").requires_grad_(False).eval()
         pretend.found.clear()
         coarse, fine = sample(assembly, assembly.denoiser(model), [5], [3])
         assert coarse.shape == (1, 3, 32, 128, 128) and fine.shape == (1, 3, 64, 256, 256)
