@@ -20,6 +20,7 @@ PLUGIN_MODULES = (
     "video_folder",
     "ucf101",
     "synthetic",
+    "shapes",
     "readers_pyav",
     "readers_skvideo",
     "extractors",
@@ -27,6 +28,7 @@ PLUGIN_MODULES = (
     "metrics",
     "memorisation",
     "refinement",
+    "attributes",
     "protocol_metric",
     "fake_counts",
 )
