@@ -57,16 +57,15 @@ def _circle(down: Tensor, right: Tensor, radius: float) -> Tensor:
 
 
 def _triangle(down: Tensor, right: Tensor, radius: float) -> Tensor:
-    """As wide and as high as the square, its tip up: the nearest of three edges decides."""
-    slant = (down + radius - 2 * right.abs()) / 5**0.5
-    return (torch.minimum(radius - down, slant) + 0.5).clamp(0, 1)
+    """As wide and as high as the square, its tip up; at a corner the shares of two edges multiply."""
+    height = down + radius
+    left, other = (((height + sign * 2 * right) / 5**0.5 + 0.5).clamp(0, 1) for sign in (1, -1))
+    return left * other * (radius - down + 0.5).clamp(0, 1)
 
 
 def _cross(down: Tensor, right: Tensor, radius: float) -> Tensor:
     long_down, short_down, long_right, short_right = (
-        (half - axis.abs() + 0.5).clamp(0, 1)
-        for axis in (down, right)
-        for half in (radius, _ARM * radius)
+        (half - axis.abs() + 0.5).clamp(0, 1) for axis in (down, right) for half in (radius, _ARM * radius)
     )
     return long_down * short_right + short_down * (long_right - short_right)
 

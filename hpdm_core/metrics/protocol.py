@@ -68,7 +68,11 @@ class FeatureExtractor(Protocol):
 
 
 class Metric(Protocol):
-    """Something that is measured on a cell, or, with ``needs == "data"``, on its data."""
+    """Something that is measured on a cell, or, with ``needs == "data"``, on its data.
+
+    One that can read the clips of one dataset only may have an attribute ``dataset``: its name. The conformance
+    cases then try it on that one; refusing others is its own task.
+    """
 
     name: str
     """Stem of the rows' ``metric`` column, e.g. ``held_out_loss`` or ``frechet[random3d]``."""

@@ -18,7 +18,7 @@ from hpdm_core.config.schema import (
     Part,
     TrainingConfig,
 )
-from hpdm_core.data.dataset import Clip, Split, pick
+from hpdm_core.data.dataset import Clip, ClipShape, Split, pick
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.errors import InputError
 from hpdm_core.evaluate import EvaluationContext
@@ -31,6 +31,7 @@ from hpdm_core.testing.case import Case, expect, expect_close, expect_json, leav
 from hpdm_core.testing.small import SETTINGS, TOKEN_DIM, network
 
 if TYPE_CHECKING:
+    from hpdm_core.data.dataset import ClipDataset
     from hpdm_core.metrics.protocol import FeatureExtractor, Metric
 
 __all__ = ["FeatureExtractorCases", "MetricCases"]
@@ -148,27 +149,33 @@ class MetricCases(Case):
 
     def _assembly(self) -> Assembly:
         """Return a small cell with its data at hand; its model has no weights but the initial ones."""
+        if self.plugins is None:
+            raise AssertionError(
+                "set `plugins` on the conformance class: a metric may use parts of other families"
+            )
         pyramid = SETTINGS[0].pyramid
+        dataset: ClipDataset = _Waves(pyramid.video)
+        only = getattr(self.make(), "dataset", None)
+        if only is not None:
+            dataset = self.plugins.make("datasets", Part(use=only), ClipShape(*pyramid.video), None)
         config = CellConfig(
             model=ModelConfig(
                 video=pyramid.video,
                 patch=pyramid.patch,
                 token=pyramid.token,
                 levels=pyramid.levels,
-                classes=len(_Waves.classes),
+                classes=len(dataset.classes),
                 token_dim=TOKEN_DIM,
                 blocks=len(SETTINGS[0].levels_per_block),
             ),
             data=DataConfig(
-                dataset=Part(use="synthetic")
-            ),  # `_Waves`, which is not registered, takes its place
+                dataset=Part(use=only or "synthetic")
+            ),  # `_Waves`, which is not registered, takes the place of synthetic
             training=TrainingConfig(steps=1, batch=1, learning_rate=1e-3),
             evaluation=EvaluationConfig(samples=SAMPLES, reals=6),
         )
-        if self.plugins is None:
-            raise AssertionError("set `plugins` on the conformance class: a metric may use an extractor")
         assembly = Assembly(config, self.plugins)
-        assembly.dataset = _Waves(pyramid.video)
+        assembly.dataset = dataset
         return assembly
 
     def test_name_and_needs(self) -> None:

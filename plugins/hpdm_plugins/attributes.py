@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from hpdm_core.evaluate import EvaluationContext
     from hpdm_core.metrics.protocol import Need, Row
 
-__all__ = ["Attributes", "Reader", "Reading", "figures", "register_metrics"]
+__all__ = ["ReadBack", "Reader", "Reading", "figures", "register_metrics", "spread"]
 
 BATCH = 16  # clips that are read together
 STEP = 1 / 32
@@ -78,6 +78,13 @@ class Reading:
     off_path: Tensor
     residual: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Reading]) -> Reading:
+        """Return the readings of all ``parts``, one after the other."""
+        return cls(
+            *(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True))
+        )
+
     @property
     def labels(self) -> Tensor:
         """Return [n, 3]: shape, colour and direction."""
@@ -107,12 +114,6 @@ class Reader:
 
     def read(self, videos: Tensor) -> Reading:
         """Read ``videos``, float32 [n, C, F, H, W] in [-1, 1]."""
-        parts = [self._read(part) for part in videos.split(BATCH)]
-        return Reading(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__)
-        )
-
-    def _read(self, videos: Tensor) -> Reading:
         matches = self._match(videos)  # [n, F, K, S, Q]
         best = matches.amax(dim=-1)
         seen = best.sum(dim=1).flatten(1).argmax(dim=1)  # [n], colour and shape in one
@@ -251,7 +252,7 @@ def spread(name: str, real: Tensor, clips: int) -> float:
     return deviation * math.sqrt(1 / clips + 1 / len(real))
 
 
-class Attributes:
+class ReadBack:
     """The metric; ``dataset`` is the one whose clips it can read."""
 
     name = "attributes"
@@ -262,8 +263,8 @@ class Attributes:
         """See `hpdm_core.metrics.protocol.Metric`."""
         if assembly.config.model.classes not in (0, len(CLASSES)):
             raise InputError(
-                f"metric attributes: model.classes is {assembly.config.model.classes}; allowed is {len(CLASSES)} (or 0, "
-                "without labels), those of data.dataset 'shapes', whose clips it reads"
+                f"metric attributes: model.classes is {assembly.config.model.classes}; it reads clips of data.dataset "
+                f"'shapes', and allowed is {len(CLASSES)}, or 0 for a model without labels"
             )
         samples = assembly.config.evaluation.samples
         return {
@@ -295,9 +296,7 @@ class Attributes:
         batches = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
         short_side = min(pyramid.video[1:])
         wanted = [label_of(index, classes) for index in range(count)] if classes else None
-        made = (
-            [context.samples(level, batch) for level in range(pyramid.levels)] for batch in batches
-        )
+        made = ([context.samples(level, batch) for level in range(pyramid.levels)] for batch in batches)
         samples = figures(_read(readers, made), wanted, short_side)
         drawn = [context.reals("held_out", batch) for batch in batches]
         shown = [label for _, labels in drawn for label in labels]
@@ -326,15 +325,12 @@ def _read(readers: Sequence[Reader], batches: Iterator[list[Tensor]]) -> list[Re
     for levels in batches:
         for reader, videos, read in zip(readers, levels, parts, strict=True):
             read.append(reader.read(from_uint8(videos)))
-    return [
-        Reading(*(torch.cat([getattr(part, name) for part in read]) for name in Reading.__dataclass_fields__))
-        for read in parts
-    ]
+    return [Reading.joined(read) for read in parts]
 
 
-def attributes() -> Attributes:
+def attributes() -> ReadBack:
     """Shape, colour, direction and place, read back from videos of the dataset `shapes`."""
-    return Attributes()
+    return ReadBack()
 
 
 @hookimpl

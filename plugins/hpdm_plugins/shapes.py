@@ -97,7 +97,9 @@ class Shapes:
     def _middle(self, split: Split, direction: str, generator: torch.Generator) -> tuple[float, float]:
         """Draw the middle of a path, uniformly among those of ``split`` that keep the shape inside."""
         found = []
-        for side, moves in zip(sides((self._clip.height, self._clip.width)), DIRECTIONS[direction], strict=True):
+        for side, moves in zip(
+            sides((self._clip.height, self._clip.width)), DIRECTIONS[direction], strict=True
+        ):
             border = MARGIN + (TRAVEL / 2 if moves else 0)
             while True:
                 place = border + (side - 2 * border) * float(torch.rand((), generator=generator))
@@ -116,7 +118,9 @@ class Shapes:
             "name": "shapes",
             "classes": list(self.classes),
             "seed": self._seed,
-            "never_trained": [name for label, name in enumerate(CLASSES) if label not in self._labels["train"]],
+            "never_trained": [
+                name for label, name in enumerate(CLASSES) if label not in self._labels["train"]
+            ],
             "splits": {split: {"clips": None, "windows": None} for split in ("train", "held_out")},
             "held_out": f"paths in every third of {LANES} lanes per short side",
             "files": {},
