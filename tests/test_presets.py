@@ -102,7 +102,7 @@ def test_parent_noise_crosses_fusion_parents_and_input_scale() -> None:
 def test_the_presets_are_found() -> None:
     sizes = ("s", "m", "l")
     names = {f"hpdm_{size}" for size in sizes} | {f"ucf101_hpdm_{size}" for size in sizes} | {"tiny_clips"}
-    names |= {"efficiency", "efficiency_small"}
+    names |= {"efficiency", "efficiency_small", "small_shapes"}
     assert set(presets(build_plugins())) == names
 
 
