@@ -102,11 +102,13 @@ def test_parent_noise_crosses_fusion_parents_and_input_scale() -> None:
 def test_the_presets_are_found() -> None:
     sizes = ("s", "m", "l")
     names = {f"hpdm_{size}" for size in sizes} | {f"ucf101_hpdm_{size}" for size in sizes} | {"tiny_clips"}
-    names |= {"efficiency", "efficiency_small", "small_shapes"}
+    names |= {"efficiency", "efficiency_small", "small_clips", "small_shapes"}
     assert set(presets(build_plugins())) == names
 
 
-@pytest.mark.parametrize("name", ["tiny_clips", "ucf101_hpdm_s", "ucf101_hpdm_m", "ucf101_hpdm_l"])
+@pytest.mark.parametrize(
+    "name", ["tiny_clips", "small_clips", "ucf101_hpdm_s", "ucf101_hpdm_m", "ucf101_hpdm_l"]
+)
 def test_every_distance_of_a_preset_is_checked_for_what_it_does_not_see(name: str) -> None:
     metrics = load_cell(name).config.evaluation.metrics
     judged = {
