@@ -10,21 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm_core.model.execution import Execution
-from hpdm_core.model.hpdm import Encoded
+from hpdm_core.counting import CountedExecution, Counter, KnownBlocks
+from hpdm_core.denoiser import Denoiser
+from hpdm_core.model.hpdm import HPDM, Encoded
 from hpdm_core.training.batches import Batch
 from hpdm_core.training.step import joint_loss, make_entries, self_conditioning_latents
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
+    from hpdm_core.plugins import Plugins
 
 __all__ = [
     "count_parameters",
@@ -51,8 +54,7 @@ CHECKPOINTS = 3
 
 def count_parameters(assembly: Assembly) -> int:
     """Return the number of trainable weights."""
-    model = assembly.build_model(device="meta")
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in _network(assembly).parameters() if parameter.requires_grad)
 
 
 def training_flops(assembly: Assembly) -> int:
@@ -63,18 +65,17 @@ def training_flops(assembly: Assembly) -> int:
     not counted.
     """
     share = assembly.config.training.self_conditioning
-    model = assembly.build_model(device="meta")
     batch = _meta_batch(assembly)
     if share == 0:
         batch = replace(batch, conditioned=batch.conditioned[:0])
 
-    def both_passes() -> None:
+    def both_passes(model: HPDM) -> None:
         joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
 
-    _, both = _counted(both_passes)
-    entries = make_entries(assembly, batch)
-    _, first = _counted(lambda: self_conditioning_latents(model, entries, batch.conditioned))
-    return both - round((1 - share) * first)
+    def first_pass(model: HPDM) -> None:
+        self_conditioning_latents(model, make_entries(assembly, batch), batch.conditioned)
+
+    return _counted(assembly, both_passes)[1] - round((1 - share) * _counted(assembly, first_pass)[1])
 
 
 def training_memory(assembly: Assembly) -> int:
@@ -85,23 +86,14 @@ def training_memory(assembly: Assembly) -> int:
     as set; with bf16 it is less. What kernels use for a moment is not in it, nor is a share of the batch or
     of the weights that other processes take.
     """
-    runtime = assembly.config.runtime
-    model = assembly.build_model(device="meta")
-    model.execution = Execution(checkpointing=runtime.activation_checkpointing)
-    weights = [parameter.untyped_storage() for parameter in model.parameters()]
-    kept = {storage._cdata: storage for storage in weights}  # by identity: views share a storage
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
+    runtime, model, counter = assembly.config.runtime, _network(assembly), Counter()
+    model.execution = _execution(
+        assembly, counter, "fused attention", checkpointing=runtime.activation_checkpointing
+    )
     part = _meta_batch(assembly, runtime.micro_batch)
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = joint_loss(assembly, model, part)  # alive until all is counted
-    activations = sum(storage.nbytes() for storage in kept.values()) - sum(each.nbytes() for each in weights)
-    del loss
-    return DURING_TRAINING * BYTES * count_parameters(assembly) + activations
+    with _FusedAttention(), counter, saved_tensors_hooks(counter.keep, lambda tensor: tensor):
+        joint_loss(assembly, model, part)
+    return DURING_TRAINING * BYTES * count_parameters(assembly) + counter.kept_bytes(besides=model.parameters())
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -150,10 +142,13 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
     without, at every call of the denoiser (``runtime.cache: none``).
     """
     pyramid, solver = assembly.pyramid, assembly.solver
-    denoiser = assembly.denoiser(assembly.build_model(device="meta"))
     label = torch.empty(1, dtype=torch.long, device="meta")
     encoded: list[Encoded] = []  # one patch of each coarser level
     encoding: list[int] = []  # operations of each
+
+    def counted(work: Callable[[Denoiser], Made]) -> tuple[Made, int]:
+        return _counted(assembly, lambda model: work(Denoiser(model, assembly.objective, assembly.sigma_in)))
+
     total = 0
     for level in range(pyramid.levels):
         tiles = pyramid.tiles(level, assembly.config.sampling.overlap)
@@ -161,24 +156,48 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
         coords = pyramid.coords(level, torch.zeros(1, 3, dtype=torch.long)).to("meta")
         z = torch.empty(1, assembly.config.model.channels, *pyramid.patch, device="meta")
         patch = (level, z, torch.empty(1, device="meta"), coords, label)
-        contexts, each = _counted(lambda: denoiser.contexts(level, coords, encoded))  # noqa: B023 - called here
+        contexts, each = counted(lambda denoiser: denoiser.contexts(level, coords, encoded))  # noqa: B023 - called here
         ancestors = sum(len({chain[: k + 1] for chain in chains}) * encoding[k] for k in range(level))
         once = len(tiles) * each + ancestors
-        _, step = _counted(lambda: denoiser(*patch, contexts if level else None, None))  # noqa: B023
+        _, step = counted(lambda denoiser: denoiser(*patch, contexts if level else None, None))  # noqa: B023
         calls = solver.calls(level)
         total += calls * len(tiles) * step + (once if cached else calls * once)
-        made, flops = _counted(lambda: denoiser.encode(*patch, encoded))  # noqa: B023
+        made, flops = counted(lambda denoiser: denoiser.encode(*patch, encoded))  # noqa: B023
         encoded.append(made)
         encoding.append(flops)
     return total
 
 
-def _counted(work: Callable[[], Made]) -> tuple[Made, int]:
-    """Return what ``work`` returns, and its floating-point operations."""
-    # The math form of attention is made of matrix products, which the counter sees on every device.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        made = work()
-    return made, int(counter.get_total_flops())
+_networks: WeakKeyDictionary[Assembly, HPDM] = WeakKeyDictionary()
+_blocks: WeakKeyDictionary[Plugins, KnownBlocks] = WeakKeyDictionary()
+"""What blocks do, shared by all cells that take their parts from the same plugins."""
+
+
+def _network(assembly: Assembly) -> HPDM:
+    """Return the cell's network on the meta device."""
+    if assembly not in _networks:
+        _networks[assembly] = assembly.build_model(device="meta")
+    return _networks[assembly]
+
+
+def _execution(
+    assembly: Assembly, counter: Counter, attention: str, *, checkpointing: bool = False
+) -> CountedExecution:
+    """Return what runs the blocks under ``counter``: each once for all that have the same backbone."""
+    model = assembly.config.model
+    kind = (attention, model.backbone.model_dump_json(), model.token_dim, model.blocks, assembly.pyramid.grid)
+    known = _blocks.setdefault(assembly.plugins, {})
+    return CountedExecution(counter=counter, known=known, kind=kind, checkpointing=checkpointing)
+
+
+def _counted(assembly: Assembly, work: Callable[[HPDM], Made]) -> tuple[Made, int]:
+    """Return what ``work`` returns for the cell's network, and its floating-point operations."""
+    model, counter = _network(assembly), Counter()
+    model.execution = _execution(assembly, counter, "products")
+    # The math form of attention is made of matrix products, which are counted on every device.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        made = work(model)
+    return made, counter.flops
 
 
 def disk_bytes(assembly: Assembly) -> int:

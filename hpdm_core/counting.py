@@ -1,0 +1,498 @@
+"""Counts what code would compute and keep, without computing it: on the meta device, each operation and each block
+worked out once.
+
+Real code runs, with real autograd; `Counter` stands between it and the kernels of the meta device. Those work out
+shapes in Python, most of them through torch's compiler, which alone takes two seconds to load. So what an operation
+gives is remembered by its arguments' shapes, and the commonest ones go by the rules below, which say what the
+kernels say. `CountedExecution` remembers whole blocks in the same way, forward and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hpdm_core.model.backbone import Backbone
+from hpdm_core.model.execution import Execution
+
+__all__ = ["CountedExecution", "Counter", "KnownBlocks"]
+
+aten = torch.ops.aten
+Form: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Sizes, strides and type of a tensor on the meta device."""
+
+
+def _form(tensor: Tensor) -> Form:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _made(form: Form) -> Tensor:
+    sizes, strides, dtype = form
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+
+
+# Operations
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What an operation gives: new tensors (None where it gives none), and floating-point operations."""
+
+    forms: tuple[Form | None, ...]
+    alone: bool
+    flops: int
+
+    def tensors(self) -> Any:
+        if self.alone:
+            (form,) = self.forms
+            assert form is not None
+            return _made(form)
+        return tuple(None if form is None else _made(form) for form in self.forms)
+
+
+_operations: dict[Hashable, _Result] = {}
+"""By operation and arguments, what was worked out in this process."""
+_pure: dict[int, bool] = {}
+"""By operation: whether it reads its arguments, makes new tensors and does nothing else."""
+
+
+class Counter(TorchDispatchMode):
+    """Within the block ``flops`` counts the floating-point operations of matrix products and convolutions (a
+    multiply and an add are two) as `torch.utils.flop_counter` does, and `keep` the memory that is kept.
+
+    Operations on tensors of other devices than meta run as ever.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.kept_inside = 0
+        """Bytes that blocks keep of their own."""
+        self._kept: dict[int, torch.UntypedStorage] = {}  # by identity: views share a storage
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise the compiler is loaded, to be told to leave this mode alone
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        pure = _pure.get(id(func))  # there is one object for each operation, and its own hash is slow
+        if pure is None:
+            pure = _pure[id(func)] = _is_pure(func)
+        key = _key(func, args, kwargs) if pure else None
+        if key is not None and (known := _operations.get(key)) is not None:
+            self.flops += known.flops
+            return known.tensors()
+        if isinstance(func, torch._ops.OpOverload):
+            with self:  # what is made of other operations counts as they do
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = None if key is None else _by_rule(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        self.flops += flops
+        alone = isinstance(result, Tensor)
+        if key is not None and (forms := _new_forms((result,) if alone else result, args)) is not None:
+            _operations[key] = _Result(forms, alone, flops)
+        return result
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Note that ``tensor`` is kept, and return it. A storage counts once."""
+        storage = tensor.untyped_storage()
+        self._kept[storage._cdata] = storage
+        return tensor
+
+    def kept_bytes(self, *, besides: Iterable[Tensor]) -> int:
+        """Return the bytes of all that is kept, the storages of ``besides`` aside."""
+        others = {tensor.untyped_storage()._cdata for tensor in besides}
+        kept = sum(storage.nbytes() for each, storage in self._kept.items() if each not in others)
+        return kept + self.kept_inside
+
+
+def _is_pure(func: Any) -> bool:
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    schema = func._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Hashable | None:
+    """Return what the result depends on, or None where there is more to it than shapes."""
+    try:
+        named = [(name, _known(value)) for name, value in kwargs.items()]
+        return (id(func), *map(_known, args), *named)
+    except _Unknown:
+        return None
+
+
+class _Unknown(Exception):
+    """An argument of which not only the form matters."""
+
+
+def _known(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        if not value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
+            raise _Unknown
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_known, value))
+    return type(value), value  # 1 and 1.0 are equal, and do not give the same
+
+
+def _new_forms(results: Any, args: Sequence[Any]) -> tuple[Form | None, ...] | None:
+    """Return the forms of ``results``, or None where one is no tensor with memory of its own."""
+    if not isinstance(results, tuple):
+        return None
+    seen = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor)}
+    forms: list[Form | None] = []
+    for each in results:
+        if each is None:
+            forms.append(None)
+            continue
+        if not isinstance(each, Tensor) or not each.is_meta or not _own(each, seen):
+            return None
+        forms.append(_form(each))
+    return tuple(forms)
+
+
+def _own(tensor: Tensor, seen: set[int]) -> bool:
+    """Whether ``tensor`` fills a storage that is not among ``seen``, to which it is added."""
+    storage = tensor.untyped_storage()
+    new = storage._cdata not in seen
+    seen.add(storage._cdata)
+    return new and storage.nbytes() == _made(_form(tensor)).untyped_storage().nbytes()
+
+
+# Rules: they give what the kernels of the meta device give, or None where they do not know
+
+
+def _by_rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    rule = _RULES.get(func)
+    if rule is None and torch.Tag.pointwise in func.tags:
+        return _pointwise(func, args, kwargs)
+    return None if rule is None else rule(*args, **kwargs)
+
+
+def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """Sizes by broadcasting, strides as a tensor iterator chooses them, the type by the operation itself on
+    nothing.
+    """
+    given = [each for each in args if isinstance(each, Tensor)]
+    if not given or "memory_format" in kwargs or any(isinstance(each, Tensor) for each in kwargs.values()):
+        return None
+    sizes = torch.broadcast_shapes(*(each.shape for each in given))
+    whole = [each for each in given if each.numel() > 1]
+    if all(_in_order(each) for each in whole):
+        strides = _row_major(sizes)
+    elif all(each.shape == sizes and each.stride() == whole[0].stride() for each in whole) and _dense(whole[0]):
+        strides = whole[0].stride()
+    else:
+        return None
+    nothing = [
+        torch.ones((0,) * each.ndim, dtype=each.dtype, device="cpu") if isinstance(each, Tensor) else each
+        for each in args
+    ]
+    made = func(*nothing, **kwargs)
+    return _made((sizes, strides, made.dtype)) if isinstance(made, Tensor) else None
+
+
+def _in_order(tensor: Tensor) -> bool:
+    """Whether no axis has to be moved for strides to fall; broadcast axes fit anywhere."""
+    last = math.inf
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size > 1 and stride > 0:
+            if stride >= last:
+                return False
+            last = stride
+    return True
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory, each place once."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _rows(sizes: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(sizes, dtype=like.dtype, device="meta")
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **factors: Any) -> Tensor | None:
+    if not bias.dtype == left.dtype == right.dtype:
+        return None
+    return _rows((left.shape[0], right.shape[1]), left)
+
+
+def _arange(*limits: Any, **kwargs: Any) -> Tensor:
+    made = aten.arange(*limits, **{**kwargs, "device": "cpu"})
+    return _rows(made.shape, made)
+
+
+def _softmax(rows: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    return _rows(rows.shape, rows) if dtype in (None, rows.dtype) and _in_order(rows) else None
+
+
+def _softmax_backward(grad: Tensor, rows: Tensor, axis: int, dtype: torch.dtype) -> Tensor | None:
+    return _softmax(rows, axis) if _in_order(grad) and grad.dtype == rows.dtype == dtype else None
+
+
+def _mean(tensor: Tensor, axes: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    return aten.sum.dim_IntList(tensor, axes, keepdim, dtype=dtype) if tensor.is_floating_point() else None
+
+
+def _layer_norm(
+    rows: Tensor, shape: Sequence[int], gain: Tensor | None, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    if rows.dtype != torch.float32 or not _in_order(rows):
+        return None
+    whole = rows.ndim - len(shape)
+    statistics = (*rows.shape[:whole], *(1,) * len(shape))
+    return _rows(rows.shape, rows), _rows(statistics, rows), _rows(statistics, rows)
+
+
+def _layer_norm_backward(
+    grad: Tensor,
+    rows: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    deviation: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:
+    if rows.dtype != torch.float32 or not (_in_order(grad) and _in_order(rows)):
+        return None
+    sizes = (rows.shape, tuple(shape), tuple(shape))
+    return tuple(_rows(each, rows) if asked else None for each, asked in zip(sizes, wanted, strict=True))
+
+
+def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
+    first = tensors[0]
+    axis %= max(first.ndim, 1)
+    rest = {(*each.shape[:axis], *each.shape[axis + 1 :], each.dtype) for each in tensors}
+    if len(rest) > 1 or not all(each.ndim == first.ndim > 0 and each.is_contiguous() for each in tensors):
+        return None
+    length = sum(each.shape[axis] for each in tensors)
+    return _rows((*first.shape[:axis], length, *first.shape[axis + 1 :]), first)
+
+
+def _stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
+    return _cat([each.unsqueeze(axis) for each in tensors], axis)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.addmm.default: _addmm,
+    aten.arange.default: _arange,
+    aten.arange.start: _arange,
+    aten.arange.start_step: _arange,
+    aten._safe_softmax.default: _softmax,
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten.mean.dim: _mean,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+}
+
+
+# Blocks
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a block does with inputs of one form.
+
+    ``flops`` forward; outputs have ``forms`` (None: no latents) and take part in a backward pass where
+    ``differentiable``. It keeps the tensors number ``kept`` of its inputs and of what the backbone holds,
+    ``kept_outputs`` of its outputs, and ``kept_inside`` bytes besides. ``backward``: for each set of outputs that
+    have a gradient, the operations, and which inputs get one.
+    """
+
+    forms: tuple[Form | None, Form | None]
+    differentiable: tuple[bool, bool]
+    flops: int
+    kept: tuple[int, ...]
+    kept_outputs: tuple[int, ...]
+    kept_inside: int
+    backward: dict[tuple[bool, ...], tuple[int, tuple[bool, ...]]] = field(default_factory=dict)
+
+
+KnownBlocks: TypeAlias = dict[Hashable, _Block | None]
+"""By kind of backbone, block and inputs; None for a block that hands on memory of others, and runs every time."""
+Run: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedExecution(Execution):
+    """Runs each distinct block once under ``counter``, and counts it again each time that it would run.
+
+    ``known``: the blocks that were run; ``kind``: all that a block depends on but its number and its inputs, such as
+    what the backbone was made of. With ``checkpointing`` a block keeps its inputs alone.
+    """
+
+    counter: Counter
+    known: KnownBlocks
+    kind: Hashable
+
+    def run(
+        self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do as `Execution.run` does, in float32."""
+
+        def work(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+            if latents is None:
+                return backbone.run(block, inputs[0], None, inputs[1])
+            return backbone.run(block, *inputs)
+
+        inputs = [each for each in (tokens, latents, condition) if each is not None]
+        if self.checkpointing and torch.is_grad_enabled():
+            for each in inputs:
+                self.counter.keep(each)
+            with saved_tensors_hooks(_dropped, _never):
+                return self._once(work, backbone, block, inputs, keeps=False)
+        return self._once(work, backbone, block, inputs, keeps=True)
+
+    def _once(
+        self, work: Run, backbone: Backbone, block: int, inputs: list[Tensor], *, keeps: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        storages = [each.untyped_storage()._cdata for each in inputs]
+        forms = tuple((*_form(each), each.requires_grad) for each in inputs)
+        shared = tuple(map(storages.index, storages))
+        key = (self.kind, block, torch.is_grad_enabled(), forms, shared)
+        if key not in self.known:
+            self.known[key] = self._recorded(work, backbone, inputs)
+        found = self.known[key]
+        if found is None:
+            return work(*inputs)
+        self.counter.flops += found.flops
+        made = _Counted.apply(self, found, work, _made(((0,), (1,), torch.float32)).requires_grad_(), *inputs)
+        if keeps:
+            held = [*inputs, *_holdings(backbone)]
+            for each in (*(held[index] for index in found.kept), *(made[index] for index in found.kept_outputs)):
+                self.counter.keep(each)
+            self.counter.kept_inside += found.kept_inside
+        return made[0], made[1] if len(made) > 1 else None
+
+    def _recorded(self, work: Run, backbone: Backbone, inputs: Sequence[Tensor]) -> _Block | None:
+        """Run ``work`` and return what it does."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        before = self.counter.flops
+        with saved_tensors_hooks(keep, _same):
+            outputs = [each for each in work(*_leaves(inputs)) if each is not None]
+        flops, self.counter.flops = self.counter.flops - before, before
+        held = [each.untyped_storage()._cdata for each in (*inputs, *_holdings(backbone))]
+        seen = set(held)
+        if not all(_own(each, seen) for each in outputs):
+            return None
+        own = [each.untyped_storage()._cdata for each in outputs]
+        inside = {each: tensor for each, tensor in kept.items() if each not in seen}
+        return _Block(
+            forms=tuple(map(_form, outputs)),
+            differentiable=tuple(each.requires_grad for each in outputs),
+            flops=flops,
+            kept=tuple(held.index(each) for each in kept if each in held),
+            kept_outputs=tuple(own.index(each) for each in kept if each in own),
+            kept_inside=sum(tensor.untyped_storage().nbytes() for tensor in inside.values()),
+        )
+
+    def gradients(
+        self, found: _Block, work: Run, inputs: Sequence[tuple[Form, bool]], given: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Count the backward pass from the outputs that are ``given`` a gradient, and return the inputs' own."""
+        if given not in found.backward:
+            before = self.counter.flops
+            with torch.enable_grad():
+                leaves = _leaves([_made(form).requires_grad_(asked) for form, asked in inputs])
+                forward = [each for each in work(*leaves) if each is not None]
+            start = self.counter.flops
+            outputs = [each for each, has in zip(forward, given, strict=True) if has]
+            torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
+            found.backward[given] = (
+                self.counter.flops - start,
+                tuple(each.grad is not None for each in leaves),
+            )
+            self.counter.flops = before
+        flops, reached = found.backward[given]
+        self.counter.flops += flops
+        return [_made(form) if has else None for (form, _), has in zip(inputs, reached, strict=True)]
+
+
+class _Counted(torch.autograd.Function):
+    """A known block: outputs and gradients without contents, and its place in the graph of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, execution: CountedExecution, found: _Block, work: Run, anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return new outputs; ``anchor`` makes them differentiable where only weights are."""
+        ctx.set_materialize_grads(False)
+        forms = [(_form(each), each.requires_grad) for each in inputs]
+        ctx.gradients = lambda given: execution.gradients(found, work, forms, given)
+        made = tuple(map(_made, found.forms))
+        ctx.mark_non_differentiable(
+            *(each for each, has in zip(made, found.differentiable, strict=True) if not has)
+        )
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Return gradients for the inputs that get one."""
+        return None, None, None, None, *ctx.gradients(tuple(each is not None for each in grads))
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same memory, at the beginning of a graph."""
+    return [each.detach().requires_grad_(each.requires_grad) for each in tensors]
+
+
+def _holdings(backbone: Backbone) -> list[Tensor]:
+    """Return the tensors that a backbone holds: parameters, buffers, and plain attributes."""
+    plain = [
+        each for module in backbone.modules() for each in vars(module).values() if isinstance(each, Tensor)
+    ]
+    return [*backbone.parameters(), *backbone.buffers(), *plain]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _dropped(tensor: Tensor) -> None:
+    return None
+
+
+def _never(packed: None) -> Tensor:
+    raise AssertionError("what a checkpointed block would keep was asked for")
