@@ -19,6 +19,10 @@ __all__ = ["MLP", "Attention", "Initialised", "LayerNorm", "Linear", "Table"]
 
 EPSILON = 1e-6
 TABLE_STD = 0.02
+SLICE = 2**22
+"""16 MiB of float32. From 32 MiB on glibc's malloc keeps nothing that is freed, however often it is needed."""
+FEW_KEYS = 128
+"""Keys (and values) of a head that stay in a core's cache wherever they lie."""
 
 
 @runtime_checkable
@@ -93,7 +97,11 @@ class Table(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear: [..., width] -> [..., width] through ``ratio`` times the width."""
+    """Linear, exact GELU, Linear: [..., width] -> [..., width] through ``ratio`` times the width.
+
+    On the CPU many rows go through in slices, so that what lies between takes at most `SLICE` numbers. Larger
+    tensors would go back to the system when they are freed, and come anew page by page.
+    """
 
     def __init__(self, width: int, *, ratio: int) -> None:
         super().__init__()
@@ -102,8 +110,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map every row by itself."""
-        hidden: Tensor = self.down(F.gelu(self.up(x)))
-        return hidden
+        rows = max(1, SLICE // self.up.out_features)
+        if not x.is_cpu or x.shape[:-1].numel() <= rows:
+            return self._map(x)
+        return torch.cat([self._map(part) for part in x.flatten(0, -2).split(rows)]).view(x.shape)
+
+    def _map(self, x: Tensor) -> Tensor:
+        mapped: Tensor = self.down(F.gelu(self.up(x)))
+        return mapped
 
 
 class Attention(nn.Module):
@@ -125,6 +139,8 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, source: Tensor) -> Tensor:
         """Return what each query gathers from ``source``: [B, N, query_dim]."""
         q, k, v = (self._split(made) for made in (self.q(query), self.k(source), self.v(source)))
+        if k.is_cpu and k.shape[-2] > FEW_KEYS:  # read again for every block of queries
+            k, v = k.contiguous(), v.contiguous()
         gathered = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(head_dim)
         merged: Tensor = self.o(rearrange(gathered, "b heads n d -> b n (heads d)"))
         return merged

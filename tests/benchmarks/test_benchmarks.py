@@ -1,5 +1,6 @@
 """Every benchmark runs, at a tiny size, and prints one JSON line with what its README promises."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -51,15 +52,26 @@ ARGUMENTS = {
     ],
     "parallel": ["--steps=1", "--rounds=1", "--strategy", "ddp", *sets([*TINY, *DATA])],
     "context_sampling": ["--repeats=1", "--threads=1"],
+    "peers": [
+        "--rounds=1",
+        "--tokens=16",
+        "--width=8",
+        "--latents=3",
+        "--latent-width=6",
+        "--heads=2",
+        "--layers=1",
+    ],
 }
 OTHERS = {"controller", "evaluate", "gpu"}
 """Benchmarks with tests of their own."""
+NEEDS = {"peers": "rin_pytorch"}
+"""Packages that a benchmark needs and the project does not."""
 
 
 @pytest.fixture(scope="module")
 def run():
     def made(name):
-        path = os.pathsep.join([str(ROOT), str(ROOT / "plugins")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), *sys.path])
         done = subprocess.run(
             [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", *ARGUMENTS[name]],
             capture_output=True,
@@ -77,6 +89,8 @@ def run():
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_benchmark_prints_one_json_line(name, run):
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     result = run(name)
     assert result["benchmark"] == name
     assert "torch" in result or "torch" in result["versions"]
@@ -91,6 +105,31 @@ def test_a_benchmark_prints_one_json_line(name, run):
         assert set(result["folders"]) == {"h264", "mpeg4"}
         assert set(result["patches_ms"]) == {"whole first", "as cut"}
         assert set(result["wait_ms"]) == {"here", "thread", "workers", "workers, cached"}
+    if name == "peers":
+        bare, conditioned = result["rows"]["bare"], result["rows"]["conditioned"]
+        convolution = 3 * 2 * 16 * 8 * 9  # what only the peer has; forward, and backward to both sides
+        # Per token the peer has nothing else besides.
+        assert bare["peer_flops"] - bare["ours_flops"] == convolution
+        assert bare["ratio"] > 0 and conditioned["ours_flops"] > bare["ours_flops"]
+
+
+def test_without_the_peer_its_benchmark_says_how_to_get_it():
+    script = (
+        f"import sys, runpy; sys.modules['rin_pytorch'] = None; sys.argv = ['peers.py']; "
+        f"sys.path.insert(0, {str(BENCHMARKS)!r}); "
+        f"runpy.run_path({str(BENCHMARKS / 'peers.py')!r}, run_name='__main__')"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "plugins")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "pip install --no-deps rin-pytorch==0.8.0" in line
 
 
 def test_every_benchmark_is_tried_and_described():

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hpdm_core.errors import InputError
+from hpdm_core.model import layers
 from hpdm_core.model.rin import RIN, RINBlock
 
 
@@ -130,3 +132,45 @@ def test_self_conditioning_equals_a_hand_computed_value(gelu):
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match=r"heads: 5 does not divide model\.token_dim 24"):
         RIN(24, 1, heads=5)
+
+
+def gradients(layer, *inputs):
+    leaves = [each.clone().requires_grad_() for each in inputs]
+    value = layer(*leaves)
+    value.square().sum().backward()
+    made = [value.detach(), *(leaf.grad for leaf in leaves), *(weight.grad for weight in layer.parameters())]
+    layer.zero_grad()
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13])
+def test_an_mlp_in_slices_is_the_mlp(rows, monkeypatch):
+    """Two times 13 rows; values, and gradients of rows and weights; no tensor between has more than ``rows``."""
+    mlp = scrambled(layers.MLP(6, ratio=2))
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    whole = gradients(mlp, x)
+    monkeypatch.setattr(layers, "SLICE", rows * 12 + 11)
+    seen = []
+    mlp.up.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 12))
+    for one, other in zip(gradients(mlp, x), whole, strict=True):
+        torch.testing.assert_close(one, other)
+    assert max(seen) == rows and sum(seen) == 26
+
+
+def test_many_keys_of_a_head_lie_together(monkeypatch):
+    """Where they do not, fused attention on the CPU is slower; the result is the same."""
+    seen = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(q, k, v):
+        seen.append((k.is_contiguous(), v.is_contiguous()))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attention = scrambled(layers.Attention(6, 8, heads=2, head_dim=4))
+    query, source = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 6), (2, 9, 8)))
+    few = gradients(attention, query, source)
+    monkeypatch.setattr(layers, "FEW_KEYS", 8)
+    for one, other in zip(gradients(attention, query, source), few, strict=True):
+        torch.testing.assert_close(one, other)
+    assert seen == [(False, False), (True, True)]
