@@ -99,6 +99,14 @@ def test_the_plan_fits_into_its_minutes_and_only_picks(
         gpu.main(["--plan", "--only", "x"])
 
 
+def test_on_a_card_a_task_is_run_in_a_fresh_process(gpu: ModuleType, tmp_path: Path) -> None:
+    until = time.time() + 120
+    job = gpu.gpu_parts.Job("b.peers", {}, "cpu", True, tmp_path, "now", until)
+    assert gpu._run_one(job, tmp_path / "log.txt", rehearse=False) is None
+    (row,) = gpu._rows(tmp_path)
+    assert row["name"].startswith("RIN block") and row["run"] == "now"
+
+
 def test_a_task_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ PER_LEVEL = 2
 
 @pytest.mark.parametrize(
     ("fusion", "cache"),
-    [("deep", "contexts"), ("deep", "none"), ("shallow_concat", "contexts"), ("none", "contexts")],
+    [("deep", "contexts"), ("deep", "none"), ("shallow_concat", "contexts")],
 )
 def test_the_host_waits_once_per_level(
     fusion: str, cache: str, hpdm_s: Callable[..., Assembly], pretend: Any

@@ -33,12 +33,14 @@ def attention_types(trainer: Trainer) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "checkpointing"), [("tf32", "lamb", False), ("bf16", "adamw", True)]
+    ("precision", "optimizer", "checkpointing", "parts"),
+    [("tf32", "lamb", False, 1), ("bf16", "adamw", True, 2)],
 )
 def test_a_step_stays_on_the_gpu_and_waits_for_three_numbers(
     precision: str,
     optimizer: str,
     checkpointing: bool,
+    parts: int,
     hpdm_s: Callable[..., Assembly],
     pretend: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -47,7 +49,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_three_numbers(
         f"runtime.precision={precision}",
         f"training.optimizer={optimizer}",
         f"runtime.activation_checkpointing={str(checkpointing).lower()}",
-        "runtime.micro_batch=1",
+        f"runtime.micro_batch={2 // parts}",
     )
     trainer = Trainer(assembly)
     types = attention_types(trainer)
@@ -66,7 +68,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_three_numbers(
     figures = trainer._step(batch)
 
     assert pretend.found.total() <= MOST, pretend.found
-    assert len(losses) == 2 and len(figures["loss"]) == 3
+    assert len(losses) == parts and len(figures["loss"]) == 3
     assert types == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert all(loss.device.type == "cuda" and loss.dtype == torch.float32 for loss in losses)
     moments = [each for state in trainer.optimizer.state.values() for each in state.values()]
