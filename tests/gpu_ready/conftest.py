@@ -49,13 +49,17 @@ HPDM_S = (
     "model.backbone.latent_layers=1",
 )
 ATEN = torch.ops.aten
+INDEXING = (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_)
+MIXED = (*INDEXING, ATEN.copy_)
+"""Operations that take tensors of two devices."""
 
 
 class Pretended(TorchDispatchMode):
     """Tensors on the GPU are pretended, those on the CPU are real. `found` counts what the host waits for.
 
     That is: numbers read from the GPU, copies from it, and copies to it that are not ``non_blocking``, the
-    index of a tensor on the GPU that lies on the CPU among them. A number that is read is 1.
+    index of a tensor on the GPU that lies on the CPU among them. A number that is read is 1. A mask as an index,
+    whose result's size would be waited for, raises.
     """
 
     def __init__(self) -> None:
@@ -82,6 +86,9 @@ class Pretended(TorchDispatchMode):
         to_gpu = device is not None and torch.device(device).type == "cuda"
         if not to_gpu and not any(isinstance(each, FakeTensor) for each in given):
             return func(*args, **options)
+        # Torch raises at this where it runs its own rule of a result's device; convolutions have none.
+        if func.overloadpacket not in MIXED and len({each.device for each in given if each.ndim}) > 1:
+            raise RuntimeError(f"{func} of tensors on {', '.join(str(each.device) for each in given)}")
         answer = self._read(func.overloadpacket, args)
         if answer is not None:
             return answer
@@ -109,7 +116,7 @@ class Pretended(TorchDispatchMode):
         return _ones(tensor, tuple(tensor.shape))
 
     def _count_copies(self, packet: Any, args: tuple[Any, ...], options: dict[str, Any], made: Any) -> None:
-        if packet in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_):
+        if packet in INDEXING:
             rows = [each for each in args[1] if each is not None]
             self.found["to the GPU"] += sum(_on_gpu(args[0]) and not _on_gpu(each) for each in rows)
         elif packet in (ATEN._to_copy, ATEN.copy_):
