@@ -115,7 +115,8 @@ def test_a_task_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(
         raise ValueError("broken\nin two lines")
 
     def hangs(job: Any) -> None:
-        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60); open({str(late)!r}, 'w')"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        job.say("its own child", float(child.pid))
         time.sleep(60)
 
     def dies(job: Any) -> None:
@@ -125,7 +126,6 @@ def test_a_task_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(
         job.say("a difference", 0.5, limit=0.1)
         job.say("no number", float("nan"), limit=0.1)
 
-    late = tmp_path / "late"
     tasks = {"a.fails": fails, "b.hangs": hangs, "c.dies": dies, "d.wrong": wrong, "e.late": wrong}
     monkeypatch.setattr(gpu.gpu_parts, "TASKS", tasks)
     plan = [gpu.Task(name, 1, 0.3 if name == "b.hangs" else 60) for name in tasks]
@@ -137,6 +137,8 @@ def test_a_task_that_fails_or_hangs_is_a_row_and_the_rest_goes_on(
     assert rows["a.fails", "before"]["value"] == 1.0
     assert rows["a.fails", "failed"]["value"] == "ValueError: broken"
     assert rows["b.hangs", "failed"]["value"] == "stopped at its time limit"
+    status = Path(f"/proc/{int(rows['b.hangs', 'its own child']['value'])}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
     assert rows["c.dies", "failed"]["value"] == "the process ended with code 7"
     assert rows["d.wrong", "a difference"]["ok"] is rows["d.wrong", "no number"]["ok"] is False
     assert "**no**" in (tmp_path / "table.md").read_text()
