@@ -93,7 +93,9 @@ def training_memory(assembly: Assembly) -> int:
     part = _meta_batch(assembly, runtime.micro_batch)
     with _FusedAttention(), counter, saved_tensors_hooks(counter.keep, lambda tensor: tensor):
         joint_loss(assembly, model, part)
-    return DURING_TRAINING * BYTES * count_parameters(assembly) + counter.kept_bytes(besides=model.parameters())
+    return DURING_TRAINING * BYTES * count_parameters(assembly) + counter.kept_bytes(
+        besides=model.parameters()
+    )
 
 
 class _FusedAttention(TorchFunctionMode):

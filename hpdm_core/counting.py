@@ -199,7 +199,9 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     whole = [each for each in given if each.numel() > 1]
     if all(_in_order(each) for each in whole):
         strides = _row_major(sizes)
-    elif all(each.shape == sizes and each.stride() == whole[0].stride() for each in whole) and _dense(whole[0]):
+    elif all(each.shape == sizes and each.stride() == whole[0].stride() for each in whole) and _dense(
+        whole[0]
+    ):
         strides = whole[0].stride()
     else:
         return None
@@ -396,7 +398,10 @@ class CountedExecution(Execution):
         made = _Counted.apply(self, found, work, _made(((0,), (1,), torch.float32)).requires_grad_(), *inputs)
         if keeps:
             held = [*inputs, *_holdings(backbone)]
-            for each in (*(held[index] for index in found.kept), *(made[index] for index in found.kept_outputs)):
+            for each in (
+                *(held[index] for index in found.kept),
+                *(made[index] for index in found.kept_outputs),
+            ):
                 self.counter.keep(each)
             self.counter.kept_inside += found.kept_inside
         return made[0], made[1] if len(made) > 1 else None

@@ -238,6 +238,8 @@ class RuntimeConfig(Frozen):
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the peak rate that predicted times assume. The paper's 4.4 videos/s per A100 in training HPDM-L are
     about 63 TFLOP/s by our count, 0.4 of the peak."""
+    gpu_memory: Annotated[float, Field(gt=0)] = 80.0
+    """Memory in GiB of the card that training is meant for; a dry run warns where a step is predicted to take more."""
     checkpoint_every: Positive = 250
     """Steps between checkpoints."""
     log_every: Positive = 10

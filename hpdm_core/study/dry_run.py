@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def describe_study(study: StudyConfig, results: Path) -> str:
         f"({amount(work)}FLOPs), {hours:.3g} GPU-hours, at most {amount(disk)}B of disk; nothing was run or "
         "written",
         _assumptions(cells),
+        *_too_large(cells, figures),
     ]
     if study.search is not None:
         seeds = len(study.search.seeds or study.seeds[:1])
@@ -98,12 +99,41 @@ class _Figures:
 def _assumptions(cells: Sequence[Cell]) -> str:
     """Return on what the predictions rest."""
     rates = {(cell.config.runtime.utilisation, cell.config.runtime.peak_tflops) for cell in cells}
+    some = {cell.config.runtime.activation_checkpointing for cell in cells}
+    checkpointing = {(True,): ", its blocks run again", (False, True): ", some with blocks run again"}.get(
+        tuple(sorted(some)), ""
+    )
     listed = "; ".join(f"{share:g} of {peak:g} TFLOP/s" for share, peak in sorted(rates))
     return (
         f"predicted: GPU-hours of training and sampling at {listed} (runtime.utilisation, "
-        "runtime.peak_tflops); GPU memory of a training step in one process, by runtime.micro_batch and "
-        "runtime.activation_checkpointing; evaluation is not counted"
+        "runtime.peak_tflops); GPU memory of a training step in one process, of "
+        f"{_videos_at_a_time(cells)} at a time (runtime.micro_batch){checkpointing}; evaluation is not counted"
     )
+
+
+def _videos_at_a_time(cells: Sequence[Cell]) -> str:
+    numbers = {
+        min(cell.config.runtime.micro_batch or cell.config.training.batch, cell.config.training.batch)
+        for cell in cells
+    }
+    listed = " or ".join(map(str, sorted(numbers)))
+    return f"{listed} video{'' if numbers == {1} else 's'}"
+
+
+def _too_large(cells: Sequence[Cell], figures: Mapping[str, _Figures]) -> list[str]:
+    """Return a line per arm whose training step is predicted to take more than ``runtime.gpu_memory``."""
+    lines = []
+    for cell in {cell.arm: cell for cell in cells}.values():
+        needed, runtime = figures[cell.arm].memory, cell.config.runtime
+        if cell.only_measured or needed <= runtime.gpu_memory * 2**30:
+            continue
+        videos = runtime.micro_batch or cell.config.training.batch
+        lines.append(
+            f"warning: arm '{cell.arm}' is predicted to take {needed / 2**30:.1f} GiB for a training step of {videos} "
+            f"videos at a time, more than runtime.gpu_memory {runtime.gpu_memory:g}; a smaller runtime.micro_batch, or "
+            "runtime.activation_checkpointing, takes less"
+        )
+    return lines
 
 
 def _done(cell: Cell, missing: Sequence[str]) -> list[str]:

@@ -8,12 +8,13 @@ state.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +24,14 @@ from hpdm_core.data.loader import in_processes
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import level_patch
 from hpdm_core.randomness import generator, normal
+from hpdm_core.runtime import pinned
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Batch", "TrainingBatches", "loaded", "prefetched"]
+__all__ = ["Batch", "TrainingBatches", "in_thread", "loaded"]
+
+Item = TypeVar("Item")
 
 WORKER_AHEAD = 2
 """Batches that a worker process prepares ahead where nothing else is asked for."""
@@ -64,6 +68,21 @@ class Batch:
             offsets=self.offsets,
             label=self.label.to(device, non_blocking=True),
             conditioned=self.conditioned,  # `split` asks which are in a part: on a GPU that is waited for
+        )
+
+    def pinned(self) -> Batch:
+        """Return this batch in pinned memory, as far as the system gives it, but for what stays on the CPU."""
+
+        def kept(tensors: list[Tensor]) -> list[Tensor]:
+            return [pinned(tensor) for tensor in tensors]
+
+        return replace(
+            self,
+            clean=kept(self.clean),
+            noise=kept(self.noise),
+            sigma=kept(self.sigma),
+            in_loss=kept(self.in_loss),
+            label=pinned(self.label),
         )
 
     def split(self, rows: int | None) -> list[Batch]:
@@ -184,15 +203,27 @@ def loaded(assembly: Assembly, steps: range, *, rows: Sequence[int] | None = Non
     """Yield the batches of ``steps`` in order, made as ``runtime`` says: by worker processes, a thread, or
     here.
 
-    They are the same in each case. ``rows``: see `TrainingBatches`.
+    They are the same in each case; for CUDA they are in pinned memory, to which a thread copies them, so that
+    they go to the device while it computes. ``rows``: see `TrainingBatches`.
     """
     runtime = assembly.config.runtime
+    device = torch.cuda.current_device() if torch.device(runtime.device).type == "cuda" else None
+    made: Iterator[Batch]
     if runtime.workers == 0:
-        yield from prefetched(TrainingBatches(assembly, rows), steps, ahead=runtime.prefetch)
-        return
-    spec = assembly.config.model_dump(mode="json")
-    build = functools.partial(_rebuilt, spec, tuple(assembly.plugins.names), rows)
-    yield from in_processes(build, steps, workers=runtime.workers, ahead=runtime.prefetch or WORKER_AHEAD)
+        made, ahead = map(TrainingBatches(assembly, rows), steps), runtime.prefetch
+    else:
+        spec = assembly.config.model_dump(mode="json")
+        build = functools.partial(_rebuilt, spec, tuple(assembly.plugins.names), rows)
+        ahead = runtime.prefetch or WORKER_AHEAD
+        made, ahead = in_processes(build, steps, workers=runtime.workers, ahead=ahead), 0
+    if device is not None:
+        made, ahead = _pinned(made), max(ahead, 1)
+    yield from in_thread(made, ahead=ahead, device=device)
+
+
+def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
+    with _closed(batches):
+        yield from map(Batch.pinned, batches)
 
 
 def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] | None) -> TrainingBatches:
@@ -203,20 +234,31 @@ def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] |
     return TrainingBatches(Assembly(CellConfig.model_validate(spec), build_plugins(plugins)), rows)
 
 
-def prefetched(batches: TrainingBatches, steps: range, *, ahead: int) -> Iterator[Batch]:
-    """Yield the batches of ``steps`` in order, made up to ``ahead`` steps early in one thread (0: made when
-    asked for).
+@contextlib.contextmanager
+def _closed(items: Iterator[Any]) -> Iterator[None]:
+    """Close ``items`` at the end, where they are a generator."""
+    try:
+        yield
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
 
-    The batches are the same either way. An error in the thread is raised here. Closing the iterator ends the
-    thread.
+
+def in_thread(items: Iterator[Item], *, ahead: int, device: int | None = None) -> Iterator[Item]:
+    """Yield ``items`` in order, taken up to ``ahead`` early in one thread (0: taken when asked for).
+
+    An error in the thread is raised here. Closing the iterator ends the thread, and closes ``items``.
+    ``device``: the CUDA device that the thread uses, since each thread has a choice of its own.
     """
     if ahead == 0:
-        yield from map(batches, steps)
+        with _closed(items):
+            yield from items
         return
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+    ready: queue.Queue[Item | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 
-    def put(item: Batch | BaseException) -> None:
+    def put(item: Item | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -227,18 +269,21 @@ def prefetched(batches: TrainingBatches, steps: range, *, ahead: int) -> Iterato
     def work() -> None:
         torch.set_flush_denormal(True)  # a setting of the thread
         try:
-            for step in steps:
-                if stop.is_set():
-                    return
-                put(batches(step))
+            if device is not None:
+                torch.cuda.set_device(device)
+            with _closed(items):
+                for item in items:
+                    put(item)
+                    if stop.is_set():
+                        return
+            put(None)
         except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=work, name="hpdm-prefetch", daemon=True)
     thread.start()
     try:
-        for _ in steps:
-            item = ready.get()
+        while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from hpdm_core import cost
+from hpdm_core.config.compose import load_cell
 from hpdm_core.config.study_file import load_study
 from hpdm_core.study.cells import cells_of
 from hpdm_core.study.dry_run import describe_study
@@ -69,3 +70,33 @@ def test_what_is_measured_is_known_by_the_configuration(study, tmp_path):
     assert len(keys) == 4
     elsewhere = {cell.keys.evaluations for cell in cells_of(study("efficiency"), tmp_path / "other")[0]}
     assert elsewhere == keys
+
+
+def test_an_arm_that_no_card_could_hold_is_named(study, tmp_path, monkeypatch):
+    made = study("throughput")
+    sizes = {"linear": 90 * 2**30, "full": 100 * 2**30}
+
+    def memory(assembly, flops):
+        use = assembly.config.model.computation_allocation.use
+        return {"memory_bytes": sizes[use], "train_seconds": 1.0, "flops_per_second": 1.0}
+
+    monkeypatch.setattr("hpdm_core.cost.predicted_training", memory)
+    text = describe_study(made, tmp_path / "results")
+    warnings = [line for line in text.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2  # an arm once, whatever its seeds
+    assert warnings[1] == (
+        "warning: arm 'full' is predicted to take 100.0 GiB for a training step of 2 videos at a time, more than "
+        "runtime.gpu_memory 80; a smaller runtime.micro_batch, or runtime.activation_checkpointing, takes less"
+    )
+    sizes["linear"] = 80 * 2**30
+    assert "arm 'default'" not in describe_study(made, tmp_path / "results")
+    assert "of 2 videos at a time (runtime.micro_batch); evaluation is not counted" in text
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+def test_the_papers_models_fit_one_card_of_80_gb_as_shipped(size, tmp_path):
+    assembly = load_cell(f"ucf101_hpdm_{size}", sets=["data.dataset=synthetic", "model.classes=0"])
+    runtime = assembly.config.runtime
+    assert 40e9 < cost.training_memory(assembly) <= 72e9
+    assert runtime.gpu_memory == 80 and runtime.workers and runtime.micro_batch
+    assert assembly.config.training.batch % runtime.micro_batch == 0

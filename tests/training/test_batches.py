@@ -1,7 +1,8 @@
 """Training batches: keyed draws that depend on nothing but their keys."""
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hpdm_core.data.dataset import Clip
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator, normal
-from hpdm_core.training.batches import Batch, TrainingBatches, loaded, prefetched
+from hpdm_core.training.batches import Batch, TrainingBatches, in_thread, loaded
 
 Make = Callable[..., Assembly]
 MANY = {"video": (2, 4, 6), "patch": (2, 4, 6), "token": (2, 4, 6), "levels": 1}
@@ -159,7 +160,7 @@ def test_labels_without_classes_are_none_and_labels_out_of_range_are_refused(ass
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_prefetched_batches_are_the_same_in_order(assemble: Make, ahead: int) -> None:
     batches = TrainingBatches(assemble())
-    made = list(prefetched(batches, range(3, 8), ahead=ahead))
+    made = list(in_thread(map(batches, range(3, 8)), ahead=ahead))
     assert [batch.step for batch in made] == [3, 4, 5, 6, 7]
     for batch in made:
         for name, tensor in tensors(batches(batch.step)).items():
@@ -174,7 +175,7 @@ def test_an_error_in_the_thread_is_raised_and_the_thread_ends(assemble: Make) ->
             raise RuntimeError("no clip")
         return batches(step)
 
-    running = prefetched(make, range(1, 9), ahead=2)  # type: ignore[arg-type]
+    running = in_thread(map(make, range(1, 9)), ahead=2)
     assert next(running).step == 1
     assert next(running).step == 2
     with pytest.raises(RuntimeError, match="no clip"):
@@ -183,7 +184,7 @@ def test_an_error_in_the_thread_is_raised_and_the_thread_ends(assemble: Make) ->
 
 
 def test_closing_early_ends_the_thread(assemble: Make) -> None:
-    running = prefetched(TrainingBatches(assemble()), range(1, 1000), ahead=2)
+    running = in_thread(map(TrainingBatches(assemble()), range(1, 1000)), ahead=2)
     next(running)
     assert "hpdm-prefetch" in {thread.name for thread in threading.enumerate()}
     running.close()
@@ -201,3 +202,44 @@ def test_batches_are_the_same_from_any_number_of_worker_processes(workers: int) 
         assert made.step == expected.step
         for name, tensor in tensors(expected).items():
             assert torch.equal(tensors(made)[name], tensor), name
+
+
+def test_batches_for_cuda_are_pinned_in_a_thread_that_uses_the_same_card(
+    assemble: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[int, str]] = []
+    kept: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr("hpdm_core.training.batches.pinned", pin)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr(
+        "torch.cuda.set_device", lambda device: used.append((device, threading.current_thread().name))
+    )
+    plain = list(loaded(assemble(), range(1, 4)))
+    assert not kept and not used
+    made = list(loaded(assemble(runtime={"device": "cuda"}), range(1, 4)))
+    assert used == [(3, "hpdm-prefetch")]
+    slots = len(plain[0].clean)
+    assert len(kept) == 3 * (4 * slots + 1)  # all but offsets and rows, which stay on the CPU
+    for one, other in zip(made, plain, strict=True):
+        assert torch.equal(one.clean[-1], other.clean[-1]) and torch.equal(one.label, other.label)
+
+
+def test_a_thread_that_is_closed_closes_what_it_takes_from() -> None:
+    closed: list[bool] = []
+
+    def endless() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append(True)
+
+    for ahead in (0, 2):
+        running = in_thread(endless(), ahead=ahead)
+        assert [next(running), next(running)] == [0, 1]
+        running.close()
+        assert closed.pop()
