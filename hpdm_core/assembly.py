@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpdm_core.config.schema import Arithmetic, CellConfig
+from hpdm_core.counting import Counter
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.errors import InputError
 from hpdm_core.model.fusion import FusionShape
@@ -172,7 +173,9 @@ class Assembly:
     @torch.no_grad()
     def _check_self_conditioning(self, backbone: Backbone) -> None:
         share = self.config.training.self_conditioning
-        if share and backbone.start(None, 1) is None:
+        with Counter():  # on the meta device it is quicker under a counter
+            latents = backbone.start(None, 1) if share else None
+        if share and latents is None:
             raise InputError(
                 f"training.self_conditioning: {share} of the videos are to take latents from a first pass, and "
                 f"model.backbone '{self.config.model.backbone.use}' has none; allowed is 0, or a backbone with latents"

@@ -9,6 +9,7 @@ kernels say. `CountedExecution` remembers whole blocks in the same way, forward 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     given = [each for each in args if isinstance(each, Tensor)]
     if not given or "memory_format" in kwargs or any(isinstance(each, Tensor) for each in kwargs.values()):
         return None
-    sizes = torch.broadcast_shapes(*(each.shape for each in given))
+    sizes = _broadcast([each.shape for each in given])
     whole = [each for each in given if each.numel() > 1]
     if all(_in_order(each) for each in whole):
         strides = _row_major(sizes)
@@ -211,6 +212,12 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     ]
     made = func(*nothing, **kwargs)
     return _made((sizes, strides, made.dtype)) if isinstance(made, Tensor) else None
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the sizes that ``shapes``, which fit together, are broadcast to."""
+    axes = itertools.zip_longest(*(reversed(each) for each in shapes), fillvalue=1)
+    return tuple(next((size for size in axis if size != 1), 1) for axis in axes)[::-1]
 
 
 def _in_order(tensor: Tensor) -> bool:
@@ -266,10 +273,6 @@ def _softmax_backward(grad: Tensor, rows: Tensor, axis: int, dtype: torch.dtype)
     return _softmax(rows, axis) if _in_order(grad) and grad.dtype == rows.dtype == dtype else None
 
 
-def _mean(tensor: Tensor, axes: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    return aten.sum.dim_IntList(tensor, axes, keepdim, dtype=dtype) if tensor.is_floating_point() else None
-
-
 def _layer_norm(
     rows: Tensor, shape: Sequence[int], gain: Tensor | None, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -300,14 +303,67 @@ def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
     first = tensors[0]
     axis %= max(first.ndim, 1)
     rest = {(*each.shape[:axis], *each.shape[axis + 1 :], each.dtype) for each in tensors}
-    if len(rest) > 1 or not all(each.ndim == first.ndim > 0 and each.is_contiguous() for each in tensors):
+    if len(rest) > 1 or first.ndim == 0:
         return None
+    if first.ndim in (4, 5) and all(0 < each.stride()[1] <= each.stride()[-1] for each in tensors):
+        return None  # channels may lie last
     length = sum(each.shape[axis] for each in tensors)
     return _rows((*first.shape[:axis], length, *first.shape[axis + 1 :]), first)
 
 
+def _like(tensor: Tensor, *, dtype: torch.dtype | None = None, **others: Any) -> Tensor | None:
+    if others.get("memory_format") not in (None, torch.preserve_format) or not _in_order(tensor):
+        return None
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=others.get("device") or "meta")
+
+
 def _stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
-    return _cat([each.unsqueeze(axis) for each in tensors], axis)
+    axis %= tensors[0].ndim + 1
+    if axis == tensors[0].ndim:
+        return _cat([each.unsqueeze(axis) for each in tensors], axis)
+    if (joined := _cat(tensors, axis)) is None:
+        return None
+    return _rows((*joined.shape[:axis], len(tensors), *tensors[0].shape[axis:]), joined)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor | None:
+    return _rows((*left.shape[:-1], right.shape[-1]), left) if left.dtype == right.dtype else None
+
+
+def _index(tensor: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
+    first, *others = indices
+    if others or first is None or first.ndim != 1 or first.dtype != torch.int64 or not _in_order(tensor):
+        return None
+    return _rows((len(first), *tensor.shape[1:]), tensor)
+
+
+def _index_select(tensor: Tensor, axis: int, index: Tensor) -> Tensor | None:
+    axis %= max(tensor.ndim, 1)
+    if index.ndim != 1 or not _in_order(tensor):
+        return None
+    return _rows((*tensor.shape[:axis], len(index), *tensor.shape[axis + 1 :]), tensor)
+
+
+def _written(tensor: Tensor, *others: Any, **more: Any) -> Tensor | None:
+    return _like(tensor)
+
+
+def _widened(grad: Tensor, sizes: Sequence[int], *place: Any) -> Tensor:
+    return _rows(sizes, grad)
+
+
+def _sum(
+    tensor: Tensor,
+    axes: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    if not tensor.is_floating_point() or dtype not in (None, tensor.dtype) or not _in_order(tensor):
+        return None
+    gone = {axis % tensor.ndim for axis in axes} if axes and tensor.ndim else set(range(tensor.ndim))
+    sizes = [1 if axis in gone else size for axis, size in enumerate(tensor.shape)]
+    return _rows([size for axis, size in enumerate(sizes) if keepdim or axis not in gone], tensor)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
@@ -317,11 +373,25 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.arange.start_step: _arange,
     aten._safe_softmax.default: _softmax,
     aten._softmax_backward_data.default: _softmax_backward,
-    aten.mean.dim: _mean,
+    aten.mm.default: _products,
+    aten.bmm.default: _products,
+    aten.mean.dim: _sum,
+    aten.sum.dim_IntList: _sum,
+    aten.sum.default: _sum,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.index_add.default: _written,
+    aten.index_copy.default: _written,
+    aten.index_put.default: _written,
+    aten.select_backward.default: _widened,
+    aten.slice_backward.default: _widened,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
+    aten.empty_like.default: _like,
+    aten.ones_like.default: _like,
+    aten.zeros_like.default: _like,
 }
 
 
@@ -440,11 +510,14 @@ class CountedExecution(Execution):
         if given not in found.backward:
             before = self.counter.flops
             with torch.enable_grad():
-                leaves = _leaves([_made(form).requires_grad_(asked) for form, asked in inputs])
+                leaves = [_made(form).requires_grad_(asked) for form, asked in inputs]
                 forward = [each for each in work(*leaves) if each is not None]
-            start = self.counter.flops
-            outputs = [each for each, has in zip(forward, given, strict=True) if has]
-            torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
+                start = self.counter.flops
+                total = torch.stack(
+                    [each.sum() for each, has in zip(forward, given, strict=True) if has]
+                ).sum()
+            # Of a sum: gradients that are handed over are looked at by a part of torch that is slow to load.
+            total.backward()
             found.backward[given] = (
                 self.counter.flops - start,
                 tuple(each.grad is not None for each in leaves),
