@@ -15,6 +15,8 @@ the peer has stays: a depthwise convolution of the tokens, a norm of the latents
 The two take turns, one step each; on the CPU time is processor time of --threads threads. Times are medians;
 `ratio`, the peer's time over ours, is the median over the turns. FLOPs are counted on the meta device, those of
 attention with the weights of all pairs; `ratio per FLOP` is the ratio that would be left if both had as many.
+`ceiling`: the ratio of a block with no more to do than the peer's matrix products and fused attention, at the
+peer's speed: one over their share of its time (torch.profiler, median of three steps).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from unittest.mock import MagicMock
 import torch
 from machine import facts
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_core.model.rin import RINBlock
@@ -114,6 +117,27 @@ def seconds(block: nn.Module, step: Step, inputs: Sequence[Tensor]) -> float:
     return clock() - begun
 
 
+KERNELS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product",
+    "aten::_efficient",
+)
+"""How the names of matrix products and of fused attention begin, forward and backward."""
+
+
+def kernel_share(block: nn.Module, step: Step, inputs: Sequence[Tensor]) -> float:
+    """Return the share of a step's time that is spent in `KERNELS`."""
+    spent = "self_device_time_total" if inputs[0].is_cuda else "self_cpu_time_total"
+    with profile() as seen:
+        seconds(block, step, inputs)
+    times = [(each.key, getattr(each, spent)) for each in seen.key_averages()]
+    kernels = sum(time for name, time in times if name.startswith(KERNELS))
+    return kernels / sum(time for _, time in times)
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -137,6 +161,7 @@ def compare(
         "ours_flops": counted[0],
         "peer_flops": counted[1],
         "ratio_per_flop": ratio * counted[0] / counted[1],
+        "ceiling": 1 / statistics.median(kernel_share(*peer) for _ in range(3)),
     }
 
 
@@ -223,13 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
         return 0
     print(f"{result['device']}, {result['threads']} threads, PyTorch {result['torch']}")
-    print(
-        f"{'':12}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'ours GFLOP':>12}{'peer GFLOP':>12}{'per FLOP':>10}"
-    )
+    heads = ("ours ms", "peer ms", "ratio", "ours GFLOP", "peer GFLOP", "per FLOP", "ceiling")
+    print(" " * 12 + "".join(f"{head:>12}" for head in heads))
     for name, row in result["rows"].items():
         print(
-            f"{name:12}{row['ours_ms']:10.1f}{row['peer_ms']:10.1f}{row['ratio']:8.3f}"
-            f"{row['ours_flops'] / 1e9:12.2f}{row['peer_flops'] / 1e9:12.2f}{row['ratio_per_flop']:10.3f}"
+            f"{name:12}{row['ours_ms']:12.1f}{row['peer_ms']:12.1f}{row['ratio']:12.3f}"
+            f"{row['ours_flops'] / 1e9:12.2f}{row['peer_flops'] / 1e9:12.2f}"
+            f"{row['ratio_per_flop']:12.3f}{row['ceiling']:12.3f}"
         )
     return 0
 

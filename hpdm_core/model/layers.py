@@ -19,8 +19,6 @@ __all__ = ["MLP", "Attention", "Initialised", "LayerNorm", "Linear", "Table"]
 
 EPSILON = 1e-6
 TABLE_STD = 0.02
-SLICE = 2**22
-"""16 MiB of float32. From 32 MiB on glibc's malloc keeps nothing that is freed, however often it is needed."""
 FEW_KEYS = 128
 """Keys (and values) of a head that stay in a core's cache wherever they lie."""
 
@@ -97,11 +95,7 @@ class Table(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear: [..., width] -> [..., width] through ``ratio`` times the width.
-
-    On the CPU many rows go through in slices, so that what lies between takes at most `SLICE` numbers. Larger
-    tensors would go back to the system when they are freed, and come anew page by page.
-    """
+    """Linear, exact GELU, Linear: [..., width] -> [..., width] through ``ratio`` times the width."""
 
     def __init__(self, width: int, *, ratio: int) -> None:
         super().__init__()
@@ -110,14 +104,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map every row by itself."""
-        rows = max(1, SLICE // self.up.out_features)
-        if not x.is_cpu or x.shape[:-1].numel() <= rows:
-            return self._map(x)
-        return torch.cat([self._map(part) for part in x.flatten(0, -2).split(rows)]).view(x.shape)
-
-    def _map(self, x: Tensor) -> Tensor:
-        mapped: Tensor = self.down(F.gelu(self.up(x)))
-        return mapped
+        hidden: Tensor = self.down(F.gelu(self.up(x)))
+        return hidden
 
 
 class Attention(nn.Module):

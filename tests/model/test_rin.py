@@ -143,20 +143,6 @@ def gradients(layer, *inputs):
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 4, 13])
-def test_an_mlp_in_slices_is_the_mlp(rows, monkeypatch):
-    """Two times 13 rows; values, and gradients of rows and weights; no tensor between has more than ``rows``."""
-    mlp = scrambled(layers.MLP(6, ratio=2))
-    x = torch.randn(2, 13, 6, dtype=torch.float64)
-    whole = gradients(mlp, x)
-    monkeypatch.setattr(layers, "SLICE", rows * 12 + 11)
-    seen = []
-    mlp.up.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 12))
-    for one, other in zip(gradients(mlp, x), whole, strict=True):
-        torch.testing.assert_close(one, other)
-    assert max(seen) == rows and sum(seen) == 26
-
-
 def test_many_keys_of_a_head_lie_together(monkeypatch):
     """Where they do not, fused attention on the CPU is slower; the result is the same."""
     seen = []
