@@ -312,8 +312,8 @@ class HPDM(nn.Module):
                 notes[block] = states[0].tokens
             # All are fused before any is updated: sources show the block's input before their own fusion.
             fused = [self._fuse(block, state, states) for state in active]
-            # All have latents, or none has.
-            latents = [made for state in active if (made := self._latents(state)) is not None]
+            started = [self._latents(state) for state in active]
+            latents = [made for made in started if made is not None]  # all have latents, or none has
             rows = [tokens.shape[0] for tokens in fused]
             condition = _fold([state.condition for state in active])
             folded_tokens, folded_latents = self.execution.run(
