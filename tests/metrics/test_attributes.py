@@ -131,9 +131,18 @@ def test_frames_are_averaged_where_the_data_average_them():
 def test_the_residual_is_the_distance_to_the_clearest_clip_over_the_contrast():
     video = ATTRIBUTES[0].video((0.5, 0.5), torch.tensor(GROUND), SMALL.video)[None]
     reader = Reader(SMALL, 2, "area")
-    lifted, contrast = reader.read(video + 0.05), torch.tensor(COLOURS["red"]) - GROUND
-    assert lifted.residual.item() == pytest.approx(0.05 / contrast.square().mean().sqrt().item(), rel=0.1)
+    lifted, contrast = reader.read(video + 0.3), torch.tensor(COLOURS["red"]) - GROUND
+    assert lifted.residual.item() == pytest.approx(0.3 / contrast.square().mean().sqrt().item(), rel=0.01)
     assert lifted.labels.tolist() == reader.read(video).labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("frames", "moves"), [([3] * 8, False), ([2, 2, 3, 3, 4, 4, 5, 5], False), (range(8), True)]
+)
+def test_what_moves_less_than_half_the_way_has_no_direction(frames, moves):
+    video = Attributes("cross", "green", "down").video((0.5, 0.5), torch.tensor(GROUND), SMALL.video)
+    reading = Reader(SMALL, 2, "area").read(video[None, :, list(frames)])
+    assert reading.direction.tolist() == [list(DIRECTIONS).index("down") if moves else -1]
 
 
 def test_a_shape_that_changes_is_unsteady():
