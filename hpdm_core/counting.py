@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ _operations: dict[Hashable, _Result] = {}
 """By operation and arguments, what was worked out in this process."""
 _pure: dict[int, bool] = {}
 """By operation: whether it reads its arguments, makes new tensors and does nothing else."""
+_in_place: dict[int, bool] = {}
+"""By operation: whether it changes the numbers of its first argument, element by element, and gives it back. On the
+meta device there is nothing to change, and the kernels load the compiler to compare shapes."""
+_composite: dict[int, bool] = {}
+"""By operation: whether it is made of others."""
 
 
 class Counter(TorchDispatchMode):
@@ -89,16 +95,21 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        pure = _pure.get(id(func))  # there is one object for each operation, and its own hash is slow
+        # There is one object for each operation, and its own hash is slow.
+        pure = _pure.get(id(func))
         if pure is None:
             pure = _pure[id(func)] = _is_pure(func)
+            _in_place[id(func)] = _is_in_place(func)
+        if _in_place[id(func)] and args[0].is_meta:
+            return args[0]
         key = _key(func, args, kwargs) if pure else None
         if key is not None and (known := _operations.get(key)) is not None:
             self.flops += known.flops
             return known.tensors()
-        if isinstance(func, torch._ops.OpOverload):
+        if _composite.get(id(func), isinstance(func, torch._ops.OpOverload)):
             with self:  # what is made of other operations counts as they do
                 result = func.decompose(*args, **kwargs)
+            _composite[id(func)] = result is not NotImplemented
             if result is not NotImplemented:
                 return result
         result = None if key is None else _by_rule(func, args, kwargs)
@@ -130,6 +141,12 @@ def _is_pure(func: Any) -> bool:
         return False
     schema = func._schema
     return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+def _is_in_place(func: Any) -> bool:
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Hashable | None:
@@ -556,12 +573,20 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [each.detach().requires_grad_(each.requires_grad) for each in tensors]
 
 
+_held: WeakKeyDictionary[Backbone, list[Tensor]] = WeakKeyDictionary()
+
+
 def _holdings(backbone: Backbone) -> list[Tensor]:
-    """Return the tensors that a backbone holds: parameters, buffers, and plain attributes."""
-    plain = [
-        each for module in backbone.modules() for each in vars(module).values() if isinstance(each, Tensor)
-    ]
-    return [*backbone.parameters(), *backbone.buffers(), *plain]
+    """Return the tensors that a backbone holds: parameters, buffers, and plain attributes. Looked for once."""
+    if backbone not in _held:
+        plain = [
+            each
+            for module in backbone.modules()
+            for each in vars(module).values()
+            if isinstance(each, Tensor)
+        ]
+        _held[backbone] = [*backbone.parameters(), *backbone.buffers(), *plain]
+    return _held[backbone]
 
 
 def _same(tensor: Tensor) -> Tensor:
