@@ -80,8 +80,10 @@ class Task:
 
 def _train(model: str, precision: str, expected: float, **more: Any) -> Task:
     compiled = bool(more.pop("compile", False))
-    name = f"c.training:{model}, {precision}{', compiled' if compiled else ''}"
-    options = {"model": model, "precision": precision, "compile": compiled}
+    attention = more.pop("attention", None)
+    said = gpu_parts.named(precision, attention)
+    name = f"c.training:{model}, {said}{', compiled' if compiled else ''}"
+    options = {"model": model, "precision": precision, "attention": attention, "compile": compiled}
     return Task(name, expected, 2.5 * expected, options, **more)
 
 
@@ -94,6 +96,7 @@ PLAN = (
     Task("a.metrics", 20, 60),
     Task("d.sampling", 45, 120),
     Task("c.resolution", 60, 150),
+    _train("hpdm_s", "tf32", 35, attention="bf16", toy=False),
     _train("hpdm_l", "tf32", 45, toy=False),
     Task("f.tests", 30, 90),
     Task("e.quality", 200, 260),

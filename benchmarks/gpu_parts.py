@@ -40,10 +40,9 @@ from hpdm_core.metrics.detectors import reference_arithmetic
 from hpdm_core.metrics.frechet import frechet_distance
 from hpdm_core.metrics.i3d import I3D, SIDE
 from hpdm_core.metrics.random3d import Random3D
-from hpdm_core.model.execution import Execution
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.probe import Probe, _is_out_of_memory, _random_batch, largest_batch
-from hpdm_core.runtime import compiler_problem, prepare_torch
+from hpdm_core.runtime import compiler_problem, execution_of, prepare_torch
 from hpdm_core.sampling import sample
 from hpdm_core.sampling.cascade import label_of
 from hpdm_core.sampling.files import contact_sheet, to_uint8, write_mp4
@@ -91,13 +90,14 @@ SINGLE = (
 
 
 def precision_sets(precision: str, attention: str | None = None) -> list[str]:
-    """Return the overrides that choose the arithmetic of training and sampling; ``attention`` None: as the rest.
+    """Return the overrides that choose the arithmetic of training and sampling; ``attention`` None: as the rest."""
+    chosen = {"precision": precision, "attention": attention or "null"}
+    return [f"{stage}.{name}={value}" for stage in ("training", "sampling") for name, value in chosen.items()]
 
-    The one place that knows what these settings are called.
-    """
-    if attention is not None:
-        raise NotImplementedError(f"attention in {attention} apart from the rest")
-    return [f"runtime.precision={precision}"]
+
+def named(precision: str, attention: str | None) -> str:
+    """Return an arithmetic as people are shown it."""
+    return precision if attention is None else f"{precision}, attention {attention}"
 
 
 @dataclass(frozen=True)
@@ -268,29 +268,33 @@ def gib(size: int | None) -> float | None:
 def network(job: Job) -> None:
     """CPU in float64 against the device: loss, gradients, optimizer, contexts, tile."""
     assembly = job.cell("hpdm_s", *(() if job.toy else MIDDLE), "training.batch=3")
-    device = prepare_torch(assembly.config.runtime)
+    device = prepare_torch(assembly.config.runtime, assembly.config.training)
     batch = _random_batch(assembly, 1)
     batch = replace(batch, conditioned=torch.tensor([0, 2]), label=torch.tensor([3, -1, 0]))
     reference = lively(assembly.build_model()).double()
     expected = joint_loss(assembly, reference, batch.to(torch.device("cpu"), torch.float64))
     expected.total.backward()
     gradients = [_gradient(parameter) for parameter in reference.parameters()]
-    denoised = _chain(assembly, reference, torch.device("cpu"), torch.float64)
-    for precision in ("fp32", "tf32", "bf16"):
+    exact = job.cell("hpdm_s", *(() if job.toy else MIDDLE), "training.batch=3", *precision_sets("fp64"))
+    denoised = _chain(exact, reference, torch.device("cpu"), torch.float64)
+    for precision, attention in (("fp32", None), ("tf32", None), ("tf32", "bf16"), ("bf16", None)):
         poison(device)
-        limit = LIMITS[precision]
-        model = assembly.build_model(device=device)
+        limit, said = LIMITS[attention or precision], named(precision, attention)
+        cell = job.cell(
+            "hpdm_s", *(() if job.toy else MIDDLE), "training.batch=3", *precision_sets(precision, attention)
+        )
+        model = cell.build_model(device=device)
         model.load_state_dict(reference.state_dict())
-        model.execution = Execution(matmul_dtype=torch.bfloat16 if precision == "bf16" else None)
+        model.execution = execution_of(cell.config.training)
         with products(precision):
-            loss = joint_loss(assembly, model, batch.to(device))
+            loss = joint_loss(cell, model, batch.to(device))
             loss.total.backward()
-            found = _chain(assembly, model, device, torch.float32)
-        job.say(f"joint loss, {precision}", apart(loss.total, expected.total), limit=limit)
+            found = _chain(cell, model, device, torch.float32)
+        job.say(f"joint loss, {said}", apart(loss.total, expected.total), limit=limit)
         mine = [_gradient(parameter) for parameter in model.parameters()]
-        job.say(f"gradient, {precision}", apart(mine, gradients), limit=limit)
+        job.say(f"gradient, {said}", apart(mine, gradients), limit=limit)
         for name, value in found.items():
-            job.say(f"{name}, {precision}", apart(value, denoised[name]), limit=limit)
+            job.say(f"{name}, {said}", apart(value, denoised[name]), limit=limit)
     for name in ("lamb", "adamw"):
         moved = [
             _moved(job, assembly, name, reference, gradients, device=where, dtype=dtype)
@@ -423,7 +427,7 @@ def same(job: Job) -> None:
             "runtime.tile_batch=16",
             chosen,
         )
-        prepare_torch(cell.config.runtime)
+        prepare_torch(cell.config.runtime, cell.config.training)
         poison(torch.device(job.device))
         videos[way] = sample(cell, cell.denoiser(model), [0, 1], [0, 1])
     for way in ("kept on the device", "kept in host memory"):
@@ -445,7 +449,7 @@ def compiled(job: Job) -> None:
     assembly = job.cell(
         "hpdm_s", *(SINGLE if job.toy else MIDDLE), *precision_sets("fp32"), "training.batch=3"
     )
-    device = prepare_torch(assembly.config.runtime)
+    device = prepare_torch(assembly.config.runtime, assembly.config.training)
     problem = compiler_problem(device)
     if problem is not None:
         job.say("compiler", problem, ok=job.toy)
@@ -789,7 +793,7 @@ def sampling(job: Job) -> None:
     full = job.cell("hpdm_s", *sets, solver)
     few = 2 if job.toy else 5
     steps = [f"sampling.solver.steps=[{few}]", "sampling.solver.order=[1]", "sampling.solver.churn=[0.0]"]
-    device = prepare_torch(full.config.runtime)
+    device = prepare_torch(full.config.runtime, full.config.training)
     model = lively(full.build_model(device=device)).requires_grad_(False).eval()
     levels = range(full.pyramid.levels)
     whole: dict[str, list[float]] = {}

@@ -89,7 +89,7 @@ def test_sampling_from_cached_contexts_equals_sampling_without(kept: str) -> Non
         assembly = cell(
             "sampling.overlap=[h,w]", "sampling.solver.steps=[2]", "runtime.tile_batch=16", chosen
         )
-        prepare_torch(assembly.config.runtime)
+        prepare_torch(assembly.config.runtime, assembly.config.training)
         model = lively(assembly.build_model(device="cuda")).requires_grad_(False).eval()
         videos.append(sample(assembly, assembly.denoiser(model), [0, 1], [0, 1]))
     for cached, fresh in zip(*videos, strict=True):
@@ -128,15 +128,16 @@ def test_fp32_is_float32_and_tf32_is_not(matmul_precision: Callable[[], str]) ->
     exact = left.double() @ right.double()
     found = {}
     for precision, setting in (("fp32", "highest"), ("tf32", "high")):
-        prepare_torch(cell(f"runtime.precision={precision}").config.runtime)
+        config = cell(f"training.precision={precision}").config
+        prepare_torch(config.runtime, config.training)
         assert matmul_precision() == setting
         found[precision] = apart(left.to(CUDA) @ right.to(CUDA), exact)
     assert found["fp32"] < 1e-5 < found["tf32"] < 2e-3
 
 
 def test_the_loss_on_the_card_is_that_of_the_cpu(matmul_precision: Callable[[], str]) -> None:
-    assembly = cell("runtime.precision=fp32")
-    prepare_torch(assembly.config.runtime)
+    assembly = cell("training.precision=fp32")
+    prepare_torch(assembly.config.runtime, assembly.config.training)
     batch = _random_batch(assembly, 1)
     model = lively(assembly.build_model(device="cuda"))
     reference = assembly.build_model().double()

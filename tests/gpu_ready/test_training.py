@@ -46,7 +46,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_three_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assembly = hpdm_s(
-        f"runtime.precision={precision}",
+        f"training.precision={precision}",
         f"training.optimizer={optimizer}",
         f"runtime.activation_checkpointing={str(checkpointing).lower()}",
         f"runtime.micro_batch={2 // parts}",
