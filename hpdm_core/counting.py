@@ -71,7 +71,7 @@ _composite: dict[int, bool] = {}
 """By operation: whether it is made of others."""
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Within the block ``flops`` counts the floating-point operations of matrix products and convolutions (a
     multiply and an add are two) as `torch.utils.flop_counter` does, and `keep` the memory that is kept.
 
@@ -81,7 +81,7 @@ class Counter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.flops = 0
         self.kept_inside = 0
         """Bytes that blocks keep of their own."""
@@ -419,14 +419,14 @@ _RULES: dict[Any, Callable[..., Any]] = {
 class _Block:
     """What a block does with inputs of one form.
 
-    ``flops`` forward; outputs have ``forms`` (None: no latents) and take part in a backward pass where
+    ``flops`` forward; outputs have ``forms`` (without latents, one) and take part in a backward pass where
     ``differentiable``. It keeps the tensors number ``kept`` of its inputs and of what the backbone holds,
     ``kept_outputs`` of its outputs, and ``kept_inside`` bytes besides. ``backward``: for each set of outputs that
     have a gradient, the operations, and which inputs get one.
     """
 
-    forms: tuple[Form | None, Form | None]
-    differentiable: tuple[bool, bool]
+    forms: tuple[Form, ...]
+    differentiable: tuple[bool, ...]
     flops: int
     kept: tuple[int, ...]
     kept_outputs: tuple[int, ...]
@@ -482,7 +482,7 @@ class CountedExecution(Execution):
         if found is None:
             return work(*inputs)
         self.counter.flops += found.flops
-        made = _Counted.apply(self, found, work, _made(((0,), (1,), torch.float32)).requires_grad_(), *inputs)
+        made = _Counted.apply(self, found, work, _made(((0,), (1,), torch.float32)).requires_grad_(), *inputs)  # type: ignore[no-untyped-call]
         if keeps:
             held = [*inputs, *_holdings(backbone)]
             for each in (
@@ -534,7 +534,7 @@ class CountedExecution(Execution):
                     [each.sum() for each, has in zip(forward, given, strict=True) if has]
                 ).sum()
             # Of a sum: gradients that are handed over are looked at by a part of torch that is slow to load.
-            total.backward()
+            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             found.backward[given] = (
                 self.counter.flops - start,
                 tuple(each.grad is not None for each in leaves),
