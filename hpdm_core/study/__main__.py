@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from hpdm_core.config.study_file import StudyConfig, load_study
 from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
 from hpdm_core.files import disk_trouble, read_json
 from hpdm_core.passwords import without_passwords
@@ -25,6 +24,7 @@ from hpdm_core.study.backends import BACKENDS, make_backend
 
 if TYPE_CHECKING:
     from hpdm_core.cell import Cell
+    from hpdm_core.config.study_file import StudyConfig
 
 __all__ = ["build_parser", "main"]
 
@@ -110,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--backend {given.backend}: unknown '{given.backend}'{did_you_mean(given.backend, BACKENDS)}; "
             f"allowed: {', '.join(BACKENDS)}"
         )
+    if given.dry_run:  # before torch is loaded, which takes seconds
+        _say(f"reading {given.file}")
+    from hpdm_core.config.study_file import load_study
+
     study = load_study(
         given.file,
         sets=given.sets,
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.dry_run:
         from hpdm_core.study.dry_run import describe_study
 
-        print(describe_study(study, given.results))
+        print(describe_study(study, given.results, say=_say))
         return 0
     words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
     if given.status or given.cancel:
@@ -323,6 +327,11 @@ def check_writable(folder: Path) -> None:
         raise InputError(
             f"--results {folder}: not writable ({there}: {reason}); allowed: a folder that you may write"
         ) from error
+
+
+def _say(text: str) -> None:
+    """Say on standard error what goes on."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:

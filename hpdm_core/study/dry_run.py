@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,22 @@ from hpdm_core.study.cells import cells_of
 __all__ = ["amount", "describe_study"]
 
 
-def describe_study(study: StudyConfig, results: Path) -> str:
-    """Return the text of a dry run of ``study`` whose results go under ``results``."""
+def describe_study(
+    study: StudyConfig, results: Path, *, say: Callable[[str], None] = lambda line: None
+) -> str:
+    """Return the text of a dry run of ``study`` whose results go under ``results``.
+
+    ``say`` is told what is being counted.
+    """
     from hpdm_core import cost
 
     cells, _ = cells_of(study, results.resolve() / "store")
     figures: dict[str, _Figures] = {}
     for cell in cells:  # the seeds of an arm cost the same
         if cell.arm not in figures:
+            say(
+                f"counting what arm '{cell.arm}' takes ({len(figures) + 1} of {len({each.arm for each in cells})})"
+            )
             assembly = cell.assembly
             flops = cost.training_flops(assembly)
             predicted = cost.predicted_training(assembly, flops)

@@ -1,6 +1,8 @@
 """What a dry run predicts, and cells that are measured without being trained."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +102,32 @@ def test_the_papers_models_fit_one_card_of_80_gb_as_shipped(size, tmp_path):
     assert 40e9 < cost.training_memory(assembly) <= 72e9
     assert runtime.gpu_memory == 80 and runtime.workers and runtime.micro_batch
     assert assembly.config.training.batch % runtime.micro_batch == 0
+
+
+def test_a_dry_run_says_what_it_does_before_torch_is_loaded(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL.replace("METRICS", "throughput"))
+    watched = """
+import sys
+from hpdm_core.study.__main__ import main
+
+class Noted:
+    def write(self, text):
+        if text.strip():
+            print(int("torch" in sys.modules), text)
+
+    def flush(self): pass
+
+sys.stderr = Noted()
+main([sys.argv[1], "--dry-run"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", watched, str(file)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    said = done.stdout.splitlines()
+    assert said[:3] == [
+        f"0 reading {file}",
+        "1 counting what arm 'default' takes (1 of 2)",
+        "1 counting what arm 'full' takes (2 of 2)",
+    ]
+    assert done.stderr == ""
