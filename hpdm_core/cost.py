@@ -23,7 +23,7 @@ from hpdm_core.counting import CountedExecution, Counter, KnownBlocks
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.model.hpdm import HPDM, Encoded
 from hpdm_core.training.batches import Batch
-from hpdm_core.training.step import joint_loss, make_entries, self_conditioning_latents
+from hpdm_core.training.step import joint_loss
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
@@ -69,13 +69,17 @@ def training_flops(assembly: Assembly) -> int:
     if share == 0:
         batch = replace(batch, conditioned=batch.conditioned[:0])
 
-    def both_passes(model: HPDM) -> None:
-        joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
+    ends: list[int] = []  # operations so far, after each pass
 
-    def first_pass(model: HPDM) -> None:
-        self_conditioning_latents(model, make_entries(assembly, batch), batch.conditioned)
+    def both_passes(model: HPDM, counter: Counter) -> None:
+        hook = model.register_forward_hook(lambda *_: ends.append(counter.flops))
+        try:
+            joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
+        finally:
+            hook.remove()
 
-    return _counted(assembly, both_passes)[1] - round((1 - share) * _counted(assembly, first_pass)[1])
+    flops = _counted(assembly, both_passes)[1]
+    return flops - round((1 - share) * ends[0]) if share else flops
 
 
 def training_memory(assembly: Assembly) -> int:
@@ -149,7 +153,9 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
     encoding: list[int] = []  # operations of each
 
     def counted(work: Callable[[Denoiser], Made]) -> tuple[Made, int]:
-        return _counted(assembly, lambda model: work(Denoiser(model, assembly.objective, assembly.sigma_in)))
+        return _counted(
+            assembly, lambda model, _: work(Denoiser(model, assembly.objective, assembly.sigma_in))
+        )
 
     total = 0
     for level in range(pyramid.levels):
@@ -192,13 +198,13 @@ def _execution(
     return CountedExecution(counter=counter, known=known, kind=kind, checkpointing=checkpointing)
 
 
-def _counted(assembly: Assembly, work: Callable[[HPDM], Made]) -> tuple[Made, int]:
-    """Return what ``work`` returns for the cell's network, and its floating-point operations."""
+def _counted(assembly: Assembly, work: Callable[[HPDM, Counter], Made]) -> tuple[Made, int]:
+    """Return what ``work`` returns for the cell's network and the counter that is on, and its operations."""
     model, counter = _network(assembly), Counter()
     model.execution = _execution(assembly, counter, "products")
     # The math form of attention is made of matrix products, which are counted on every device.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        made = work(model)
+        made = work(model, counter)
     return made, counter.flops
 
 
