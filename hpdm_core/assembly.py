@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["Assembly"]
 
 log = logging.getLogger(__name__)
+
+_backbones: WeakKeyDictionary[Plugins, dict[Hashable, Backbone]] = WeakKeyDictionary()
+"""On the meta device."""
 
 
 class Assembly:
@@ -151,9 +156,7 @@ class Assembly:
         )
         with torch.device(device):
             with keyed_global_rng(seed, "model.backbone"):
-                backbone: Backbone = self.plugins.make(
-                    "backbones", model.backbone, model.token_dim, model.blocks, self.pyramid.grid
-                )
+                backbone = self._backbone(torch.device(device))
                 self._check_self_conditioning(backbone)
             with keyed_global_rng(seed, "model.context_fusion"):
                 fusion = self.plugins.make("context_fusions", model.context_fusion, shape)
@@ -169,6 +172,24 @@ class Assembly:
         if torch.device(device).type != "meta":
             initialise(network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual)
         return network
+
+    def _backbone(self, device: torch.device) -> Backbone:
+        """Return a new backbone; on the meta device, where it has no contents, one for all that ask for the same."""
+        model = self.config.model
+
+        def build() -> Backbone:
+            made: Backbone = self.plugins.make(
+                "backbones", model.backbone, model.token_dim, model.blocks, self.pyramid.grid
+            )
+            return made
+
+        if device.type != "meta":
+            return build()
+        known = _backbones.setdefault(self.plugins, {})
+        key = (model.backbone.model_dump_json(), model.token_dim, model.blocks, self.pyramid.grid)
+        if key not in known:
+            known[key] = build()
+        return known[key]
 
     @torch.no_grad()
     def _check_self_conditioning(self, backbone: Backbone) -> None:

@@ -69,17 +69,16 @@ def training_flops(assembly: Assembly) -> int:
     if share == 0:
         batch = replace(batch, conditioned=batch.conditioned[:0])
 
-    ends: list[int] = []  # operations so far, after each pass
+    counts: list[int] = []  # operations until the end of each pass
 
     def both_passes(model: HPDM, counter: Counter) -> None:
-        hook = model.register_forward_hook(lambda *_: ends.append(counter.flops))
-        try:
-            joint_loss(assembly, model, batch).total.backward()  # type: ignore[no-untyped-call]
-        finally:
-            hook.remove()
+        with model.register_forward_hook(lambda *_: counts.append(counter.flops)):
+            loss = joint_loss(assembly, model, batch).total
+        loss.backward()  # type: ignore[no-untyped-call]
 
-    flops = _counted(assembly, both_passes)[1]
-    return flops - round((1 - share) * ends[0]) if share else flops
+    _, both = _counted(assembly, both_passes)
+    first = counts[0] if len(counts) > 1 else 0
+    return both - round((1 - share) * first)
 
 
 def training_memory(assembly: Assembly) -> int:
@@ -199,7 +198,7 @@ def _execution(
 
 
 def _counted(assembly: Assembly, work: Callable[[HPDM, Counter], Made]) -> tuple[Made, int]:
-    """Return what ``work`` returns for the cell's network and the counter that is on, and its operations."""
+    """Return what ``work`` returns, given the cell's network and its counter, and its floating-point operations."""
     model, counter = _network(assembly), Counter()
     model.execution = _execution(assembly, counter, "products")
     # The math form of attention is made of matrix products, which are counted on every device.

@@ -13,7 +13,8 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +29,7 @@ from hpdm_core.model.execution import Execution
 __all__ = ["CountedExecution", "Counter", "KnownBlocks"]
 
 aten = torch.ops.aten
+META = torch.device("meta")
 Form: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Sizes, strides and type of a tensor on the meta device."""
 
@@ -36,42 +38,29 @@ def _form(tensor: Tensor) -> Form:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _made(form: Form) -> Tensor:
+def _maker(form: Form) -> Callable[[], Tensor]:
     sizes, strides, dtype = form
-    return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+    return partial(torch.empty_strided, sizes, strides, dtype=dtype, device=META)
+
+
+def _made(form: Form) -> Tensor:
+    return _maker(form)()
 
 
 # Operations
 
 
-@dataclass(frozen=True)
-class _Result:
-    """What an operation gives: new tensors (None where it gives none), and floating-point operations."""
-
-    forms: tuple[Form | None, ...]
-    alone: bool
-    flops: int
-
-    def tensors(self) -> Any:
-        if self.alone:
-            (form,) = self.forms
-            assert form is not None
-            return _made(form)
-        return tuple(None if form is None else _made(form) for form in self.forms)
+_operations: dict[Hashable, tuple[int, Callable[[], Any]]] = {}
+"""By operation and arguments, what was worked out in this process: floating-point operations, and what makes the
+result.
+"""
+Kind: TypeAlias = Literal["composite", "in place", "pure", "other"]
+"""Made of other operations; changing the numbers of its first argument, element by element, and giving it back, which
+on the meta device has none; reading its arguments, making new tensors and doing nothing else; anything else."""
+_kinds: dict[int, Kind] = {}
 
 
-_operations: dict[Hashable, _Result] = {}
-"""By operation and arguments, what was worked out in this process."""
-_pure: dict[int, bool] = {}
-"""By operation: whether it reads its arguments, makes new tensors and does nothing else."""
-_in_place: dict[int, bool] = {}
-"""By operation: whether it changes the numbers of its first argument, element by element, and gives it back. On the
-meta device there is nothing to change, and the kernels load the compiler to compare shapes."""
-_composite: dict[int, bool] = {}
-"""By operation: whether it is made of others."""
-
-
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block ``flops`` counts the floating-point operations of matrix products and convolutions (a
     multiply and an add are two) as `torch.utils.flop_counter` does, and `keep` the memory that is kept.
 
@@ -81,7 +70,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.kept_inside = 0
         """Bytes that blocks keep of their own."""
@@ -95,32 +84,26 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # There is one object for each operation, and its own hash is slow.
-        pure = _pure.get(id(func))
-        if pure is None:
-            pure = _pure[id(func)] = _is_pure(func)
-            _in_place[id(func)] = _is_in_place(func)
-        if _in_place[id(func)] and args[0].is_meta:
+        kind = _kinds.get(id(func))  # there is one object for each operation, and its own hash is slow
+        if kind is None:
+            kind = _kinds[id(func)] = _kind(func)
+        if kind == "composite":
+            with self:
+                return func.decompose(*args, **kwargs)
+        if kind == "in place" and args[0].is_meta:
             return args[0]
-        key = _key(func, args, kwargs) if pure else None
+        key = _key(func, args, kwargs) if kind == "pure" else None
         if key is not None and (known := _operations.get(key)) is not None:
-            self.flops += known.flops
-            return known.tensors()
-        if _composite.get(id(func), isinstance(func, torch._ops.OpOverload)):
-            with self:  # what is made of other operations counts as they do
-                result = func.decompose(*args, **kwargs)
-            _composite[id(func)] = result is not NotImplemented
-            if result is not NotImplemented:
-                return result
+            self.flops += known[0]
+            return known[1]()
         result = None if key is None else _by_rule(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
         formula = flop_registry.get(getattr(func, "_overloadpacket", func))
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
         self.flops += flops
-        alone = isinstance(result, Tensor)
-        if key is not None and (forms := _new_forms((result,) if alone else result, args)) is not None:
-            _operations[key] = _Result(forms, alone, flops)
+        if key is not None and (make := _making(result, args)) is not None:
+            _operations[key] = (flops, make)
         return result
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -136,56 +119,60 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         return kept + self.kept_inside
 
 
-def _is_pure(func: Any) -> bool:
+def _kind(func: Any) -> Kind:
     if not isinstance(func, torch._ops.OpOverload):
-        return False
+        return "other"
+    if func._can_decompose():
+        return "composite"
+    if torch.Tag.pointwise in func.tags and func._schema.name.endswith("_"):
+        return "in place"
     schema = func._schema
-    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
-
-
-def _is_in_place(func: Any) -> bool:
-    if not isinstance(func, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
+    pure = all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+    return "pure" if pure else "other"
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Hashable | None:
     """Return what the result depends on, or None where there is more to it than shapes."""
-    try:
-        named = [(name, _known(value)) for name, value in kwargs.items()]
-        return (id(func), *map(_known, args), *named)
-    except _Unknown:
-        return None
+    key: list[Hashable] = [id(func)]
+    if _known(args, key) and (not kwargs or _known(kwargs.items(), key)):
+        return tuple(key)
+    return None
 
 
-class _Unknown(Exception):
-    """An argument of which not only the form matters."""
+def _known(values: Iterable[Any], key: list[Hashable]) -> bool:
+    """Add ``values`` to ``key``; return whether they are all there is to know."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if not value.is_meta:
+                return False
+            key += (value.shape, value.stride(), value.dtype)
+        elif kind is list or kind is tuple:
+            key.append(len(value))
+            if not _known(value, key):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        else:
+            key += [cast(Hashable, kind), value]  # 1 and 1.0 are equal, and do not give the same
+    return True
 
 
-def _known(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        if not value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
-            raise _Unknown
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_known, value))
-    return type(value), value  # 1 and 1.0 are equal, and do not give the same
-
-
-def _new_forms(results: Any, args: Sequence[Any]) -> tuple[Form | None, ...] | None:
-    """Return the forms of ``results``, or None where one is no tensor with memory of its own."""
-    if not isinstance(results, tuple):
+def _making(result: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
+    """Return what makes tensors as in ``result``, or None where one has no memory of its own."""
+    alone = isinstance(result, Tensor)
+    results = (result,) if alone else result
+    if not isinstance(results, tuple) or not all(
+        each is None or isinstance(each, Tensor) for each in results
+    ):
         return None
     seen = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor)}
-    forms: list[Form | None] = []
-    for each in results:
-        if each is None:
-            forms.append(None)
-            continue
-        if not isinstance(each, Tensor) or not each.is_meta or not _own(each, seen):
-            return None
-        forms.append(_form(each))
-    return tuple(forms)
+    if not all(each is None or (each.is_meta and _own(each, seen)) for each in results):
+        return None
+    makers = [None if each is None else _maker(_form(each)) for each in results]
+    if alone:
+        return makers[0]
+    return lambda: tuple(None if make is None else make() for make in makers)
 
 
 def _own(tensor: Tensor, seen: set[int]) -> bool:
@@ -419,10 +406,10 @@ _RULES: dict[Any, Callable[..., Any]] = {
 class _Block:
     """What a block does with inputs of one form.
 
-    ``flops`` forward; outputs have ``forms`` (without latents, one) and take part in a backward pass where
-    ``differentiable``. It keeps the tensors number ``kept`` of its inputs and of what the backbone holds,
-    ``kept_outputs`` of its outputs, and ``kept_inside`` bytes besides. ``backward``: for each set of outputs that
-    have a gradient, the operations, and which inputs get one.
+    ``flops`` forward; outputs have ``forms`` and take part in a backward pass where
+    ``differentiable``. Besides weights it keeps the tensors number ``kept`` of its inputs and of what the backbone
+    holds, ``kept_outputs`` of its outputs, and ``kept_inside`` bytes besides. ``backward``: for each set of outputs
+    that have a gradient, the operations, and which inputs get one.
     """
 
     forms: tuple[Form, ...]
@@ -443,8 +430,8 @@ Run: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 class CountedExecution(Execution):
     """Runs each distinct block once under ``counter``, and counts it again each time that it would run.
 
-    ``known``: the blocks that were run; ``kind``: all that a block depends on but its number and its inputs, such as
-    what the backbone was made of. With ``checkpointing`` a block keeps its inputs alone.
+    ``known``: the blocks that were run; ``kind``: what the backbone was made of, and all else that a block depends on
+    besides its own kind and its inputs. With ``checkpointing`` a block keeps its inputs alone.
     """
 
     counter: Counter
@@ -475,7 +462,7 @@ class CountedExecution(Execution):
         storages = [each.untyped_storage()._cdata for each in inputs]
         forms = tuple((*_form(each), each.requires_grad) for each in inputs)
         shared = tuple(map(storages.index, storages))
-        key = (self.kind, block, torch.is_grad_enabled(), forms, shared)
+        key = (self.kind, backbone.kind(block), torch.is_grad_enabled(), forms, shared)
         if key not in self.known:
             self.known[key] = self._recorded(work, backbone, inputs)
         found = self.known[key]
@@ -484,7 +471,7 @@ class CountedExecution(Execution):
         self.counter.flops += found.flops
         made = _Counted.apply(self, found, work, _made(((0,), (1,), torch.float32)).requires_grad_(), *inputs)  # type: ignore[no-untyped-call]
         if keeps:
-            held = [*inputs, *_holdings(backbone)]
+            held = [*inputs, *_holdings(backbone)] if found.kept else []
             for each in (
                 *(held[index] for index in found.kept),
                 *(made[index] for index in found.kept_outputs),
@@ -506,7 +493,7 @@ class CountedExecution(Execution):
             outputs = [each for each in work(*_leaves(inputs)) if each is not None]
         flops, self.counter.flops = self.counter.flops - before, before
         held = [each.untyped_storage()._cdata for each in (*inputs, *_holdings(backbone))]
-        seen = set(held)
+        seen = {*held, *(each.untyped_storage()._cdata for each in backbone.parameters())}
         if not all(_own(each, seen) for each in outputs):
             return None
         own = [each.untyped_storage()._cdata for each in outputs]
@@ -534,7 +521,7 @@ class CountedExecution(Execution):
                     [each.sum() for each, has in zip(forward, given, strict=True) if has]
                 ).sum()
             # Of a sum: gradients that are handed over are looked at by a part of torch that is slow to load.
-            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total.backward()  # type: ignore[no-untyped-call]
             found.backward[given] = (
                 self.counter.flops - start,
                 tuple(each.grad is not None for each in leaves),
@@ -577,15 +564,11 @@ _held: WeakKeyDictionary[Backbone, list[Tensor]] = WeakKeyDictionary()
 
 
 def _holdings(backbone: Backbone) -> list[Tensor]:
-    """Return the tensors that a backbone holds: parameters, buffers, and plain attributes. Looked for once."""
+    """Return the tensors that a backbone holds besides its weights: buffers and plain attributes."""
     if backbone not in _held:
-        plain = [
-            each
-            for module in backbone.modules()
-            for each in vars(module).values()
-            if isinstance(each, Tensor)
-        ]
-        _held[backbone] = [*backbone.parameters(), *backbone.buffers(), *plain]
+        own = (vars(module).values() for module in backbone.modules())
+        plain = [each for values in own for each in values if isinstance(each, Tensor)]
+        _held[backbone] = [*backbone.buffers(), *plain]
     return _held[backbone]
 
 

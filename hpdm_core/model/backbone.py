@@ -5,6 +5,8 @@ The backbone knows nothing of levels, patches or context: all active levels come
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import Tensor, nn
 
 __all__ = ["Backbone"]
@@ -34,3 +36,9 @@ class Backbone(nn.Module):
         Tokens are row-major over the grid (f, h, w). Latents are None, in and out, where `start` gave none.
         """
         raise NotImplementedError
+
+    def kind(self, block: int) -> Hashable:
+        """Return what tells a block from others by its cost: two of one kind do the same with inputs of one form,
+        each with its own weights, and are counted once (`hpdm_core.cost`). By default every block is of its own.
+        """
+        return block

@@ -8,6 +8,7 @@ them).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, cast
 
 import torch
@@ -151,3 +152,7 @@ class RIN(Backbone):
     ) -> tuple[Tensor, Tensor]:
         """See `Backbone`."""
         return cast(tuple[Tensor, Tensor], self.blocks[block](tokens, latents, condition))
+
+    def kind(self, block: int) -> Hashable:
+        """See `Backbone`: all blocks are alike."""
+        return "block"

@@ -51,6 +51,7 @@ ARGUMENTS = {
         "--step-ms=1",
     ],
     "parallel": ["--steps=1", "--rounds=1", "--strategy", "ddp", *sets([*TINY, *DATA])],
+    "dry_run": ["--rounds=1", "--file=studies/quickstart.yaml"],
     "context_sampling": ["--repeats=1", "--threads=1"],
     "peers": [
         "--rounds=1",
