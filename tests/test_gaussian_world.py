@@ -256,6 +256,7 @@ def held_out(assembly, denoiser, patches=48):
         assembly=assembly,
         denoiser=denoiser,
         device=torch.device("cpu"),
+        details={},
         clip=lambda stream, split, number: assembly.dataset.draw(
             split, generator("evaluation", stream, split, number)
         ),

@@ -121,11 +121,17 @@ def _sample_batch(
     config = assembly.config
     pyramid = assembly.pyramid
     solver = assembly.solver
-    device, dtype = torch.device(config.runtime.device), state_dtype(config.sampling)
+    device = torch.device(config.runtime.device)
+    dtype = state_dtype(config.sampling)
+    # What is drawn keeps its type, unless more is asked for.
+    wider = dtype if dtype == torch.float64 else None
     size = config.runtime.tile_batch
     layout = Layout(pyramid, config.data.downsampling, torch.tensor(list(labels), device=device))
     levels = config.model.levels
     sigma_eff = config.sampling.context_sigma_eff
+
+    def told(videos: Tensor) -> Tensor:
+        return videos if wider is None else videos.float()
 
     finished: list[Tensor] = []
     parents: list[Tensor] = []  # noised states of the finished levels
@@ -142,7 +148,7 @@ def _sample_batch(
 
             def noise(i: int, level: int = level, shape: tuple[int, ...] = shape) -> Tensor:
                 fields = [normal(shape, config.seed, "sampling", index, level, i) for index in indices]
-                return torch.stack(fields).to(device, dtype, non_blocking=True)
+                return torch.stack(fields).to(device, wider, non_blocking=True)
 
             denoise = tiled_denoise(denoiser, batches, contexts)
             numbers = {"level": level, "levels": levels, "calls": solver.calls(level)}
@@ -156,8 +162,8 @@ def _sample_batch(
             videos = videos.clamp(-1, 1)
             if observe is not None:
                 # A copy: it is theirs, and they may write into it.
-                observe(level, videos.detach().to("cpu", torch.float32, copy=True))
-        finished.append(videos.float().cpu())
+                observe(level, told(videos).detach().to("cpu", copy=True))
+        finished.append(told(videos).cpu())
         if level + 1 < levels:
             parents.append(
                 noised_parents(videos, indices, seed=config.seed, level=level, sigma_eff=sigma_eff)

@@ -88,7 +88,10 @@ def test_a_published_protocol_runs_with_weights_and_says_what_is_missing_without
 
 
 def test_its_study_fits_the_papers_levels(tmp_path: Path) -> None:
-    (text,) = blocks("yaml")
+    text, *others = blocks("yaml")
+    for other in others:  # metrics of other sections
+        (tmp_path / "study.yaml").write_text(other)
+        assert load_cell(tmp_path / "study.yaml").config.evaluation.metrics
     (tmp_path / "study.yaml").write_text(text)
     cell = load_cell(tmp_path / "study.yaml")
     sizes = [cell.pyramid.size(level) for level in range(3)]

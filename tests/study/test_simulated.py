@@ -53,7 +53,7 @@ def destiny(cell: str, options: SimulatedOptions) -> tuple[str, int]:
             return "failed", attempt
         if cause == "out of memory":
             memory += 1
-            if memory == 2:
+            if memory == 4:  # 8 videos at a time, then 4, 2 and 1
                 return "failed", attempt
 
 
