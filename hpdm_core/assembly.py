@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Hashable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Assembly"]
 
 log = logging.getLogger(__name__)
-
-_backbones: WeakKeyDictionary[Plugins, dict[Hashable, Backbone]] = WeakKeyDictionary()
-"""On the meta device."""
 
 
 class Assembly:
@@ -156,7 +151,9 @@ class Assembly:
         )
         with torch.device(device):
             with keyed_global_rng(seed, "model.backbone"):
-                backbone = self._backbone(torch.device(device))
+                backbone: Backbone = self.plugins.make(
+                    "backbones", model.backbone, model.token_dim, model.blocks, self.pyramid.grid
+                )
                 self._check_self_conditioning(backbone)
             with keyed_global_rng(seed, "model.context_fusion"):
                 fusion = self.plugins.make("context_fusions", model.context_fusion, shape)
@@ -173,28 +170,10 @@ class Assembly:
             initialise(network, seed=seed, table_std=model.table_std, zero_residual=model.zero_residual)
         return network
 
-    def _backbone(self, device: torch.device) -> Backbone:
-        """Return a new backbone; on the meta device, where it has no contents, one for all that ask for the same."""
-        model = self.config.model
-
-        def build() -> Backbone:
-            made: Backbone = self.plugins.make(
-                "backbones", model.backbone, model.token_dim, model.blocks, self.pyramid.grid
-            )
-            return made
-
-        if device.type != "meta":
-            return build()
-        known = _backbones.setdefault(self.plugins, {})
-        key = (model.backbone.model_dump_json(), model.token_dim, model.blocks, self.pyramid.grid)
-        if key not in known:
-            known[key] = build()
-        return known[key]
-
     @torch.no_grad()
     def _check_self_conditioning(self, backbone: Backbone) -> None:
         share = self.config.training.self_conditioning
-        with Counter():  # on the meta device it is quicker under a counter
+        with Counter():  # torch's own kernels of the meta device would load its compiler for this
             latents = backbone.start(None, 1) if share else None
         if share and latents is None:
             raise InputError(

@@ -77,8 +77,7 @@ class Denoiser:
         """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next step.
 
         ``latents`` are those of the previous step, None at the first, and always where the backbone has no
-        state. The estimate has the precision of
-        ``z``.
+        state. The estimate has the precision of ``z``.
         """
         return self._step(level, z, sigma, coords, label, contexts, latents)
 

@@ -179,7 +179,6 @@ def _has_idle(assembly: Assembly) -> bool:
     batch = TrainingBatches(assembly, range(1))(1).to(meta)
     for rows in (0, 1) if assembly.config.training.self_conditioning else (0,):
         model = assembly.build_model(device=meta)
-        model.zero_grad()  # networks on the meta device share their backbone
         chosen = replace(batch, conditioned=torch.empty(rows, dtype=torch.long, device=meta))
         joint_loss(assembly, model, chosen).total.backward()  # type: ignore[no-untyped-call]
         if any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters()):
