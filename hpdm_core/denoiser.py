@@ -33,9 +33,11 @@ class Denoiser:
         self.sigma_in = tuple(sigma_in)
         self._step: Callable[..., tuple[Tensor, Tensor]] = self._estimate
         if compiled:
-            # Graphs per level: with latents and without, and both again for another number of rows.
-            limit = torch._dynamo.config.cache_size_limit
-            torch._dynamo.config.cache_size_limit = max(limit, 4 * len(self.sigma_in))
+            # Graphs per level: with latents and without, and both again for another number of rows. All denoisers of
+            # the process count together, since they share this code.
+            graphs = 4 * len(self.sigma_in)
+            torch._dynamo.config.cache_size_limit += graphs
+            torch._dynamo.config.accumulated_cache_size_limit += graphs
             self._step = torch.compile(self._estimate, fullgraph=True)
 
     @torch.no_grad()

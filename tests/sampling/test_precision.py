@@ -140,4 +140,10 @@ def test_compiled_sampling_gives_the_samples_as_they_are(sets: list[str]) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         made = samples("runtime.compile=sampling", *sets)
-    assert difference(made, samples(*sets)) < (0.02 if sets else 1e-4)
+    usual = samples(*sets)
+    if not sets:
+        assert difference(made, usual) < 1e-4
+        return
+    # A compiler leaves out some roundings to bfloat16: both are as far from the truth.
+    exact = samples("sampling.precision=fp64")
+    assert 1e-3 < difference(made, exact) < 2 * difference(usual, exact)
