@@ -76,6 +76,18 @@ class Assembly:
         return made
 
     @cached_property
+    def fusion_shape(self) -> FusionShape:
+        """All that a context fusion knows when it is built."""
+        model = self.config.model
+        return FusionShape(
+            token_dim=model.token_dim,
+            grid=self.pyramid.grid,
+            patch=self.pyramid.patch,
+            levels_per_block=self.levels_per_block,
+            channels=model.channels,
+        )
+
+    @cached_property
     def sigma_in(self) -> tuple[float, ...]:
         """Input scale per level."""
         part = self.config.diffusion.noise_scaling
@@ -142,13 +154,6 @@ class Assembly:
         """Return a new network on ``device`` with its initial weights, keyed by (seed, parameter name)."""
         model = self.config.model
         seed = self.config.seed
-        shape = FusionShape(
-            token_dim=model.token_dim,
-            grid=self.pyramid.grid,
-            patch=self.pyramid.patch,
-            levels_per_block=self.levels_per_block,
-            channels=model.channels,
-        )
         with torch.device(device):
             with keyed_global_rng(seed, "model.backbone"):
                 backbone: Backbone = self.plugins.make(
@@ -156,7 +161,7 @@ class Assembly:
                 )
                 self._check_self_conditioning(backbone)
             with keyed_global_rng(seed, "model.context_fusion"):
-                fusion = self.plugins.make("context_fusions", model.context_fusion, shape)
+                fusion = self.plugins.make("context_fusions", model.context_fusion, self.fusion_shape)
             diffusion = self.config.diffusion
             network = HPDM(
                 model,

@@ -19,8 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hpdm_core.counting import CountedExecution, Counter, KnownBlocks
+from hpdm_core.counting import Calls, CountedExecution, CountedFusion, Counter, KnownCalls
 from hpdm_core.denoiser import Denoiser
+from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.model.hpdm import HPDM, Encoded
 from hpdm_core.training.batches import Batch
 from hpdm_core.training.step import joint_loss
@@ -54,7 +55,7 @@ CHECKPOINTS = 3
 
 def count_parameters(assembly: Assembly) -> int:
     """Return the number of trainable weights."""
-    return sum(parameter.numel() for parameter in _network(assembly).parameters() if parameter.requires_grad)
+    return _built(assembly)[2]
 
 
 def training_flops(assembly: Assembly) -> int:
@@ -89,10 +90,8 @@ def training_memory(assembly: Assembly) -> int:
     as set; with bf16 it is less. What kernels use for a moment is not in it, nor is a share of the batch or
     of the weights that other processes take.
     """
-    runtime, model, counter = assembly.config.runtime, _network(assembly), Counter()
-    model.execution = _execution(
-        assembly, counter, "fused attention", checkpointing=runtime.activation_checkpointing
-    )
+    runtime, counter = assembly.config.runtime, Counter()
+    model = _network(assembly, counter, "fused attention", checkpointing=runtime.activation_checkpointing)
     part = _meta_batch(assembly, runtime.micro_batch)
     with _FusedAttention(), counter, saved_tensors_hooks(counter.keep, lambda tensor: tensor):
         joint_loss(assembly, model, part)
@@ -175,35 +174,43 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
     return total
 
 
-_networks: WeakKeyDictionary[Assembly, HPDM] = WeakKeyDictionary()
-_blocks: WeakKeyDictionary[Plugins, KnownBlocks] = WeakKeyDictionary()
-"""What blocks do, shared by all cells that take their parts from the same plugins."""
+_networks: WeakKeyDictionary[Assembly, tuple[HPDM, ContextFusion, int]] = WeakKeyDictionary()
+"""A cell's network on the meta device, its fusion, and its number of trainable weights."""
+_calls: WeakKeyDictionary[Plugins, KnownCalls] = WeakKeyDictionary()
+"""What was counted, shared by all cells that take their parts from the same plugins."""
 
 
-def _network(assembly: Assembly) -> HPDM:
-    """Return the cell's network on the meta device."""
+def _built(assembly: Assembly) -> tuple[HPDM, ContextFusion, int]:
     if assembly not in _networks:
-        _networks[assembly] = assembly.build_model(device="meta")
+        model = assembly.build_model(device="meta")
+        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        _networks[assembly] = model, model.fusion, weights
     return _networks[assembly]
 
 
-def _execution(
-    assembly: Assembly, counter: Counter, attention: str, *, checkpointing: bool = False
-) -> CountedExecution:
-    """Return what runs the blocks under ``counter``: each once for all that have the same backbone."""
-    model = assembly.config.model
-    kind = (attention, model.backbone.model_dump_json(), model.token_dim, model.blocks, assembly.pyramid.grid)
-    known = _blocks.setdefault(assembly.plugins, {})
-    return CountedExecution(counter=counter, known=known, kind=kind, checkpointing=checkpointing)
+def _network(assembly: Assembly, counter: Counter, attention: str, *, checkpointing: bool = False) -> HPDM:
+    """Return the cell's network, whose calls of parts are counted by ``counter``, each once for all that have the same
+    parts and ``attention``.
+    """
+    network, fusion, _ = _built(assembly)
+    config, shape = assembly.config.model, assembly.fusion_shape
+    calls = Calls(counter, _calls.setdefault(assembly.plugins, {}), attention)
+    network.execution = CountedExecution(
+        calls=calls,
+        kind=(config.backbone.model_dump_json(), config.token_dim, config.blocks, shape.grid),
+        checkpointing=checkpointing,
+    )
+    network.fusion = CountedFusion(fusion, calls, (config.context_fusion.model_dump_json(), shape))
+    return network
 
 
 def _counted(assembly: Assembly, work: Callable[[HPDM, Counter], Made]) -> tuple[Made, int]:
     """Return what ``work`` returns, given the cell's network and its counter, and its floating-point operations."""
-    model, counter = _network(assembly), Counter()
-    model.execution = _execution(assembly, counter, "products")
+    counter = Counter()
+    network = _network(assembly, counter, "products")
     # The math form of attention is made of matrix products, which are counted on every device.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        made = work(model, counter)
+        made = work(network, counter)
     return made, counter.flops
 
 

@@ -1,6 +1,7 @@
 """Costs counted without running anything."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,9 @@ TINY_RIN = {
 def assemble() -> Callable[..., Assembly]:
     plugins = build_plugins()
 
-    def make(*, levels: int = 3, blocks: int = 3, training: dict[str, Any] | None = None) -> Assembly:
+    def make(
+        *, levels: int = 3, blocks: int = 3, training: dict[str, Any] | None = None, fusion: str = "deep"
+    ) -> Assembly:
         q = 2 ** (levels - 1)
         config = {
             "model": {
@@ -45,6 +48,7 @@ def assemble() -> Callable[..., Assembly]:
                 "classes": 4,
                 "token_dim": D,
                 "blocks": blocks,
+                "context_fusion": fusion,
                 "backbone": {
                     "use": "rin",
                     "latent_dim": E,
@@ -95,8 +99,46 @@ def test_forward_operations_by_hand_attention_included(assemble: Callable[..., A
     assert (flops[1.0] - first_pass) / second_pass == pytest.approx(3, rel=0.05)
 
 
-def test_the_real_step_on_the_cpu_counts_the_same(assemble: Callable[..., Assembly]) -> None:
-    assembly = assemble(training={"self_conditioning": 1.0})
+@pytest.mark.parametrize("fusion", ["none", "shallow_concat", "deep", "deep_pixels", "deep_levels"])
+def test_the_real_step_on_the_cpu_counts_the_same(assemble: Callable[..., Assembly], fusion: str) -> None:
+    assert_counted(assemble(training={"self_conditioning": 1.0}, fusion=fusion))
+
+
+EVER_MORE = """
+import torch
+from hpdm_core import ContextFusion, hookimpl
+
+class EverMore(ContextFusion):
+    def __init__(self, shape):
+        super().__init__()
+        self.mix = torch.nn.Linear(shape.token_dim, shape.token_dim)
+
+    def token_context(self, block, level, coords, sources):
+        made = sources[-1].tokens
+        for _ in range(1 + block):
+            made = self.mix(made)
+        return made
+
+    def fuse(self, block, level, tokens, context, coords, sigma):
+        return tokens + context
+
+@hookimpl
+def register_context_fusions(register):
+    register("ever_more", EverMore, source="a test: every block makes one product more than the one before")
+"""
+
+
+def test_blocks_of_a_fusion_that_says_nothing_of_their_kinds_are_counted_one_by_one(
+    assemble: Callable[..., Assembly], tmp_path: Path
+) -> None:
+    file = tmp_path / "ever_more.py"
+    file.write_text(EVER_MORE)
+    usual = assemble(training={"self_conditioning": 1.0}, fusion="ever_more")
+    assert_counted(Assembly(usual.config, build_plugins([str(file)])))
+
+
+def assert_counted(assembly: Assembly) -> None:
+    """The operations of a training step are those of a real one."""
     model, batch = assembly.build_model(), TrainingBatches(assembly)(1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         joint_loss(assembly, model, batch).total.backward()

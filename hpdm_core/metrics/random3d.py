@@ -7,6 +7,7 @@ itself.
 """
 
 import hashlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ _QUIET = 0.01
 """Added to a standard deviation: about one grey level, below which a response is rounding."""
 
 
+@cache
+def _kernels() -> tuple[Tensor, ...]:
+    """Return the weight of every layer, [out, in, 3, 3, 3]."""
+    made: list[Tensor] = []
+    channels = 3
+    for index, (width, _) in enumerate(_LAYERS):
+        kernel = normal((width, channels, 3, 3, 3), "random3d", _VERSION, index)
+        # Every other filter sums to zero over time: it answers to motion and not to the picture.
+        kernel[::2] -= kernel[::2].mean(dim=2, keepdim=True)
+        made.append(kernel / kernel.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1))
+        channels = width
+    return tuple(made)
+
+
 class Random3D:
     """The extractor ``random3d``: per layer convolution, normalisation of each channel over the clip, GELU.
 
@@ -38,14 +53,7 @@ class Random3D:
     scaling: Scaling = "features"
 
     def __init__(self) -> None:
-        self.weights: list[Tensor] = []
-        channels = 3
-        for index, (width, _) in enumerate(_LAYERS):
-            kernel = normal((width, channels, 3, 3, 3), "random3d", _VERSION, index)
-            # Every other filter sums to zero over time: it answers to motion and not to the picture.
-            kernel[::2] -= kernel[::2].mean(dim=2, keepdim=True)
-            self.weights.append(kernel / kernel.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1))
-            channels = width
+        self.weights = _kernels()
 
     def features(self, videos: Tensor) -> Tensor:
         """Return float64 [n, 272] for uint8 ``videos`` [n, F, H, W, C], C in (1, 3), of any size."""

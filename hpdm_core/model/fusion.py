@@ -7,7 +7,7 @@ each denoising step; the rest is computed once per tile and reused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -100,3 +100,10 @@ class ContextFusion(nn.Module):
     ) -> Tensor:
         """Return the child's tokens [B, N, D]; called for every block that runs ``level`` >= 1."""
         return tokens
+
+    def kind(self, block: int) -> Hashable:
+        """Return what tells a block's `token_context` from others by its cost: those of one kind do the same with
+        arguments of one form, each with its own weights, and are counted once. By default every block is of its
+        own.
+        """
+        return block

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from einops import rearrange
@@ -147,6 +146,8 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
     which yuv420p does not have, are filled up by repeating the last row or column. Raises `InputError` for no
     frames.
     """
+    import av  # slow to load: only where it is used
+
     if video.ndim != 4 or 0 in video.shape:
         raise InputError(
             f"{path}: a video of shape {tuple(video.shape)}; allowed is [F, H, W, C], none of them 0"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,23 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--backend {given.backend}: unknown '{given.backend}'{did_you_mean(given.backend, BACKENDS)}; "
             f"allowed: {', '.join(BACKENDS)}"
         )
-    if given.dry_run:  # before torch is loaded, which takes seconds
-        _say(f"reading {given.file}")
-    from hpdm_core.config.study_file import load_study
-
-    study = load_study(
-        given.file,
-        sets=given.sets,
-        arms=given.arms,
-        only=given.only,
-        plugins=given.plugins,
-        backends=BACKENDS,
-    )
     if given.dry_run:
-        from hpdm_core.study.dry_run import describe_study
+        with _nothing_collected():
+            _say(f"reading {given.file}")  # before torch is loaded, which takes seconds
+            study = _study(given)
+            from hpdm_core.study.dry_run import describe_study
 
-        print(describe_study(study, given.results, say=_say))
+            print(describe_study(study, given.results, say=_say))
         return 0
+    study = _study(given)
     words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
     if given.status or given.cancel:
         from hpdm_core.study.simulated import results_for
@@ -147,6 +141,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again=again,
         detach=given.detach,
     )
+
+
+def _study(given: argparse.Namespace) -> StudyConfig:
+    from hpdm_core.config.study_file import load_study
+
+    return load_study(
+        given.file,
+        sets=given.sets,
+        arms=given.arms,
+        only=given.only,
+        plugins=given.plugins,
+        backends=BACKENDS,
+    )
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within the block Python does not look for garbage in cycles: what ends in seconds has little of it, and would
+    spend a sixth of its time looking.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def run_study(

@@ -9,7 +9,7 @@ so that an arm changes one thing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +171,10 @@ class _FromFeatures(ContextFusion):
             found = cover(positions, self.shape.grid, coords.share_of(source.coords))
             made.append((found, source.tokens.detach() if self.detach else source.tokens))
         return made
+
+    def kind(self, block: int) -> Hashable:
+        """See `ContextFusion`: maps differ in size only, by the levels that a block runs."""
+        return self.shape.levels_per_block[block]
 
     def _rest(self, layer: FusionLinear, coords: Coords, like: Tensor) -> Tensor:
         """Return what the bias and, where they are taken, the coordinates give."""

@@ -5,23 +5,26 @@ file's presentation times are known to tell that order, reading seeks to the key
 that is wanted, and checks what it gets; everywhere else it decodes from the start.
 """
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
-import av.error
 import torch
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from hpdm_core.data.frames import resize
 from hpdm_core.data.readers import ReadError, VideoInfo, check_frames, reason_of
 from hpdm_core.hookspecs import Register, hookimpl
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 __all__ = ["PyAVReader", "register_video_readers"]
 
@@ -69,6 +72,8 @@ class PyAVReader:
 
     def describe(self) -> dict[str, Any]:
         """Return the versions of PyAV and of the libraries that it brings."""
+        import av
+
         libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
         return {"name": "pyav", "av": av.__version__, **libraries}
 
@@ -159,6 +164,9 @@ def _has_times(container: InputContainer, stream: VideoStream) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its first video stream; whatever FFmpeg says within the block becomes a ReadError."""
+    import av  # slow to load: only where it is used
+    import av.error
+
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

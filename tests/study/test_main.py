@@ -1,4 +1,5 @@
 import errno
+import gc
 import os
 import shutil
 import time
@@ -46,6 +47,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert main([str(tiny), "--results", str(tmp_path / "results"), "--dry-run"]) == 0
+    assert gc.isenabled()
     shown = capsys.readouterr().out
     for word in (
         "default",
