@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import math
 import multiprocessing
@@ -199,6 +201,15 @@ def _run_one(job: gpu_parts.Job, log: Path, *, rehearse: bool) -> str | None:
     return None
 
 
+def _prepare_to_fork() -> None:
+    """Load what torch's optimizers load when the first is built, which takes seconds, once for all the tasks; and
+    let no task look for garbage in what was loaded.
+    """
+    importlib.import_module("torch._dynamo")
+    gc.collect()
+    gc.freeze()
+
+
 def _about(device: str) -> dict[str, Any]:
     """Return card, driver, versions and commit."""
     found = {"commit": git_commit() or "unknown", "driver": None, "card": None, "cuda": torch.version.cuda}
@@ -297,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_plan(tasks)
         return 0
     if given.rehearse:
+        _prepare_to_fork()
         with tempfile.TemporaryDirectory(prefix="hpdm-gpu-") as folder:
             out = given.out or Path(folder)
             out.mkdir(parents=True, exist_ok=True)
