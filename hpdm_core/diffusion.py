@@ -21,10 +21,15 @@ __all__ = ["NoiseSampler", "Objective", "Slot", "c_in", "noise_clean", "per_row"
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of the joint pass: its level, and the slots that feed it, coarsest first."""
+    """One entry of the joint pass: its level, and the slots that feed it, coarsest first.
+
+    ``stream``: the name of the random stream of its noise; None: its number among the slots. Slots of two samplers that
+    have one name have the same noise.
+    """
 
     level: int
     sources: tuple[int, ...] = ()
+    stream: tuple[int | str, ...] | None = None
 
 
 class NoiseSampler(Protocol):

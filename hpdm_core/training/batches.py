@@ -2,7 +2,7 @@
 attempt.
 
 Every random number hangs on (seed, stream, step, index of the video in the global batch) and, for noise, the
-slot; see `hpdm_core.randomness`. So batches can be made ahead in a thread, and a resumed run needs no random
+slot's stream; see `hpdm_core.randomness`. So batches can be made ahead in a thread, and a resumed run needs no random
 state.
 """
 
@@ -164,7 +164,7 @@ class TrainingBatches:
         return _Video(
             clean=[patches[slot.level] for slot in slots],
             noise=[
-                normal(patches[slot.level].shape, seed, "noise", step, index, number)
+                normal(patches[slot.level].shape, seed, "noise", step, index, *(slot.stream or (number,)))
                 for number, slot in enumerate(slots)
             ],
             sigma=sigma,

@@ -94,6 +94,9 @@ class CleanStream:
     units and are in no loss; the others have their own sigma, ln sigma ~ N(mean, std^2), and are fed by the
     clean ones alone. Costs about 1.8 times the block calls of `Independent` with adaptive computation, and
     trains every level in every step under the condition it is sampled in.
+
+    ``paired``: the slots in the loss have the sigma and the noise that `Independent` draws for their levels: the
+    two differ in their parents alone. Without it the numbers are those of versions before this option.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class CleanStream:
         mean: float = -1.2,
         std: Positive = 1.2,
         context_sigma_eff: Positive = 0.05,
+        paired: bool = True,
     ) -> None:
         finest = len(sigma_in) - 1
         clean: tuple[int, ...] = ()
@@ -112,19 +116,23 @@ class CleanStream:
             sources = clean
             if level < finest:
                 clean = (*clean, len(slots))
-                slots.append(Slot(level=level, sources=sources))
+                slots.append(Slot(level, sources, ("clean", level) if paired else None))
                 fixed.append(context_sigma_eff / scale)
-            slots.append(Slot(level=level, sources=sources))
+            slots.append(Slot(level, sources, (level,) if paired else None))
             fixed.append(0.0)
         self.slots = tuple(slots)
+        self.paired = paired
         self.fixed = torch.tensor(fixed)
         self.mean = mean
         self.std = std
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See `hpdm_core.diffusion.NoiseSampler`."""
-        drawn = (self.mean + self.std * torch.randn(len(self.slots), generator=generator)).exp()
         in_loss = self.fixed == 0
+        count = int(in_loss.sum()) if self.paired else len(self.slots)
+        drawn = (self.mean + self.std * torch.randn(count, generator=generator)).exp()
+        if self.paired:
+            return self.fixed.masked_scatter(in_loss, drawn), in_loss
         return torch.where(in_loss, drawn, self.fixed), in_loss
 
 

@@ -86,6 +86,31 @@ def test_slots_of_one_level_share_the_crop_and_not_the_noise(
     assert not torch.equal(batch.noise[1], batch.noise[3])
 
 
+def test_what_a_clean_stream_trains_is_what_independent_noise_trains(assemble: Make) -> None:
+    """Sampler against sampler, only parents differ; `paired: false` keeps the numbers from before."""
+    independent, paired, apart = (
+        TrainingBatches(assemble(diffusion={"noise_sampling": sampler}))(3)
+        for sampler in ("independent", "clean_stream", {"use": "clean_stream", "paired": False})
+    )
+    own = [1, 3, 4]  # of the slots 0 clean, 0, 1 clean, 1, 2
+    for level, slot in enumerate(own):
+        assert torch.equal(paired.noise[slot], independent.noise[level])
+        assert torch.equal(paired.sigma[slot], independent.sigma[level])
+        assert not torch.equal(apart.sigma[slot], independent.sigma[level])
+        assert torch.equal(apart.noise[slot], normal_noise(apart, slot))
+    assert not torch.equal(paired.noise[0], paired.noise[1])
+
+
+def normal_noise(batch: Batch, number: int) -> torch.Tensor:
+    """The noise of a slot whose stream is its number."""
+    return torch.stack(
+        [
+            normal(each.shape, 0, "noise", batch.step, index, number)
+            for index, each in enumerate(batch.noise[number])
+        ]
+    )
+
+
 def test_a_clip_of_bytes_makes_the_same_batch_and_is_never_whole_in_float32(assemble: Make) -> None:
     assembly = assemble()
     shape = (3, *assembly.pyramid.video)
