@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.data.loader import in_processes
 from hpdm_core.errors import InputError
-from hpdm_core.pyramid import level_patch
+from hpdm_core.pyramid import level_patch, level_patches, unit_range
 from hpdm_core.randomness import generator, normal
 from hpdm_core.runtime import pinned
 
@@ -33,6 +34,10 @@ __all__ = ["Batch", "TrainingBatches", "in_thread", "loaded"]
 
 Item = TypeVar("Item")
 
+SMALL_CLIP = 2**18
+"""Numbers of a clip up to which those of a batch are kept whole, to be downsampled together: a call costs more than its
+work there. A larger one is cut up as it comes, and let go.
+"""
 WORKER_AHEAD = 2
 """Batches that a worker process prepares ahead where nothing else is asked for."""
 
@@ -122,14 +127,16 @@ class TrainingBatches:
         self.dataset = assembly.dataset
         self.coordinate_sampler = assembly.coordinate_sampler
         self.noise_sampler = assembly.noise_sampler
+        self.small = math.prod((assembly.config.model.channels, *self.pyramid.video)) <= SMALL_CLIP
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of ``step`` (from 1), on the CPU."""
         videos = [self._video(step, index) for index in self.rows]
         slots = range(len(self.noise_sampler.slots))
+        patches = [self._patches(videos, level) for level in range(self.pyramid.levels)]
         return Batch(
             step=step,
-            clean=[torch.stack([video.clean[slot] for video in videos]) for slot in slots],
+            clean=[patches[slot.level] for slot in self.noise_sampler.slots],
             noise=[torch.stack([video.noise[slot] for video in videos]) for slot in slots],
             sigma=[torch.stack([video.sigma[slot] for video in videos]) for slot in slots],
             in_loss=[torch.stack([video.in_loss[slot] for video in videos]) for slot in slots],
@@ -143,29 +150,27 @@ class TrainingBatches:
             ),
         )
 
+    def _patches(self, videos: Sequence[_Video], level: int) -> Tensor:
+        """Return [B, C, f, h, w]."""
+        if not self.small:
+            return torch.stack([video.pixels[level] for video in videos])
+        offsets = [video.offsets[level].tolist() for video in videos]
+        whole = [video.pixels[0] for video in videos]
+        return level_patches(whole, self.pyramid, level, offsets, self.config.data.downsampling)
+
     def _video(self, step: int, index: int) -> _Video:
         seed = self.config.seed
         clip = self.dataset.draw("train", generator(seed, "clip", step, index))
         offsets = self.coordinate_sampler.sample(generator(seed, "offsets", step, index))  # [L, 3]
         sigma, in_loss = self.noise_sampler.draw(generator(seed, "sigma", step, index))  # [S], [S]
-        patches = [
-            level_patch(
-                clip.pixels,
-                self.pyramid,
-                level,
-                tuple(offsets[level].tolist()),
-                self.config.data.downsampling,
-            )
-            for level in range(self.pyramid.levels)
-        ]
-        slots = self.noise_sampler.slots
         training = self.config.training
+        shape = (self.config.model.channels, *self.pyramid.patch)
         dropped = _chance(training.label_dropout, seed, "label", step, index)
         return _Video(
-            clean=[patches[slot.level] for slot in slots],
+            pixels=[unit_range(clip.pixels)] if self.small else self._cut(clip.pixels, offsets),
             noise=[
-                normal(patches[slot.level].shape, seed, "noise", step, index, *(slot.stream or (number,)))
-                for number, slot in enumerate(slots)
+                normal(shape, seed, "noise", step, index, *(slot.stream or (number,)))
+                for number, slot in enumerate(self.noise_sampler.slots)
             ],
             sigma=sigma,
             in_loss=in_loss,
@@ -173,6 +178,13 @@ class TrainingBatches:
             label=-1 if dropped else self._label(clip.label),
             conditioned=_chance(training.self_conditioning, seed, "self_conditioning", step, index),
         )
+
+    def _cut(self, pixels: Tensor, offsets: Tensor) -> list[Tensor]:
+        mode = self.config.data.downsampling
+        return [
+            level_patch(pixels, self.pyramid, level, tuple(at), mode)
+            for level, at in enumerate(offsets.tolist())
+        ]
 
     def _label(self, label: int) -> int:
         classes = self.config.model.classes
@@ -186,7 +198,9 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class _Video:
-    clean: list[Tensor]
+    pixels: list[
+        Tensor
+    ]  # the clip [C, F, H, W] where clips are small; its patches [C, f, h, w], one per level
     noise: list[Tensor]
     sigma: Tensor
     in_loss: Tensor

@@ -14,6 +14,7 @@ from hpdm_core.data.dataset import Clip
 from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator, normal
+from hpdm_core.training import batches as batches_module
 from hpdm_core.training.batches import Batch, TrainingBatches, in_thread, loaded
 
 Make = Callable[..., Assembly]
@@ -111,7 +112,21 @@ def normal_noise(batch: Batch, number: int) -> torch.Tensor:
     )
 
 
-def test_a_clip_of_bytes_makes_the_same_batch_and_is_never_whole_in_float32(assemble: Make) -> None:
+def test_clips_cut_up_one_by_one_make_the_batch_of_clips_cut_up_together(
+    assemble: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = TrainingBatches(assemble())(2)
+    monkeypatch.setattr(batches_module, "SMALL_CLIP", 0)
+    for name, tensor in tensors(TrainingBatches(assemble())(2)).items():
+        expected = tensors(together)[name]
+        assert torch.equal(tensor, expected) and tensor.stride() == expected.stride(), name
+
+
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_a_clip_of_bytes_makes_the_same_batch_and_a_large_one_is_never_whole_in_float32(
+    assemble: Make, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setattr(batches_module, "SMALL_CLIP", small)
     assembly = assemble()
     shape = (3, *assembly.pyramid.video)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
