@@ -24,12 +24,14 @@ class Slot:
     """One entry of the joint pass: its level, and the slots that feed it, coarsest first.
 
     ``stream``: the name of the random stream of its noise; None: its number among the slots. Slots of two samplers that
-    have one name have the same noise.
+    have one name have the same noise. ``context_only``: it is in no loss, in any draw, and is computed no further than
+    those that it feeds read it.
     """
 
     level: int
     sources: tuple[int, ...] = ()
     stream: tuple[int | str, ...] | None = None
+    context_only: bool = False
 
 
 class NoiseSampler(Protocol):

@@ -71,7 +71,7 @@ def configurations() -> Iterator[tuple[str, Assembly]]:
     for name, (preset, sets) in PAPERS.items():
         yield name, load_cell(preset, sets=[*BARE, *sets])
     for file, extends in (
-        ("dcf_ablation", None),
+        ("dcf_ablation", "tiny_clips"),
         ("dcf_ablation", "ucf101_hpdm_s"),
         ("overfit", None),
         ("table1_efficiency", None),

@@ -35,7 +35,8 @@ class Patches:
 
     ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices
     of the entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an
-    earlier pass, None for none and always None where the backbone has no state.
+    earlier pass, None for none and always None where the backbone has no state. ``context_only``: nothing is asked of
+    it but to feed others, so it stops where the last of them has read it.
     """
 
     level: int
@@ -45,6 +46,7 @@ class Patches:
     label: Tensor | None = None
     sources: tuple[int, ...] = ()
     latents: Tensor | None = None
+    context_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class _State:
     sigma_embedding: Tensor
     condition: Tensor
     tokens: Tensor
+    end: int
+    """The first of the blocks that do not run it any more."""
     latents: Tensor | None = None
 
     def as_source(self, *, with_tokens: bool) -> Source:
@@ -205,16 +209,19 @@ class HPDM(nn.Module):
 
     def forward(
         self, entries: Sequence[Patches], contexts: Sequence[Contexts | None] | None = None
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block (None
-        where the backbone has no state).
+        where the backbone has no state); None and None for one that is only context.
 
         An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an
         entry above level 0 has neither, or sources of other levels than 0..level-1.
         """
         states = self._begin(entries, contexts)
         self._run(states, range(self.blocks))
-        return [(self._detokenize(state.tokens), state.latents) for state in states]
+        return [
+            (None, None) if state.entry.context_only else (self._detokenize(state.tokens), state.latents)
+            for state in states
+        ]
 
     def child_blocks(self, level: int) -> tuple[int, ...]:
         """Return the blocks that a child of ``level`` runs: those whose inputs serve as context."""
@@ -275,8 +282,9 @@ class HPDM(nn.Module):
         if len(given) != len(entries):
             raise ValueError(f"{len(given)} contexts for {len(entries)} entries")
         embeddings = [self.sigma_embedding(entry.sigma, entry.level) for entry in entries]
+        ends = self._ends(entries, given)
         states = []
-        for entry, context, embedding in zip(entries, given, embeddings, strict=True):
+        for entry, context, embedding, end in zip(entries, given, embeddings, ends, strict=True):
             pixel = None
             if context is not None:
                 pixel = context.pixel
@@ -295,9 +303,23 @@ class HPDM(nn.Module):
                     sigma_embedding=embedding,
                     condition=self._condition(embedding, entry.label),
                     tokens=tokens,
+                    end=end,
                 )
             )
         return states
+
+    def _ends(self, entries: Sequence[Patches], contexts: Sequence[Contexts | None]) -> list[int]:
+        """Return for each entry the first block that does not run it any more: of those that are only context, the
+        last one before which an entry that they feed reads their tokens.
+        """
+        ends = [0 if entry.context_only else self.blocks for entry in entries]
+        for index in reversed(range(len(entries))):  # sources are earlier entries
+            entry = entries[index]
+            read = [b for b in range(ends[index]) if self.levels_per_block[b] > entry.level]
+            if contexts[index] is None and self.fusion.reads_tokens and read:
+                for source in entry.sources:
+                    ends[source] = max(ends[source], read[-1])
+        return ends
 
     def _run(
         self, states: Sequence[_State], blocks: Iterable[int], *, noted: Collection[int] = ()
@@ -305,7 +327,8 @@ class HPDM(nn.Module):
         """Run ``blocks`` in place; return the first state's inputs of the blocks in ``noted``."""
         notes = {}
         for block in blocks:
-            active = [state for state in states if state.entry.level < self.levels_per_block[block]]
+            count = self.levels_per_block[block]
+            active = [state for state in states if state.entry.level < count and block < state.end]
             if not active:
                 continue
             if block in noted:

@@ -92,6 +92,8 @@ class NoiseSamplerCases(Case):
                     f"in_loss: shape {list(in_loss.shape)}, wanted [{len(slots)}]",
                 )
                 expect(bool(in_loss.any()), "in_loss: a video in which nothing is trained")
+                wrong = [number for number, slot in enumerate(slots) if slot.context_only and in_loss[number]]
+                expect(not wrong, f"in_loss: slots {wrong}, which are context_only")
                 trained |= {slot.level for slot, kept in zip(slots, in_loss.tolist(), strict=True) if kept}
             missing = sorted(set(range(levels)) - trained)
             expect(not missing, f"in_loss: levels {missing} are never trained in {self.draws} videos")

@@ -49,6 +49,7 @@ def make_entries(assembly: Assembly, batch: Batch) -> list[Patches]:
                 ).to(noisy.device),
                 label=batch.label if assembly.config.model.classes else None,
                 sources=slot.sources,
+                context_only=slot.context_only,
             )
         )
     return entries
@@ -80,6 +81,7 @@ def self_conditioning_latents(
             sigma=entry.sigma[rows],
             coords=entry.coords.take(rows),
             label=None if entry.label is None else entry.label[rows],
+            context_only=False,  # its latents are wanted as well
         )
         for entry in entries
     ]
@@ -123,6 +125,9 @@ def joint_loss(
     objective, levels = assembly.objective, assembly.pyramid.levels
     losses = []
     for index, (entry, (prediction, _)) in enumerate(zip(entries, predictions, strict=True)):
+        if prediction is None:
+            losses.append(batch.sigma[index].new_zeros(()))
+            continue
         sigma_in = assembly.sigma_in[entry.level]
         target = objective.target(batch.clean[index], batch.noise[index], entry.sigma, sigma_in)
         error = reduce((prediction - target).square(), "b c f h w -> b", "mean")

@@ -319,6 +319,12 @@ class NeverTrainsTheFinest(Noise):
         return sigma, in_loss
 
 
+class TrainsWhatIsOnlyContext(Noise):
+    def __init__(self, sigma_in):
+        super().__init__(sigma_in)
+        self.slots = tuple(Slot(slot.level, slot.sources, context_only=True) for slot in self.slots)
+
+
 class SourcesFromFine(Noise):
     def __init__(self, sigma_in):
         super().__init__(sigma_in)
@@ -735,6 +741,7 @@ BROKEN = [
     (NoiseSamplerCases, NegativeSigma, "sigma_is_positive", "above 0"),
     (NoiseSamplerCases, IntegerMask, "in_loss_is_boolean", "wanted torch.bool"),
     (NoiseSamplerCases, NeverTrainsTheFinest, "in_loss_is_boolean", "never trained"),
+    (NoiseSamplerCases, TrainsWhatIsOnlyContext, "in_loss_is_boolean", "context_only"),
     (NoiseSamplerCases, SourcesFromFine, "slots_are_valid", "coarsest first"),
     (NoiseSamplerCases, GlobalNoise, "keyed", "random numbers"),
     (ObjectiveCases, ForgetsInputScale, "perfect_prediction_decodes_to_clean", "differs"),

@@ -95,6 +95,29 @@ def test_one_entry_with_contexts_equals_the_joint_pass(build, entries_for, fusio
         close(latents, joint[level][1])
 
 
+@pytest.mark.parametrize("fusion", ALL)
+@pytest.mark.parametrize(
+    ("levels_per_block", "rows"),
+    # Of (1, 1, 2, 2, 3, 3): level 0 feeds level 2 in blocks 4 and 5 and so runs up to 4; level 1 runs 2 to 4.
+    [((1, 1, 2, 2, 3, 3), [2, 2, 4, 4, 6, 2]), ((3, 3), [6, 2]), ((2, 1, 3), [4, 2, 2])],
+)
+def test_an_entry_that_is_only_context_stops_where_it_is_read_last(
+    build, entries_for, spy, fusion, levels_per_block, rows
+):
+    model = build(fusion, levels_per_block=levels_per_block)
+    entries = entries_for(model)
+    expected = model(entries)[2]
+    only = [replace(entries[0], context_only=True), replace(entries[1], context_only=True), entries[2]]
+    seen = spy(model.backbone)
+    first, second, (prediction, latents) = model(only)
+    assert first == second == (None, None)
+    close(prediction, expected[0])
+    close(latents, expected[1])
+    if not model.fusion.reads_tokens:
+        rows = [2 if count == 3 else 0 for count in levels_per_block]
+    assert [sum(each for at, each in seen.calls if at == block) for block in range(len(rows))] == rows
+
+
 def test_encoding_is_two_passes_self_conditioned_each_on_finished_parents(build, entries_for):
     model = build()
     entries = entries_for(model)
