@@ -34,7 +34,7 @@ from hpdm_core.config.keys import parts_in, plugin_hashes
 from hpdm_core.config.schema import Arithmetic, Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.files import read_json, trouble_when_unwritable, whole_or_absent, write_bytes
-from hpdm_core.metrics.corruptions import CORRUPTIONS
+from hpdm_core.metrics.corruptions import COARSEST, CORRUPTIONS, enlarged
 from hpdm_core.metrics.features import Slabs
 from hpdm_core.metrics.protocol import data_facts, resolution
 from hpdm_core.pyramid import downsample
@@ -234,7 +234,10 @@ class EvaluationContext:
             levels, drawn = self.reals(split, batch)
             made = []
             for level, videos in enumerate(levels):
-                if corruption is not None:
+                if corruption == COARSEST:
+                    pairs = zip(levels[0], videos, strict=True)
+                    videos = torch.stack([enlarged(coarse, clip) for coarse, clip in pairs])
+                elif corruption is not None:
                     spoil = CORRUPTIONS[corruption]
                     streams = [generator("evaluation", corruption, level, number) for number in batch]
                     videos = torch.stack(

@@ -110,6 +110,26 @@ def test_a_distance_stands_beside_its_floor_on_every_level(tmp_path: Path, use: 
     assert values(result, name)[1] < values(result, f"{name}.floor")[1]
 
 
+def test_spoiled_training_clips_stand_beside_a_distance_where_they_are_asked_for(tmp_path: Path) -> None:
+    bench = Bench()
+    fakes = write_fakes(tmp_path / "s", bench)
+    asked = part(use="frechet", extractor="statistics", controls=True)
+    result = evaluate_metric(bench, asked, samples_folder=fakes)  # type: ignore[arg-type]
+    usual = evaluate_metric(bench, part(use="frechet", extractor="statistics"), samples_folder=fakes)  # type: ignore[arg-type]
+    name = "frechet[statistics]"
+    assert values(result, name) == values(usual, name)
+    found = {
+        (row["control"], row["level"]): row["value"]
+        for row in result["rows"]
+        if row["metric"] == f"{name}.control"
+    }
+    assert list(dict.fromkeys(control for control, _ in found)) == ["level 0 upsampled", "frozen", "shuffled"]
+    # The clips are noise, so shuffled ones are like others; level 0 upsampled is level 0, and blurred on level 1.
+    assert found["level 0 upsampled", 0] < 4 and found["shuffled", 1] < 4
+    assert found["level 0 upsampled", 1] > 20 and found["frozen", 1] > 20
+    assert "spoiled" in result["protocol"]["controls"]
+
+
 def test_every_number_carries_its_protocol(tmp_path: Path) -> None:
     bench = Bench()
     fakes = write_fakes(tmp_path / "s", bench)

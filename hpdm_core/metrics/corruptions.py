@@ -11,9 +11,11 @@ from einops import rearrange
 from torch import Generator, Tensor
 from torch.nn import functional
 
-__all__ = ["CORRUPTIONS", "Corruption"]
+__all__ = ["COARSEST", "CORRUPTIONS", "Corruption", "enlarged"]
 
 Corruption = Callable[[Tensor, Generator], Tensor]
+COARSEST = "coarsest_level_upsampled"
+"""Not of one clip alone: `enlarged`, of the clip's coarsest level."""
 
 
 def blur(clip: Tensor, generator: Generator) -> Tensor:
@@ -53,6 +55,16 @@ def swap_tiles(clip: Tensor, generator: Generator) -> Tensor:
     for target, source in ((first, second), (second, first)):
         spoiled[:, *_quarter(target, height, width)] = clip[:, *_quarter(source, height, width)]
     return spoiled
+
+
+def enlarged(coarse: Tensor, clip: Tensor) -> Tensor:
+    """Enlarge ``coarse`` [f, h, w, C], the coarsest level of a clip, to the size of ``clip`` by trilinear
+    interpolation: what a model shows that adds nothing to a perfect level 0. On level 0 it is the clip itself.
+    """
+    volume = rearrange(coarse, "f h w c -> 1 c f h w").float()
+    size = tuple(clip.shape[:3])
+    made = functional.interpolate(volume, size=size, mode="trilinear", align_corners=False)
+    return _to_uint8(rearrange(made[0], "c f h w -> f h w c"))
 
 
 CORRUPTIONS: dict[str, Corruption] = {

@@ -5,6 +5,9 @@ videos. Floor (rows ``NAME.floor``): as many held-out real clips as there are ge
 carry the same bias of a finite set. A value near the floor means nothing: real clips that the model never
 saw are as far away.
 
+Controls (rows ``NAME.control``, where asked for): as many training clips, spoiled. A model whose videos are no nearer
+than those does no better than what was done to them, if the distance is not blind to it.
+
 What "near" is: an unbiased distance has a floor that may come out at 0 or below, so that multiples of it mean
 nothing; it is told from its floor by the spread that the floor has by chance (`floor_spread`). Any other
 distance is told from it in multiples of the floor.
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpdm_core.metrics.corruptions import CORRUPTIONS
+from hpdm_core.metrics.corruptions import COARSEST, CORRUPTIONS
 from hpdm_core.metrics.projection import FEW, Projection, dimensions_used, fit_projection
 from hpdm_core.randomness import generator
 
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
     from hpdm_core.metrics.frechet import Features
     from hpdm_core.metrics.protocol import FeatureExtractor, Need, Row
 
-__all__ = ["CorruptionCheck", "FeatureDistance", "floor_spread"]
+__all__ = ["CONTROLS", "CorruptionCheck", "FeatureDistance", "floor_spread"]
 
 HALVES = 32
 SPREAD = f"root mean square change of the floor over {HALVES} random halves of its real clips, on both sides"
+CONTROLS = {"level 0 upsampled": COARSEST, "frozen": "freeze", "shuffled": "shuffle"}
+"""Name in the report -> corruption of real training clips."""
 UNIT = "the floor"
 UNBIASED_UNIT = f"the floor's spread ({SPREAD}); the value is the distance less the floor"
 
@@ -75,6 +80,7 @@ class FeatureDistance:
         dimensions: int | None,
         settings: dict[str, Any],
         unbiased: bool = False,
+        controls: bool = False,
     ) -> None:
         self.name = f"{distance}[{extractor.use}]"
         self.measure = measure
@@ -83,6 +89,7 @@ class FeatureDistance:
         self.settings = settings
         self.unbiased = unbiased
         """Whether the floor may come out at 0 or below: then it is no unit by itself."""
+        self.controls = controls
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
         """Return extractor with weights hash, numbers of clips, splits, sizes and scaling. The stride of the
@@ -110,11 +117,13 @@ class FeatureDistance:
             "floor": f"{evaluation.samples} real clips of the held-out split against the reference",
             **({"floor_spread": SPREAD} if self.unbiased else {}),
             "downsampling": assembly.config.data.downsampling,
+            **({"controls": f"{evaluation.samples} training clips, spoiled"} if self.controls else {}),
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return one row per level, and one ``.floor`` row per level where the data have a held-out split; an
-        unbiased distance's floors have their ``spread`` beside the value.
+        """Return one row per level, one ``.floor`` row per level where the data have a held-out split, and one
+        ``.control`` row per control and level where they are asked for; an unbiased distance's floors have their
+        ``spread`` beside the value.
         """
         samples = context.assembly.config.evaluation.samples
         fakes = context.fake_features(self.extractor)
@@ -131,6 +140,25 @@ class FeatureDistance:
                 if self.unbiased:
                     row["spread"] = self._spread(project, reference, held_out[level])
                 rows.append(row)
+        return rows + (self._controlled(context, references) if self.controls else [])
+
+    def _controlled(self, context: EvaluationContext, references: Sequence[Features]) -> list[Row]:
+        samples = context.assembly.config.evaluation.samples
+        rows: list[Row] = []
+        for control, corruption in CONTROLS.items():
+            spoiled = context.real_features(
+                self.extractor, split="train", count=samples, corruption=corruption
+            )
+            for level, (reference, judged) in enumerate(zip(references, spoiled, strict=True)):
+                project = self._projection(context, reference, samples)
+                rows.append(
+                    {
+                        "metric": f"{self.name}.control",
+                        "level": level,
+                        "value": self._between(project, reference, judged),
+                        "control": control,
+                    }
+                )
         return rows
 
     def _real(self, context: EvaluationContext) -> tuple[Sequence[Features], Sequence[Features]]:

@@ -24,7 +24,7 @@ __all__ = ["FLOORS", "blind_spots", "headline", "metric_tables"]
 FLOORS = 3
 """A distance below this many floors means nothing; a corruption that moves it by less goes unseen. A distance
 whose floor has a ``spread`` (it may be 0 or negative) is counted from the floor on, in spreads."""
-_FLOOR, _SENSITIVITY = ".floor", ".sensitivity"
+_FLOOR, _CONTROL, _SENSITIVITY = ".floor", ".control", ".sensitivity"
 _HEADLINE = "held_out_loss"
 _NO_LEVEL = "value"
 
@@ -111,7 +111,7 @@ def _blocks(results: StudyResults) -> list[_Block]:
     if frame.empty:
         return []
     extra = [name for name in frame.columns if name not in COLUMNS and name != "sigma_eff"]
-    keep = ~frame["metric"].str.endswith((_FLOOR, _SENSITIVITY)) & ~frame["metric"].str.startswith(
+    keep = ~frame["metric"].str.endswith((_FLOOR, _CONTROL, _SENSITIVITY)) & ~frame["metric"].str.startswith(
         ("throughput.", PREFIX)
     )
     if "sigma_eff" in frame:
@@ -178,6 +178,7 @@ def _values(results: StudyResults, block: _Block) -> Table:
             for level, name in columns
         }
         cells["floor (real held-out clips)"] = {**line, "videos/s": "", "parameters": ""}
+    cells |= _controls(results, block, columns)
     remarks = [
         f"Mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}; "
         "lower is nearer to the data."
@@ -197,6 +198,24 @@ def _values(results: StudyResults, block: _Block) -> Table:
         cells=_table(cells),
         caption=" ".join([*remarks, protocol_text(block.rows["protocol"])]),
     )
+
+
+def _controls(
+    results: StudyResults, block: _Block, columns: list[tuple[int | None, str]]
+) -> dict[str, dict[str, str]]:
+    """Return a row per control of a distance, the mean over cells: spoiled training clips, which no arm changes."""
+    frame = results.frame
+    rows = frame[
+        (frame["metric"] == block.metric + _CONTROL) & frame["protocol"].isin(block.rows["protocol"].unique())
+    ]
+    if rows.empty:
+        return {}
+    cells = {}
+    for control, found in rows.groupby("control", sort=False):
+        means = {name: _at(found, level)["value"].mean() for level, name in columns}
+        line = {name: HOLE if math.isnan(mean) else number(float(mean)) for name, mean in means.items()}
+        cells[f"control: training clips, {control}"] = {**line, "videos/s": "", "parameters": ""}
+    return cells
 
 
 def _spread(floors: pd.DataFrame) -> float:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpdm_core.config.schema import Part
+from hpdm_core.config.schema import Later, Part
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.metrics.distance import CorruptionCheck, FeatureDistance
 from hpdm_core.metrics.efficiency import Efficiency
@@ -17,26 +17,41 @@ __all__ = ["register_metrics"]
 
 Extractor = Annotated[Part, "feature_extractors"]
 Limit = Annotated[int, Field(gt=0)] | None
+Controls = Annotated[bool, Later()]
+"""Whether spoiled training clips stand beside the distance."""
 RANDOM3D = Part(use="random3d")
 FEW_DIMENSIONS = 24
 
 
 def frechet(
-    *, extractor: Extractor = RANDOM3D, dimensions: Limit = FEW_DIMENSIONS, ddof: Literal[0, 1] = 0
+    *,
+    extractor: Extractor = RANDOM3D,
+    dimensions: Limit = FEW_DIMENSIONS,
+    ddof: Literal[0, 1] = 0,
+    controls: Controls = False,
 ) -> FeatureDistance:
-    """Frechet distance on ``extractor``; at most ``dimensions`` principal directions when clips are few."""
+    """Frechet distance on ``extractor``; at most ``dimensions`` principal directions when clips are few;
+    ``controls``: with spoiled training clips beside it.
+    """
 
     def measure(first: Features, second: Features) -> float:
         return frechet_distance(first, second, ddof=ddof)
 
     return FeatureDistance(
-        "frechet", measure, extractor=extractor, dimensions=dimensions, settings={"ddof": ddof}
+        "frechet",
+        measure,
+        extractor=extractor,
+        dimensions=dimensions,
+        settings={"ddof": ddof},
+        controls=controls,
     )
 
 
-def kvd(*, extractor: Extractor = RANDOM3D, dimensions: Limit = None) -> FeatureDistance:
+def kvd(
+    *, extractor: Extractor = RANDOM3D, dimensions: Limit = None, controls: Controls = False
+) -> FeatureDistance:
     """Unbiased kernel distance on ``extractor``, in all dimensions unless limited: it has no bias of few
-    clips.
+    clips. ``controls``: with spoiled training clips beside it.
     """
     return FeatureDistance(
         "kvd",
@@ -45,6 +60,7 @@ def kvd(*, extractor: Extractor = RANDOM3D, dimensions: Limit = None) -> Feature
         dimensions=dimensions,
         settings={"kernel": "(x.y/d + 1)^3"},
         unbiased=True,
+        controls=controls,
     )
 
 

@@ -17,7 +17,7 @@ from hpdm_core.report.__main__ import main
 from hpdm_core.report.differences import configuration_differences, parameter_differences
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
-from hpdm_core.report.text import Table, number, to_latex
+from hpdm_core.report.text import HOLE, Table, number, to_latex
 
 Study = Callable[..., Path]
 
@@ -159,6 +159,33 @@ def test_the_floor_has_a_row_and_marks_what_is_near_it(study: Study) -> None:
     assert made.cells.loc["floor (real held-out clips)"].tolist() == ["10.00"] * 3 + ["", ""]
     assert made.cells.loc["default"].tolist()[:3] == ["20.00 ± 0.00†", "60.00 ± 0.00", "100.0 ± 0.0"]
     assert "† below 3 times the floor" in made.caption
+
+
+def test_controls_have_rows_beneath_the_floor_and_are_no_arm(study: Study) -> None:
+    folder = study()
+    for file in folder.parent.glob("store/evaluations/*/result.json"):
+        result = json.loads(file.read_text())
+        if result["metric"] == "frechet[random3d]":
+            result["rows"] += [
+                {
+                    "metric": "frechet[random3d].control",
+                    "level": level,
+                    "value": 33.0 + level,
+                    "control": "frozen",
+                }
+                for level in (0, 2)
+            ]
+            file.write_text(json.dumps(result))
+    made = table(folder, "frechet[random3d]").cells
+    assert list(made.index) == [
+        "default",
+        "no_context",
+        "floor (real held-out clips)",
+        "control: training clips, frozen",
+    ]
+    assert made.iloc[-1].tolist() == ["33.00", HOLE, "35.00", "", ""]
+    titles = [each.title for each in metric_tables(load_results(folder))]
+    assert not [title for title in titles if "control" in title]
 
 
 @pytest.mark.parametrize("floor", [-1.0, 0.0, 1.0])
