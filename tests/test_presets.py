@@ -54,7 +54,7 @@ def test_the_ablation_at_the_papers_scale() -> None:
         assert config.diffusion.noise_sampling.use == "independent"
     small = load_study(STUDIES / "dcf_ablation.yaml")
     assert small.seeds == (0, 1, 2)
-    assert small.configs["default"].model.video == (16, 64, 64)
+    assert small.configs["default"].model.video == (8, 32, 32)
 
 
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
