@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+from hpdm_core.metrics.detectors import reference_arithmetic
 from hpdm_core.metrics.protocol import Scaling, colour
 from hpdm_core.randomness import normal
 
@@ -56,7 +57,13 @@ class Random3D:
         self.weights = _kernels()
 
     def features(self, videos: Tensor) -> Tensor:
-        """Return float64 [n, 272] for uint8 ``videos`` [n, F, H, W, C], C in (1, 3), of any size."""
+        """Return float64 [n, 272] for uint8 ``videos`` [n, F, H, W, C], C in (1, 3), of any size: computed in float32,
+        whatever the process is set to.
+        """
+        with reference_arithmetic(videos.device):
+            return self._features(videos)
+
+    def _features(self, videos: Tensor) -> Tensor:
         hidden = rearrange(colour(videos), "n f h w c -> n c f h w").float() / 127.5 - 1.0
         columns = []
         for weight, (_, stride) in zip(self.weights, _LAYERS, strict=True):

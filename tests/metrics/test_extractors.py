@@ -47,6 +47,22 @@ def test_random_weights_are_the_same_for_everyone() -> None:
     assert digest.startswith("06e52f5c3823")  # published results name it: a change needs a new version
 
 
+def test_random_features_are_float32_whatever_the_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, seen = videos(2, 4, 8, 10, 3), []
+    real = torch.nn.functional.conv3d
+
+    def noted(*given: Tensor, **options: object) -> Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.is_grad_enabled()))
+        return real(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", noted)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plain = Random3D().features(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Random3D().features(batch), plain)
+    assert set(seen) == {(False, False)}
+
+
 def test_random_features_see_the_order_of_frames() -> None:
     ramp = torch.linspace(0, 255, 6).reshape(1, 6, 1, 1, 1).expand(1, 6, 8, 8, 3).to(torch.uint8)
     forward = Random3D().features(ramp)
