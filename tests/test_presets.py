@@ -87,16 +87,22 @@ def test_overlap_samples_one_model_eight_times() -> None:
 def test_parent_noise_crosses_fusion_parents_and_input_scale() -> None:
     study = load_study(STUDIES / "parent_noise.yaml")
     crossed = {
-        (config.model.context_fusion.use, config.diffusion.noise_sampling.use, arm.endswith("_sigma4"))
+        (config.model.context_fusion.use, config.diffusion.noise_sampling.use, arm.endswith("_falling"))
         for arm, config in study.configs.items()
+        if arm != "deep_stream"
     }
     fusions, parents = ("deep", "shallow_concat"), ("independent", "clean_parents")
     assert crossed == set(itertools.product(fusions, parents, (False, True)))
+    draws = {
+        (config.diffusion.noise_sampling.options["mean"], config.diffusion.noise_sampling.options["std"])
+        for config in study.configs.values()
+    }
+    assert draws == {(-0.7, 1.2)}
     scales = {
-        arm.endswith("_sigma4"): Assembly(config, study.plugins).sigma_in
+        arm.endswith("_falling"): Assembly(config, study.plugins).sigma_in
         for arm, config in study.configs.items()
     }
-    assert scales == {False: (1, 2, 4), True: (4, 4, 4)}
+    assert scales == {False: (2, 2, 2), True: pytest.approx((2, 1.2, 0.72))}
 
 
 def test_the_presets_are_found() -> None:
