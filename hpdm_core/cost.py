@@ -19,7 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hpdm_core.counting import Calls, CountedExecution, CountedFusion, Counter, KnownCalls
+from hpdm_core.counted_calls import Calls, CountedExecution, CountedFusion, KnownCalls
+from hpdm_core.counting import Counter
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.model.hpdm import HPDM, Encoded
@@ -55,7 +56,8 @@ CHECKPOINTS = 3
 
 def count_parameters(assembly: Assembly) -> int:
     """Return the number of trainable weights."""
-    return _built(assembly)[2]
+    network, _ = _built(assembly)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def training_flops(assembly: Assembly) -> int:
@@ -174,17 +176,16 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
     return total
 
 
-_networks: WeakKeyDictionary[Assembly, tuple[HPDM, ContextFusion, int]] = WeakKeyDictionary()
-"""A cell's network on the meta device, its fusion, and its number of trainable weights."""
+_networks: WeakKeyDictionary[Assembly, tuple[HPDM, ContextFusion]] = WeakKeyDictionary()
+"""A cell's network on the meta device, and the fusion that it was built with."""
 _calls: WeakKeyDictionary[Plugins, KnownCalls] = WeakKeyDictionary()
 """What was counted, shared by all cells that take their parts from the same plugins."""
 
 
-def _built(assembly: Assembly) -> tuple[HPDM, ContextFusion, int]:
+def _built(assembly: Assembly) -> tuple[HPDM, ContextFusion]:
     if assembly not in _networks:
         model = assembly.build_model(device="meta")
-        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        _networks[assembly] = model, model.fusion, weights
+        _networks[assembly] = model, model.fusion
     return _networks[assembly]
 
 
@@ -192,7 +193,7 @@ def _network(assembly: Assembly, counter: Counter, attention: str, *, checkpoint
     """Return the cell's network, whose calls of parts are counted by ``counter``, each once for all that have the same
     parts and ``attention``.
     """
-    network, fusion, _ = _built(assembly)
+    network, fusion = _built(assembly)
     config, shape = assembly.config.model, assembly.fusion_shape
     calls = Calls(counter, _calls.setdefault(assembly.plugins, {}), attention)
     network.execution = CountedExecution(

@@ -5,8 +5,8 @@ videos. Floor (rows ``NAME.floor``): as many held-out real clips as there are ge
 carry the same bias of a finite set. A value near the floor means nothing: real clips that the model never
 saw are as far away.
 
-Controls (rows ``NAME.control``, where asked for): as many training clips, spoiled. A model whose videos are no nearer
-than those does no better than what was done to them, if the distance is not blind to it.
+Controls (rows ``NAME.control``, where asked for): as many training clips, the first of the reference, each spoiled in
+one way. Where the distance sees that way of spoiling, a good model's videos are nearer than these.
 
 What "near" is: an unbiased distance has a floor that may come out at 0 or below, so that multiples of it mean
 nothing; it is told from its floor by the spread that the floor has by chance (`floor_spread`). Any other

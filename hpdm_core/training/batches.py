@@ -35,8 +35,8 @@ __all__ = ["Batch", "TrainingBatches", "in_thread", "loaded"]
 Item = TypeVar("Item")
 
 SMALL_CLIP = 2**18
-"""Numbers of a clip up to which those of a batch are kept whole, to be downsampled together: a call costs more than its
-work there. A larger one is cut up as it comes, and let go.
+"""Clips of at most so many numbers are kept whole until the batch is drawn and downsampled together, since a call costs
+more than its work there. A larger clip is cut up at once, and let go.
 """
 WORKER_AHEAD = 2
 """Batches that a worker process prepares ahead where nothing else is asked for."""
@@ -198,9 +198,8 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class _Video:
-    pixels: list[
-        Tensor
-    ]  # the clip [C, F, H, W] where clips are small; its patches [C, f, h, w], one per level
+    pixels: list[Tensor]
+    """A small clip, [C, F, H, W], alone; of a large one its patches [C, f, h, w], one per level."""
     noise: list[Tensor]
     sigma: Tensor
     in_loss: Tensor
