@@ -196,15 +196,13 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     if not given or "memory_format" in kwargs or any(isinstance(each, Tensor) for each in kwargs.values()):
         return None
     sizes = _broadcast([each.shape for each in given])
-    whole = [each for each in given if each.numel() > 1]
-    if all(_in_order(each) for each in whole):
+    alike = all(each.shape == sizes for each in given)
+    if alike and all(each.is_contiguous() for each in given):
         strides = _row_major(sizes)
-    elif all(each.shape == sizes and each.stride() == whole[0].stride() for each in whole) and _dense(
-        whole[0]
-    ):
-        strides = whole[0].stride()
+    elif alike and all(each.stride() == given[0].stride() for each in given) and _dense(given[0]):
+        strides = given[0].stride()
     else:
-        return None
+        strides = _strides_of_all(sizes, given)
     nothing = [
         torch.ones((0,) * each.ndim, dtype=each.dtype, device="cpu") if isinstance(each, Tensor) else each
         for each in args
@@ -239,6 +237,41 @@ def _dense(tensor: Tensor) -> bool:
                 return False
             filled *= size
     return True
+
+
+def _strides_of_all(sizes: Sequence[int], given: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the strides of a dense result of ``sizes`` from operands whose layouts differ: an axis lies further in
+    than another where the first operand that can tell has it so (`TensorIterator`, `reorder_dimensions`).
+    """
+    wide = [each.expand(sizes) for each in given]
+
+    def compare(left: int, right: int) -> int:
+        """Return 1 where ``left`` has to lie further out than ``right``, -1 further in, 0 where nothing tells."""
+        for each in wide:
+            one, other = each.stride(left), each.stride(right)
+            if 0 in (one, other):
+                continue  # broadcast: its place is free
+            if one != other:
+                return 1 if one > other else -1
+            if sizes[left] > sizes[right]:
+                return 1
+        return 0
+
+    inside_first = list(reversed(range(len(sizes))))
+    for at in range(1, len(sizes)):
+        moving = at
+        for before in reversed(range(at)):
+            order = compare(inside_first[before], inside_first[moving])
+            if order > 0:
+                inside_first[before], inside_first[moving] = inside_first[moving], inside_first[before]
+                moving = before
+            elif order < 0:
+                break
+    strides, step = [0] * len(sizes), 1
+    for axis in inside_first:
+        strides[axis] = step
+        step *= sizes[axis]
+    return tuple(strides)
 
 
 def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -358,7 +391,7 @@ def _sum(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    if not tensor.is_floating_point() or dtype not in (None, tensor.dtype) or not _in_order(tensor):
+    if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
         return None
     gone = {axis % tensor.ndim for axis in axes} if axes and tensor.ndim else set(range(tensor.ndim))
     sizes = [1 if axis in gone else size for axis, size in enumerate(tensor.shape)]
