@@ -48,6 +48,8 @@ class Step:
     name: str
     stage: Stage
     run: Callable[[Attempt, Progress], Mapping[str, Any]]
+    cell: Cell
+    """Whose stage it is: that of the model which a cell starts from is another's."""
 
 
 class Cell:
@@ -56,7 +58,8 @@ class Cell:
     ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
     store. ``contents``: what lay at the places that the configuration names (`places_in`), for those that
     are gone; without it what the store remembers of them, so that done work is still known. ``kin``: of a
-    cell of the same arm in the same store, which saves working out its keys anew.
+    cell of the same arm in the same store, which saves working out its keys anew. ``base``: the cell whose model
+    this one starts from, if that is an arm's (``training.start_from``); it is trained first where it is missing.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Cell:
         study: str = "",
         contents: Mapping[str, str] | None = None,
         kin: Kin | None = None,
+        base: Cell | None = None,
     ) -> None:
         self.config = config
         self.plugins = plugins
@@ -77,7 +81,8 @@ class Cell:
         self.study = study
         self.store = Store(store)
         self.contents = dict(contents or {})
-        self.kin = kin or Kin(config, plugins, self._known)
+        self.base = base
+        self.kin = kin or Kin(config, plugins, self._known, base=None if base is None else base.kin)
         self.observers = Observers(plugins, self)
         self.at: Kind | None = None
         """The stage that this process works on."""
@@ -178,22 +183,47 @@ class Cell:
             to_sample = True
         if to_sample:
             steps.insert(0, sample)
-        weights = (self.train_stage.folder / "model.safetensors").exists()
+        weights = self.weights.exists()
         if not self.train_stage.done or ((to_sample or "model" in open_needs) and not weights):
-            steps.insert(0, train)
+            steps = [*self._missing_bases(), train, *steps]
         return steps
+
+    def _missing_bases(self) -> list[Step]:
+        """Return the training of each model that has to be there before this one is trained, in order."""
+        base = self.base
+        if base is None or (base.train_stage.done and base.weights.exists()):
+            return []
+        return [*base._missing_bases(), base._train_step(f"train {base.arm}")]
+
+    @property
+    def bases(self) -> list[Cell]:
+        """The cells whose models come before this one's, each starting from the one before it."""
+        return [] if self.base is None else [*self.base.bases, self.base]
+
+    @property
+    def weights(self) -> Path:
+        """The trained model's file."""
+        return self.train_stage.folder / "model.safetensors"
+
+    def _train_step(self, name: str) -> Step:
+        return Step(name=name, stage=self.train_stage, run=self._train, cell=self)
 
     @cached_property
     def _steps(self) -> list[Step]:
         """Every stage: train, sample, and one for each metric."""
         return [
-            Step(name="train", stage=self.train_stage, run=self._train),
-            Step(name="sample", stage=self.sample_stage, run=self._sample),
+            self._train_step("train"),
+            Step(name="sample", stage=self.sample_stage, run=self._sample, cell=self),
             *(
-                Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part, need))
+                Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part, need), cell=self)
                 for need, (part, stage) in zip(self.kin.needs, self.evaluation_stages(), strict=True)
             ),
         ]
+
+    @property
+    def _all_steps(self) -> list[Step]:
+        """Every stage that may have to be run, those of the models that this one starts from first."""
+        return [*(base._train_step(f"train {base.arm}") for base in self.bases), *self._steps]
 
     def results(self) -> dict[str, Any]:
         """Return stage name -> result of the stages that are done."""
@@ -228,7 +258,7 @@ class Cell:
         self.observers.call("before_cell_started")
         try:
             prepare_torch(self.config.runtime, self.config.training)
-            for step in self._steps:
+            for step in self._all_steps:
                 if step.stage.key in steps:
                     self._run_step(step, progress, own_output=own_output)
             distributed.broadcast(None)  # nothing is left to follow
@@ -244,7 +274,7 @@ class Cell:
         while (told := distributed.broadcast(None)) is not None:
             kind, key, number = told
             stage = self.store.stage(kind, key)
-            step = next(step for step in self._steps if step.stage == stage)
+            step = next(step for step in self._all_steps if step.stage == stage)
             self.at = stage.kind
             step.run(stage.attempt(number), lambda progress: None)
             self.at = None
@@ -264,7 +294,7 @@ class Cell:
                 return  # the other has done it
             if own_output:
                 attempt.take_output()
-            attempt.log(f"{step.name} of {self.name}, study '{self.study}', {Process.here()}")
+            attempt.log(f"{step.name} of {step.cell.name}, study '{self.study}', {Process.here()}")
             report = Reporter(step.name, attempt, progress)
             report({})
             self.at = step.stage.kind
@@ -278,23 +308,42 @@ class Cell:
                     **self._provenance(),
                     "wall_seconds": time.monotonic() - started,
                     "attempts": attempt.number,
-                    "observer_errors": self.observers.errors,  # the stage calls the same ones
+                    "observer_errors": step.cell.observers.errors,  # the stage calls the same ones
                 },
                 files=files,
             )
             self.at = None
             attempt.log(f"{step.name} done")
-            if step.name == "train":  # what resuming needed is of no more use; what was asked for stays
-                attempt.drop("checkpoints", keep=[f"{at:08d}" for at in self.config.training.keep])
+            if step.stage.kind == "train":  # what resuming needed is of no more use; what was asked for stays
+                attempt.drop("checkpoints", keep=[f"{at:08d}" for at in step.cell.config.training.keep])
 
     def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
         from hpdm_core.training.trainer import Trainer
 
         if distributed.is_main():
             write_json(attempt.stage.folder / "spec.json", self.spec())
-        trainer = Trainer(self.assembly, folder=attempt.folder, previous=attempt.previous, cell=self)
+        trainer = Trainer(
+            self.assembly,
+            folder=attempt.folder,
+            previous=attempt.previous,
+            cell=self,
+            start=None if self.base is None else self.base.weights,
+        )
         result = trainer.run(report)
+        if self.base is not None:
+            result["started_from"] |= self.base._cost()
         return {**result, "files": {"model.safetensors": "model.safetensors"}}
+
+    def _cost(self) -> dict[str, Any]:
+        """Return what the model and those that it started from took, as others that start from it record it."""
+        result = self.train_stage.result() or {}
+        before = result.get("started_from", {})
+        return {
+            "arm": self.arm,
+            "train": self.keys.train,
+            "seconds": result.get("seconds", 0.0) + before.get("seconds", 0.0),
+            "flops": result.get("steps", 0) * result.get("flops_per_step", 0) + before.get("flops", 0),
+        }
 
     def _sample(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
         from hpdm_core.sampling import files
@@ -324,8 +373,7 @@ class Cell:
     def _denoiser(self) -> Denoiser:
         from hpdm_core.training.trainer import load_ema_model
 
-        weights = self.train_stage.folder / "model.safetensors"
-        return self.assembly.denoiser(load_ema_model(self.assembly, weights))
+        return self.assembly.denoiser(load_ema_model(self.assembly, self.weights))
 
     def _samples_present(self) -> bool:
         folder = self.sample_stage.folder
@@ -342,7 +390,7 @@ class Cell:
             return evaluate_metric(
                 self.assembly,
                 part,
-                model_path=self.train_stage.folder / "model.safetensors",
+                model_path=self.weights,
                 samples_folder=self.sample_stage.folder,
                 train_result=self.train_stage.result() or {},
                 store_folder=attempt.stage.folder,
@@ -374,6 +422,7 @@ class Cell:
                 "evaluations": list(self.keys.evaluations),
             },
             "contents": self.kin.contents,
+            **({} if self.base is None else {"base": self.base.spec()}),
             "arm": self.arm,
             "study": self.study,
             "store": str(self.store.root.resolve()),
@@ -389,6 +438,10 @@ class Cell:
                 f"the cell was planned by another version (schema {spec.get('schema')}, this is "
                 f"{SCHEMA_VERSION}); run the study again"
             )
+        base = spec.get("base")
+        if base is not None:  # it runs as this cell does, which a retry may have changed
+            config = {**base["config"], "runtime": spec["config"]["runtime"]}
+            base = cls.from_spec({**base, "config": config})
         cell = cls(
             CellConfig.model_validate(spec["config"]),
             build_plugins(spec["plugins"]),
@@ -396,6 +449,7 @@ class Cell:
             arm=spec["arm"],
             study=spec["study"],
             contents=spec.get("contents"),
+            base=base,
         )
         if cell.spec()["keys"] != spec["keys"]:
             raise TroubleError(

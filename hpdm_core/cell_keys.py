@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from hpdm_core.plugins import Plugins
 __all__ = ["Keys", "Kin"]
 
 HOLE = "\x00hole"
+BASE = "\x00base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +49,39 @@ class Keys:
 
 
 class _Template:
-    """The digest of canonical JSON in which one value, `HOLE`, is still to be filled in."""
+    """The digest of canonical JSON in which ``holes`` are still to be filled in, given in the order of the text."""
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        head, tail = canonical_json(facts).split(json.dumps(HOLE))
-        self._head = hashlib.sha256(head.encode())
-        self._tail = tail.encode()
+    def __init__(self, facts: Mapping[str, Any], holes: Sequence[str] = (HOLE,)) -> None:
+        text, parts = canonical_json(facts), []
+        for hole in holes:
+            before, text = text.split(json.dumps(hole))
+            parts.append(before)
+        self._head = hashlib.sha256(parts[0].encode())
+        self._rest = [part.encode() for part in (*parts[1:], text)]
 
-    def digest(self, value: int | str) -> str:
+    def digest(self, *values: int | str) -> str:
         whole = self._head.copy()
-        whole.update(json.dumps(value).encode() + self._tail)
+        for value, part in zip(values, self._rest, strict=True):
+            whole.update(json.dumps(value).encode() + part)
         return whole.hexdigest()
 
 
 class Kin:
-    """What the cells share that differ from ``config`` in their seed alone. ``known``: see `hpdm_core.config.keys`."""
+    """What the cells share that differ from ``config`` in their seed alone. ``known``: see `hpdm_core.config.keys`;
+    ``base``: of the model that they start from, if that is an arm's.
+    """
 
-    def __init__(self, config: CellConfig, plugins: Plugins, known: Known | None = None) -> None:
+    def __init__(
+        self, config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: Kin | None = None
+    ) -> None:
         self.config = config
+        self.base = base
         self.plugins = plugins
         self._known = known
 
     def keys(self, seed: int) -> Keys:
         """Return the keys of the cell with ``seed``."""
-        train = self._train.digest(seed)
+        train = self.train_key(seed)
         samples = self._samples.digest(train)
         bases = {"configuration": samples, "training": train, "model": train, "samples": samples}
         made = tuple(
@@ -79,6 +89,10 @@ class Kin:
             for need, template in zip(self.needs, self._evaluations, strict=True)
         )
         return Keys(train=train, samples=samples, evaluations=made)
+
+    def train_key(self, seed: int) -> str:
+        """Return the key of the trained weights with ``seed``."""
+        return self._train.digest(seed, *([] if self.base is None else [self.base.train_key(seed)]))
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -88,7 +102,7 @@ class Kin:
     @cached_property
     def absent(self) -> list[str]:
         """A line per place that is taken by its content, where nothing lies or is known to have lain."""
-        return absent_in(self.config, self.plugins, self._known)
+        return [*(self.base.absent if self.base else ()), *absent_in(self.config, self.plugins, self._known)]
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -101,7 +115,8 @@ class Kin:
 
     @cached_property
     def _train(self) -> _Template:
-        return _Template({**train_facts(self.config, self.plugins, self._known), "seed": HOLE})
+        facts = train_facts(self.config, self.plugins, self._known, base=None if self.base is None else BASE)
+        return _Template({**facts, "seed": HOLE}, (HOLE,) if self.base is None else (HOLE, BASE))
 
     @cached_property
     def _samples(self) -> _Template:

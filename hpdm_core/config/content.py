@@ -33,6 +33,7 @@ __all__ = [
     "Known",
     "absent_of",
     "contents_of",
+    "fingerprint_at",
     "fingerprint_files",
     "fingerprint_tree",
     "keyed_part",
@@ -138,6 +139,14 @@ def _fingerprint(plugins: Plugins, mark: Content, path: Path, known: Known | Non
     if (mark, place) not in seen:
         seen[mark, place] = mark.fingerprint(Path(place))
     return seen[mark, place]
+
+
+def fingerprint_at(plugins: Plugins, path: Path, known: Known | None = None) -> str | None:
+    """Return the fingerprint of what lies, or as far as ``known`` lay, at ``path``; None where that is nothing.
+
+    ``plugins`` stand for the run: within one, each place is read once.
+    """
+    return _fingerprint(plugins, Content(), path, known)
 
 
 def marked(model: type[BaseModel]) -> dict[str, Content]:

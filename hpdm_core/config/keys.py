@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hpdm_core.config.content import Known, absent_of, contents_of, keyed_part
+from hpdm_core.config.content import Known, absent_of, contents_of, fingerprint_at, keyed_part, place_of
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part, neutral_fields
+from hpdm_core.errors import InputError
 from hpdm_core.plugins import FAMILIES, Plugins
 
 __all__ = [
@@ -87,6 +88,11 @@ def places_in(config: CellConfig, plugins: Plugins, known: Known | None = None) 
     found: dict[str, str] = {}
     for family, part in parts_in(config, "model", "diffusion", "data", "training", "sampling"):
         found.update(contents_of(plugins, family, part, known))
+    start = config.training.start_from
+    if start is not None and start.path is not None:
+        fingerprint = fingerprint_at(plugins, start.path, known)
+        if fingerprint is not None:
+            found[place_of(start.path)] = fingerprint
     return found
 
 
@@ -95,12 +101,19 @@ def absent_in(config: CellConfig, plugins: Plugins, known: Known | None = None) 
     lain.
     """
     sections = ("model", "diffusion", "data", "training", "sampling")
-    return [
+    lines = [
         f"{FAMILIES[family].path} '{use}', option {option}: '{path}' does not exist; allowed is an existing file "
         "or folder"
         for family, part in parts_in(config, *sections)
         for use, option, path in absent_of(plugins, family, part, known)
     ]
+    start = config.training.start_from
+    if start is not None and start.path is not None and fingerprint_at(plugins, start.path, known) is None:
+        lines.append(
+            f"training.start_from.path: '{start.path}' does not exist; allowed is a file of weights, such as a trained "
+            "model's model.safetensors"
+        )
+    return lines
 
 
 def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[str, str]:
@@ -114,20 +127,36 @@ def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[s
     return found
 
 
-def train_key(config: CellConfig, plugins: Plugins, known: Known | None = None) -> str:
+def train_key(
+    config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: str | None = None
+) -> str:
     """Return the key of the trained weights: everything that they depend on, and the seed.
 
-    ``known`` tells what lay where nothing lies now.
+    ``known`` tells what lay where nothing lies now; ``base`` is the key of the model of an arm that they start from.
     """
-    return _digest({**train_facts(config, plugins, known), "seed": config.seed})
+    return _digest({**train_facts(config, plugins, known, base=base), "seed": config.seed})
 
 
-def train_facts(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, Any]:
-    """Return what `train_key` hashes, besides the seed."""
+def train_facts(
+    config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: str | None = None
+) -> dict[str, Any]:
+    """Return what `train_key` hashes, besides the seed. Raises `InputError` where ``base`` is missing."""
     sections = ("model", "diffusion", "data", "training")
+    facts = {section: keyed_section(config, section, plugins, known) for section in sections}
+    start = config.training.start_from
+    if start is not None and start.path is not None:
+        found = fingerprint_at(plugins, start.path, known)
+        facts["training"]["start_from"] = {"nothing at": str(start.path)} if found is None else {"content": found}
+    elif start is not None:
+        if base is None:
+            raise InputError(
+                f"training.start_from.arm: '{start.arm}' is an arm of a study, and this is none; allowed here is "
+                "training.start_from.path"
+            )
+        facts["training"]["start_from"] = {"train": base}  # the arm's name is in no key
     return {
         "schema": SCHEMA_VERSION,
-        **{section: keyed_section(config, section, plugins, known) for section in sections},
+        **facts,
         "plugins": plugin_hashes(plugins, parts_in(config, *sections)),
     }
 

@@ -21,6 +21,7 @@ __all__ = [
     "Part",
     "RuntimeConfig",
     "SamplingConfig",
+    "StartFrom",
     "TrainingConfig",
 ]
 
@@ -153,6 +154,21 @@ class Arithmetic(Frozen):
         return self
 
 
+class StartFrom(Frozen):
+    """The model whose averaged weights a training starts from: one of an arm, or a file."""
+
+    arm: str | None = None
+    """An arm of the same study: its model of the same seed, which is trained first, once for all who start from it."""
+    path: Path | None = None
+    """A file of weights (safetensors), such as a trained model's model.safetensors; keys take its content."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.arm is None) == (self.path is None):
+            raise ValueError("should be {arm: NAME} or {path: FILE}, one of them")
+        return self
+
+
 class TrainingConfig(Arithmetic):
     """Everything that the trained weights depend on besides model, diffusion, data and seed."""
 
@@ -175,6 +191,8 @@ class TrainingConfig(Arithmetic):
     coordinate_sampling: Part = Part(use="nested_uniform")
     keep: tuple[Positive, ...] = ()
     """Steps whose checkpoints are kept besides the two newest."""
+    start_from: Annotated[StartFrom | None, Later()] = None
+    """Another model: weights of equal name and shape start from its average, the rest as it would; null for none."""
 
 
 class SamplingConfig(Arithmetic):

@@ -182,6 +182,8 @@ def load_study(
         problems += [line for line in lines if line not in problems]
     if not problems:
         problems += _same(configs, layers, sources)
+    if not problems:
+        problems += _starts(configs, layers, sources)
     if not problems and keys.search is not None:
         problems += check_search(keys.search, layers, sources, configs, composed.plugins)
     baseline = keys.baseline if keys.baseline is not None else next(iter(sources), "default")
@@ -319,6 +321,32 @@ def _same(
                 f"{place}: arms '{first[text]}' and '{name}' have the same configuration; change or drop one"
             )
         first.setdefault(text, name)
+    return problems
+
+
+def _starts(
+    configs: Mapping[str, CellConfig], layers: Layers, sources: Mapping[str, Sequence[Override]]
+) -> list[str]:
+    """Return a line for each arm that starts from one that is not there, or from itself by way of others."""
+    key: KeyPath = ("training", "start_from", "arm")
+    started = {arm: config.training.start_from for arm, config in configs.items()}
+    after = {arm: start.arm for arm, start in started.items() if start is not None and start.arm is not None}
+    problems = []
+    for arm, base in after.items():
+        given = [each for each in sources[arm] if each.path[: len(each.path)] == key[: len(each.path)]]
+        place = given[-1].where(given[-1].path) if given else layers.where(key)
+        chain = [arm]
+        while chain[-1] in after and after[chain[-1]] not in chain:
+            chain.append(after[chain[-1]])
+        if base not in configs:
+            nearest = did_you_mean(base, configs) or f"; arms: {', '.join(configs)}"
+            problems.append(f"{place}: training.start_from.arm: no arm '{base}'{nearest}")
+        elif chain[-1] in after:
+            ring = " -> ".join([*chain, after[chain[-1]]])
+            problems.append(
+                f"{place}: training.start_from.arm: arm '{arm}' would have to be trained before itself ({ring}); allowed "
+                "is an arm that starts from none of these"
+            )
     return problems
 
 

@@ -21,6 +21,11 @@ FIGURES = {
     "parameters": "trainable parameters",
     "flops_per_step": "floating-point operations of one optimizer step, counted on the meta device",
 }
+BEFORE = {
+    "base_seconds": "seconds of training the models that this one started from, all attempts",
+    "base_flops": "floating-point operations of training the models that this one started from",
+}
+"""Of a model that starts from another arm's; ``seconds`` and ``flops_per_step`` are its own."""
 UNTOLD = ("peak_memory_bytes",)
 """Figures that not every system can tell: None in the result, and then no row."""
 
@@ -35,7 +40,9 @@ class Throughput:
         """Return what each figure is. Where it was taken is no part of the key: ``device`` and ``threads`` are
         found in the training result.
         """
-        return {"metric": self.name, "figures": FIGURES}
+        start = assembly.config.training.start_from
+        before = {} if start is None or start.arm is None else BEFORE
+        return {"metric": self.name, "figures": {**FIGURES, **before}}
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return the rows; raises TroubleError when the train stage has no such figure."""
@@ -49,8 +56,10 @@ class Throughput:
             raise TroubleError(
                 f"throughput: the training result has no {', '.join(missing)}; train the cell first"
             )
+        told = {name: result[name] for name in FIGURES if name not in untold}
+        started = result.get("started_from", {})
+        told |= {f"base_{name}": started[name] for name in ("seconds", "flops") if name in started}
         return [
-            {"metric": f"{self.name}.{name}", "level": None, "value": float(result[name])}
-            for name in FIGURES
-            if name not in untold
+            {"metric": f"{self.name}.{name}", "level": None, "value": float(value)}
+            for name, value in told.items()
         ]

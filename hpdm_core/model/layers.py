@@ -37,9 +37,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the start from the global generator (called by the constructor)."""
-        if not self.weight.is_meta:
-            with torch.no_grad():
-                self.weight.copy_(self.initial("weight", None))
+        if self.weight.is_meta:
+            return  # no contents; counting a model's cost builds many
+        with torch.no_grad():
+            self.weight.copy_(self.initial("weight", None))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -61,6 +62,8 @@ class LayerNorm(nn.LayerNorm):
 
     def reset_parameters(self) -> None:
         """Set the start (called by the constructor)."""
+        if self.weight.is_meta:
+            return
         nn.init.constant_(self.weight, self.gain)
         nn.init.zeros_(self.bias)
 

@@ -148,9 +148,10 @@ def cost_table(results: StudyResults) -> Table | None:
         cells[arm] = {
             "predicted GPU memory (GiB)": _mean(each["memory_bytes"] / GIB for each in predicted),
             "real memory (GiB)": _mean(_value(result, "peak_memory_bytes") / GIB for result in trained),
-            "predicted GPU-hours": _mean(each["train_seconds"] / 3600 for each in predicted),
+            "predicted GPU-hours": _mean(_predicted_seconds(result) / 3600 for result in trained),
             "real device-hours": _mean(
-                _value(result, "seconds") * result.get("processes", 1) / 3600 for result in trained
+                (_value(result, "seconds") + _before(result, "seconds")) * result.get("processes", 1) / 3600
+                for result in trained
             ),
             "device": ", ".join(devices),
         }
@@ -166,6 +167,16 @@ def cost_table(results: StudyResults) -> Table | None:
             "on a CPU the whole process's, with Python and libraries."
         ),
     )
+
+
+def _predicted_seconds(result: Mapping[str, Any]) -> float:
+    predicted = result["predicted"]
+    return float(predicted["train_seconds"] + _before(result, "flops") / predicted["flops_per_second"])
+
+
+def _before(result: Mapping[str, Any], name: str) -> float:
+    """Return what the models that this one started from took."""
+    return float(result.get("started_from", {}).get(name, 0.0))
 
 
 def _value(result: Mapping[str, Any], name: str) -> float:

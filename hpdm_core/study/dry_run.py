@@ -26,10 +26,11 @@ def describe_study(
 
     cells, _ = cells_of(study, results.resolve() / "store")
     figures: dict[str, _Figures] = {}
-    for cell in cells:  # the seeds of an arm cost the same
+    counted = [each for cell in cells for each in (cell, *cell.bases)]
+    for cell in counted:  # the seeds of an arm cost the same
         if cell.arm not in figures:
             say(
-                f"counting what arm '{cell.arm}' takes ({len(figures) + 1} of {len({each.arm for each in cells})})"
+                f"counting what arm '{cell.arm}' takes ({len(figures) + 1} of {len({each.arm for each in counted})})"
             )
             assembly = cell.assembly
             flops = cost.training_flops(assembly)
@@ -46,6 +47,7 @@ def describe_study(
     for cell in cells:
         found = figures[cell.arm]
         missing = [step.name for step in cell.missing()]
+        hours = found.train_hours + found.sample_hours + sum(figures[each.arm].train_hours for each in cell.bases)
         rows.append(
             {
                 "arm": cell.arm,
@@ -54,14 +56,14 @@ def describe_study(
                 "FLOPs/step": amount(found.flops),
                 "steps": cell.config.training.steps,
                 "GPU memory": f"{amount(found.memory)}B",
-                "GPU-hours": f"{found.train_hours + found.sample_hours:.3g}",
+                "GPU-hours": f"{hours:.3g}",
                 "disk": f"{amount(found.disk)}B",
                 "done": _short(_done(cell, missing)),
                 "to do": _short(missing),
             }
         )
     to_train = {
-        cell.keys.train: cell for cell in cells if any(step.name == "train" for step in cell.missing())
+        step.stage.key: step.cell for cell in cells for step in cell.missing() if step.stage.kind == "train"
     }
     work = sum(figures[cell.arm].flops * cell.config.training.steps for cell in to_train.values())
     hours = sum(figures[cell.arm].train_hours for cell in to_train.values())
@@ -111,10 +113,11 @@ def _assumptions(cells: Sequence[Cell]) -> str:
     checkpointing = {(True,): ", its blocks run again", (False, True): ", some with blocks run again"}.get(
         tuple(sorted(some)), ""
     )
+    started = ", with that of models which are started from" if any(cell.bases for cell in cells) else ""
     listed = "; ".join(f"{share:g} of {peak:g} TFLOP/s" for share, peak in sorted(rates))
     return (
         f"predicted: GPU-hours of training and sampling at {listed} (runtime.utilisation, "
-        "runtime.peak_tflops); GPU memory of a training step in one process, of "
+        f"runtime.peak_tflops){started}; GPU memory of a training step in one process, of "
         f"{_videos_at_a_time(cells)} at a time (runtime.micro_batch){checkpointing}; evaluation is not counted"
     )
 

@@ -41,7 +41,8 @@ class Importer:
 
     def take(self, cell: Cell) -> None:
         """Take every stage of ``cell`` that is finished there and not here."""
-        for stage in (cell.train_stage, cell.sample_stage, *(stage for _, stage in cell.evaluation_stages())):
+        stages = [each.train_stage for each in (*cell.bases, cell)]
+        for stage in (*stages, cell.sample_stage, *(stage for _, stage in cell.evaluation_stages())):
             if (stage.kind, stage.key) in self._seen or stage.done:
                 continue
             self._seen.add((stage.kind, stage.key))

@@ -24,6 +24,7 @@ from hpdm_core.config.schema import CellConfig
 from hpdm_core.config.study_file import StudyConfig
 from hpdm_core.errors import HpdmError
 from hpdm_core.files import write_json
+from hpdm_core.study.cells import make_cell as cell_of
 from hpdm_core.study.overview import index_row
 from hpdm_core.study.search_arm import ArmSearch, Proposed
 from hpdm_core.study.search_feed import Curve, objective_name, objective_of
@@ -159,7 +160,7 @@ class Search:
     # Proposals
 
     def _cell(self, config: CellConfig, name: str) -> Cell:
-        cell = Cell(config, self.study.plugins, store=self._store, arm=name, study=self.study.name)
+        cell = cell_of(self.study, config, name, self._store)
         if self._seen is not None:
             self._seen(cell)
         return cell

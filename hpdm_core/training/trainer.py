@@ -38,6 +38,7 @@ from hpdm_core.training.metrics_log import MetricsLog
 from hpdm_core.training.schedule import default_ema_halflife, learning_rate
 from hpdm_core.training.shards import load_shards, load_whole, local, save_shards, whole_weights
 from hpdm_core.training.step import joint_loss, rows_in_loss
+from hpdm_core.training.start import start_from, start_of
 from hpdm_core.training.strategy import make_strategy, share_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Trainer:
     ``folder`` is this attempt's: metrics.jsonl, checkpoints/ and at the end model.safetensors (the average)
     are written there; None keeps nothing. ``previous`` are folders of ended attempts, newest first: training
     goes on from the newest intact checkpoint among all of them. ``cell`` is what observers are handed; None
-    calls none.
+    calls none. ``start``: the weights of the arm that ``training.start_from`` names.
 
     `model` holds the raw weights, `ema_model` their average; on several processes with ``fsdp`` this process's
     parts of them. Building one draws initial weights; `run` may be called once. Of several processes
@@ -72,6 +73,7 @@ class Trainer:
         folder: Path | None = None,
         previous: Sequence[Path] = (),
         cell: Cell | None = None,
+        start: Path | None = None,
     ) -> None:
         self.assembly = assembly
         self.config = assembly.config.training
@@ -85,6 +87,8 @@ class Trainer:
         self.rows = share_of(self.config.batch)
         self.memory = MemoryMeter(self.device)
         self.model: HPDM = assembly.build_model(device=self.device).to(self.dtype)
+        self.start = start_of(self.config, start)
+        self.started_from = None if self.start is None else start_from(self.model, self.start)
         self.model.execution = execution_of(self.config, checkpointing=runtime.activation_checkpointing)
         halflife = self.config.ema_halflife
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
@@ -345,6 +349,7 @@ class Trainer:
             "flops_per_step": flops,
             "predicted": cost.predicted_training(self.assembly, flops),
             "resumed_from": self.resumed_from,
+            **({} if self.start is None else {"started_from": {"file": str(self.start), **self.started_from}}),
             "observer_errors": self.observers.errors,
         }
 

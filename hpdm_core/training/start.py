@@ -1,0 +1,63 @@
+"""A training that starts from another model: its weights where they fit, the drawn ones elsewhere.
+
+The paper trains its text-to-video model so: low resolution first, then the pyramid (section 5.2).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpdm_core.config.schema import TrainingConfig
+from hpdm_core.errors import InputError
+from hpdm_core.training.checkpoint import read_weights
+
+__all__ = ["start_from", "start_of"]
+
+
+def start_of(config: TrainingConfig, given: Path | None) -> Path | None:
+    """Return the file of weights that training starts from; None for none.
+
+    ``given`` is that of another arm's model. Raises `InputError` where ``config`` names an arm and nothing was given.
+    """
+    if config.start_from is None:
+        return None
+    if config.start_from.path is not None:
+        return config.start_from.path.expanduser()
+    if given is None:
+        raise InputError(
+            f"training.start_from.arm: '{config.start_from.arm}' is an arm of a study, which trains it first; "
+            "outside a study allowed is training.start_from.path"
+        )
+    return given
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Copy the weights in ``path`` into the parameters of ``model`` that have their names and shapes.
+
+    Returns, as JSON, which parameters were ``taken``, which are ``new``, and what of the file was left (``unused``).
+    Raises `InputError` when it is no file of weights, none fits, or one that fits is not finite.
+    """
+    weights = read_weights(path)
+    parameters = dict(model.named_parameters())
+    taken = [
+        name for name, each in parameters.items() if name in weights and weights[name].shape == each.shape
+    ]
+    if not taken:
+        raise InputError(
+            f"training.start_from: {path} has no weight with the name and shape of a parameter of this model; allowed "
+            "is a model of the same kind and width"
+        )
+    for name in taken:
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise InputError(f"training.start_from: {path}: the weight '{name}' is not finite")
+        parameters[name].copy_(weights[name])
+    return {
+        "taken": taken,
+        "new": [name for name in parameters if name not in taken],
+        "unused": [name for name in weights if name not in taken],
+    }
