@@ -82,7 +82,7 @@ class Cell:
         self.store = Store(store)
         self.contents = dict(contents or {})
         self.base = base
-        self.kin = kin or Kin(config, plugins, self._known, base=None if base is None else base.kin)
+        self.kin: Kin = kin or Kin(config, plugins, self._known, base=None if base is None else base.kin)
         self.observers = Observers(plugins, self)
         self.at: Kind | None = None
         """The stage that this process works on."""

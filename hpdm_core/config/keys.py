@@ -146,7 +146,9 @@ def train_facts(
     start = config.training.start_from
     if start is not None and start.path is not None:
         found = fingerprint_at(plugins, start.path, known)
-        facts["training"]["start_from"] = {"nothing at": str(start.path)} if found is None else {"content": found}
+        facts["training"]["start_from"] = (
+            {"nothing at": str(start.path)} if found is None else {"content": found}
+        )
     elif start is not None:
         if base is None:
             raise InputError(

@@ -344,8 +344,8 @@ def _starts(
         elif chain[-1] in after:
             ring = " -> ".join([*chain, after[chain[-1]]])
             problems.append(
-                f"{place}: training.start_from.arm: arm '{arm}' would have to be trained before itself ({ring}); allowed "
-                "is an arm that starts from none of these"
+                f"{place}: training.start_from.arm: arm '{arm}' would have to be trained before itself ({ring}); "
+                "allowed is an arm that starts from none of these"
             )
     return problems
 

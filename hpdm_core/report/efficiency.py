@@ -138,11 +138,13 @@ def cost_table(results: StudyResults) -> Table | None:
     """Return what training was predicted to cost and what it did cost; None where nothing was predicted."""
     cells: dict[str, dict[str, str]] = {}
     rates: set[str] = set()
+    started = False
     for arm in results.arms:
         trained = [cell.train for cell in results.of_arm(arm) if cell.train and cell.train.get("predicted")]
         if not trained:
             continue
         predicted = [result["predicted"] for result in trained]
+        started |= any(_before(result, "flops") > 0 for result in trained)
         rates |= {f"{each['flops_per_second'] / 1e12:.4g} TFLOP/s" for each in predicted}
         devices = sorted({str(result.get("device", "unknown")) for result in trained})
         cells[arm] = {
@@ -165,6 +167,7 @@ def cost_table(results: StudyResults) -> Table | None:
             f"Means over seeds. Predicted for one GPU that does {', '.join(sorted(rates))} "
             "(runtime.utilisation of runtime.peak_tflops); real on the device named, in one process's memory: "
             "on a CPU the whole process's, with Python and libraries."
+            + (" Hours are with those of the models that an arm started from." if started else "")
         ),
     )
 

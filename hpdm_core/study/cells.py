@@ -40,7 +40,10 @@ def make_cell(
     start = config.training.start_from
     base = None
     if start is not None and start.arm is not None:
-        shared = {"seed": config.seed, "runtime": config.runtime}  # it is trained as the cell is that asks for it
+        shared = {
+            "seed": config.seed,
+            "runtime": config.runtime,
+        }  # it is trained as the cell is that asks for it
         other = study.configs[start.arm].model_copy(update=shared)
         base = make_cell(study, other, start.arm, store, kin)
     known = None if kin is None else kin.get(arm)

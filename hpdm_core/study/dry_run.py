@@ -47,7 +47,9 @@ def describe_study(
     for cell in cells:
         found = figures[cell.arm]
         missing = [step.name for step in cell.missing()]
-        hours = found.train_hours + found.sample_hours + sum(figures[each.arm].train_hours for each in cell.bases)
+        hours = (
+            found.train_hours + found.sample_hours + sum(figures[each.arm].train_hours for each in cell.bases)
+        )
         rows.append(
             {
                 "arm": cell.arm,

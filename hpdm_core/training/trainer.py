@@ -37,8 +37,8 @@ from hpdm_core.training.figures import MemoryMeter, RunningMean
 from hpdm_core.training.metrics_log import MetricsLog
 from hpdm_core.training.schedule import default_ema_halflife, learning_rate
 from hpdm_core.training.shards import load_shards, load_whole, local, save_shards, whole_weights
-from hpdm_core.training.step import joint_loss, rows_in_loss
 from hpdm_core.training.start import start_from, start_of
+from hpdm_core.training.step import joint_loss, rows_in_loss
 from hpdm_core.training.strategy import make_strategy, share_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Trainer:
         self.config = assembly.config.training
         self.folder = folder
         self.previous = tuple(previous)
-        self.observers = Observers(assembly.plugins, None) if cell is None else cell.observers
+        self.observers: Observers = Observers(assembly.plugins, None) if cell is None else cell.observers
         runtime = assembly.config.runtime
         self.device = prepare_torch(runtime, self.config)
         self.dtype = state_dtype(self.config)
@@ -88,7 +88,7 @@ class Trainer:
         self.memory = MemoryMeter(self.device)
         self.model: HPDM = assembly.build_model(device=self.device).to(self.dtype)
         self.start = start_of(self.config, start)
-        self.started_from = None if self.start is None else start_from(self.model, self.start)
+        self.started_from = {} if self.start is None else start_from(self.model, self.start)
         self.model.execution = execution_of(self.config, checkpointing=runtime.activation_checkpointing)
         halflife = self.config.ema_halflife
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
@@ -349,7 +349,9 @@ class Trainer:
             "flops_per_step": flops,
             "predicted": cost.predicted_training(self.assembly, flops),
             "resumed_from": self.resumed_from,
-            **({} if self.start is None else {"started_from": {"file": str(self.start), **self.started_from}}),
+            **(
+                {} if self.start is None else {"started_from": {"file": str(self.start), **self.started_from}}
+            ),
             "observer_errors": self.observers.errors,
         }
 

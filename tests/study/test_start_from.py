@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from hpdm_core.config.compose import load_cell
 from hpdm_core.config.study_file import load_study
 from hpdm_core.errors import InputError
 from hpdm_core.report.efficiency import cost_table
-from hpdm_core.report.frame import read_study
+from hpdm_core.report.frame import load_results
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.cells import cells_of
+from hpdm_core.study.cells import cells_of, refuse_absent
 from hpdm_core.study.dry_run import describe_study
 from hpdm_core.study.import_cells import Importer
-from hpdm_core.study.lease import Held
 from hpdm_core.training.trainer import Trainer
 
+START = "training.start_from"
 STUDY = """name: small
 extends: tiny_clips
 model: {video: [4, 8, 8], patch: [1, 2, 2], token: [1, 1, 1], blocks: 3, token_dim: 8, classes: 0}
@@ -48,11 +48,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder of the study in which two arms that start from a third were run, and it was not."""
     folder = tmp_path_factory.mktemp("started")
     (folder / "small.yaml").write_text(STUDY)
-    assert main([str(folder / "small.yaml"), "--results", str(folder / "results"), "--only", "started,detached"]) == 0
+    assert (
+        main([str(folder / "small.yaml"), "--results", str(folder / "results"), "--only", "started,detached"])
+        == 0
+    )
     return folder
 
 
-def cells(folder: Path, text: str = STUDY, *sets: str, store: Path | None = None) -> dict[tuple[str, int], Cell]:
+def cells(
+    folder: Path, text: str = STUDY, *sets: str, store: Path | None = None
+) -> dict[tuple[str, int], Cell]:
     (folder / "small.yaml").write_text(text)
     found, _ = cells_of(load_study(folder / "small.yaml", sets=sets), store or folder / "results" / "store")
     return {(cell.arm, cell.seed): cell for cell in found}
@@ -135,7 +140,9 @@ def test_a_worker_rebuilds_the_cell_with_its_base_and_runs_both_alike(done: Path
     assert rebuilt.base.config.runtime.micro_batch == 1
 
 
-def test_a_base_whose_weights_are_gone_is_trained_again_only_for_who_needs_it(done: Path, tmp_path: Path) -> None:
+def test_a_base_whose_weights_are_gone_is_trained_again_only_for_who_needs_it(
+    done: Path, tmp_path: Path
+) -> None:
     shutil.copytree(done / "results" / "store", tmp_path / "store")
     cell = cells(tmp_path, store=tmp_path / "store")["started", 0]
     assert cell.base is not None
@@ -162,11 +169,11 @@ def test_who_comes_second_waits_for_the_base_and_does_not_train_it(tmp_path: Pat
             waits.append(row)
             claim.close()  # the other lets go, having done it
 
-    from contextlib import ExitStack
-
     claim = ExitStack()
     attempt = claim.enter_context(first.base.train_stage.claim())
-    attempt.finish(dict(first.base._train(attempt, lambda row: None)), files={"model.safetensors": "model.safetensors"})
+    attempt.finish(
+        dict(first.base._train(attempt, lambda row: None)), files={"model.safetensors": "model.safetensors"}
+    )
     first.base.train_stage.folder.joinpath("result.json").rename(tmp_path / "result.json")
 
     def finish(row: dict[str, Any]) -> None:
@@ -191,7 +198,7 @@ def test_a_dry_run_counts_a_base_once(tmp_path: Path) -> None:
 
 
 def test_the_report_adds_what_the_base_took(done: Path) -> None:
-    results = read_study(done / "results" / "small")
+    results = load_results(done / "results" / "small")
     table = cost_table(results)
     assert table is not None
     for arm in ("started", "detached"):
@@ -230,7 +237,9 @@ def test_a_file_of_weights_is_taken_by_its_content(done: Path, tmp_path: Path) -
 
 
 def test_a_chain_of_models_is_trained_in_its_order(tmp_path: Path) -> None:
-    text = STUDY.replace("scratch: {}", "scratch: {}\n  last: {training.steps: 2, training.start_from: {arm: started}}")
+    text = STUDY.replace(
+        "scratch: {}", "scratch: {}\n  last: {training.steps: 2, training.start_from: {arm: started}}"
+    )
     cell = cells(tmp_path, text)["last", 0]
     assert todo(cell) == ["train base", "train started", "train", "sample", "evaluate throughput"]
     cell.run()
@@ -251,7 +260,12 @@ def test_a_chain_of_models_is_trained_in_its_order(tmp_path: Path) -> None:
 )
 def test_a_start_that_cannot_be_is_refused_with_its_place(start: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        cells(tmp_path, STUDY.replace("started: {training.start_from: {arm: base}}", f"started: {{training.start_from: {start}}}"))
+        cells(
+            tmp_path,
+            STUDY.replace(
+                "started: {training.start_from: {arm: base}}", f"started: {{training.start_from: {start}}}"
+            ),
+        )
     assert any(re.search(said, line) for line in refused.value.messages), refused.value.messages
 
 
@@ -262,34 +276,25 @@ def test_a_ring_of_models_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_start_are_refused(tmp_path: Path) -> None:
-    missing = load_study(written(tmp_path, STUDY), sets=[f"training.start_from.path={tmp_path}/none.safetensors"])
     with pytest.raises(InputError, match=r"training.start_from.path: '.*none.safetensors' does not exist"):
-        from hpdm_core.study.cells import refuse_absent
-
-        refuse_absent(cells_of(missing, tmp_path / "store")[0])
+        refuse_absent([started_from(tmp_path, tmp_path / "none.safetensors")])
     save_file({"other": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"no weight with the name and shape"):
-        Trainer(cell_of(tmp_path, tmp_path / "other.safetensors").assembly)
-    good = cell_of(tmp_path, None)
-    weights = {name: each.clone() for name, each in Trainer(good.assembly).model.state_dict().items()}
-    next(iter(weights.values())).fill_(float("nan"))
-    save_file(weights, tmp_path / "nan.safetensors")
-    with pytest.raises(InputError, match=r"is not finite"):
-        Trainer(cell_of(tmp_path, tmp_path / "nan.safetensors").assembly)
+        Trainer(started_from(tmp_path, tmp_path / "other.safetensors").assembly)
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(InputError, match=r"not a whole safetensors file"):
+        Trainer(started_from(tmp_path, tmp_path / "text.safetensors").assembly)
+    save_file({"tokenizer.bias": torch.full((8,), float("nan"))}, tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match=r"'tokenizer.bias' is not finite"):
+        Trainer(started_from(tmp_path, tmp_path / "nan.safetensors").assembly)
 
 
-def written(folder: Path, text: str) -> Path:
-    (folder / "small.yaml").write_text(text)
-    return folder / "small.yaml"
-
-
-def cell_of(folder: Path, start: Path | None) -> Cell:
-    given = "null" if start is None else f"{{path: {start}}}"
-    study = load_study(written(folder, STUDY), sets=[f"training.start_from={given}"])
-    return cells_of(study, folder / "store")[0][0]
+def started_from(folder: Path, path: Path) -> Cell:
+    return cells(folder, STUDY.split("arms:")[0], f"training.start_from.path={path}")["default", 0]
 
 
 def test_outside_a_study_only_a_file_can_be_started_from(tmp_path: Path) -> None:
-    assembly = load_cell("tiny_clips", sets=["training.start_from.arm=base", "data.dataset=synthetic", "model.classes=0"])
+    sets = ["training.start_from.arm=base", "data.dataset=synthetic", "model.classes=0"]
+    assembly = load_cell("tiny_clips", sets=sets)
     with pytest.raises(InputError, match=r"outside a study allowed is training.start_from.path"):
         Trainer(assembly)
