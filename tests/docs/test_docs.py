@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 import yaml
 
 from hpdm_core import hookspecs
+from hpdm_core.config.study_file import load_study
 from hpdm_core.plugins import FAMILIES, build_plugins
 from hpdm_core.randomness import generator
+from hpdm_core.study.cells import cells_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -160,3 +163,12 @@ def test_the_dataset_with_a_path_passes_its_check_and_follows_its_content(tmp_pa
 def test_every_word_of_the_glossary_is_said_once():
     words = re.findall(r"^\| (\w+) \|", (DOCS / "glossary.md").read_text(), flags=re.MULTILINE)
     assert len(words) == len(set(words)) > 20
+
+
+def test_the_arms_that_start_from_another_are_a_study(tmp_path):
+    page = (ROOT / "docs" / "small-models.md").read_text()
+    block = page.split("So can an arm:\n\n")[1].split("\n\nParameters")[0]
+    file = tmp_path / "started.yaml"
+    file.write_text("extends: small_clips\n" + textwrap.dedent(block))
+    cell = cells_of(load_study(file, only=["default"]), tmp_path / "store")[0][0]
+    assert [step.name for step in cell.missing()][:2] == ["train level_0", "train"]
