@@ -1,9 +1,12 @@
-"""The metric `memorisation`: does the whole chain give back the few windows that a model was trained on?
+"""The metric `memorisation`: does the whole chain give back what a model was trained on?
 
-For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`). Generated videos
+For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`): generated videos
 are matched to the windows by their error; beside the match stands what plain trilinear upsampling of the level below
 reaches, once of the generated level and once of the window's own. Then the coarsest level of each window is handed in,
 and the finer levels have to follow it.
+
+For all others, with ``clips: true``: generated videos are matched to ``evaluation.reals`` training clips, and so are as
+many held-out clips as there are samples. A model that copies stands nearer to its training clips than held-out ones do.
 
 PSNR is in decibels with peak 2, the width of [-1, 1], of the mean squared error over a whole video.
 """
@@ -18,6 +21,7 @@ from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor
 
+from hpdm_core.config.schema import Later
 from hpdm_core.errors import InputError
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.pyramid import downsample
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Memorisation", "psnr"]
 
+NEARER = 0.95
+"""A sample is called a copy when it is nearer to a training clip than this share of the held-out clips are."""
 FOLLOWING = 1_000_000
 """Sample indices from here on serve the videos whose level 0 is handed in: other noise than that of the samples."""
 
@@ -45,21 +51,33 @@ def psnr(videos: Tensor, targets: Tensor) -> Tensor:
 
 
 class Memorisation:
-    """The metric; ``follow`` windows have their level 0 handed in."""
+    """The metric; ``follow`` windows have their level 0 handed in, or with ``clips`` training clips are drawn."""
 
     name = "memorisation"
     needs: Need = "samples"
 
-    def __init__(self, *, follow: int = 8) -> None:
+    def __init__(self, *, follow: int = 8, clips: bool = False) -> None:
         self.follow = follow
+        self.clips = clips
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
         """See `hpdm_core.metrics.protocol.Metric`."""
+        evaluation = assembly.config.evaluation
+        if self.clips:
+            return {
+                "metric": self.name,
+                "measure": "PSNR in dB, peak 2, of a whole video against its best match among training clips",
+                "samples": evaluation.samples,
+                "held_out_clips": evaluation.samples,
+                "training_clips": evaluation.reals,
+                "copied": f"share of samples with a better match than {NEARER:.0%} of the held-out clips",
+                "downsampling": assembly.config.data.downsampling,
+            }
         return {
             "metric": self.name,
             "measure": "PSNR in dB, peak 2, of a whole video against its best match among the training windows",
             "upsampling": "trilinear, align_corners=False, of the level below",
-            "samples": assembly.config.evaluation.samples,
+            "samples": evaluation.samples,
             "follow": self.follow,
             "downsampling": assembly.config.data.downsampling,
         }
@@ -67,11 +85,13 @@ class Memorisation:
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return rows per level; see the module's text."""
         assembly = context.assembly
+        if self.clips:
+            return self._against_clips(context)
         distinct = getattr(assembly.dataset, "distinct", lambda split: None)("train")
         if not distinct:
             raise InputError(
                 f"metric memorisation: data.dataset '{assembly.config.data.dataset.use}' has no fixed set of windows; "
-                "allowed is one that has, such as {use: sample_clips, windows: 8}"
+                "allowed is one that has, such as {use: sample_clips, windows: 8}, or the metric's option clips: true"
             )
         clips = torch.stack([clip.video for clip in distinct])  # [m, C, F, H, W]
         pyramid, mode = assembly.pyramid, assembly.config.data.downsampling
@@ -80,6 +100,24 @@ class Memorisation:
         samples = [_pixels(context.samples(level, indices)) for level in range(pyramid.levels)]
         rows = [row for level in range(pyramid.levels) for row in self._level(level, samples, windows)]
         return rows + self._following(context, windows, [clip.label for clip in distinct])
+
+    def _against_clips(self, context: EvaluationContext) -> list[Row]:
+        evaluation, levels = context.assembly.config.evaluation, context.assembly.pyramid.levels
+        trained, _ = context.reals("train", range(evaluation.reals))
+        held_out, _ = context.reals("held_out", range(evaluation.samples))
+        rows = []
+        for level in range(levels):
+            clips = _pixels(trained[level])
+            best, real = (
+                torch.cat([psnr(_pixels(video[None]), clips).max(dim=1).values for video in videos])
+                for videos in (context.samples(level, range(evaluation.samples)), held_out[level])
+            )
+            rows += [
+                self._row("psnr", level, best.mean()),
+                self._row("psnr_held_out", level, real.mean()),
+                self._row("copied", level, (best > real.quantile(NEARER)).double().mean()),
+            ]
+        return rows
 
     def _level(self, level: int, samples: list[Tensor], windows: list[Tensor]) -> list[Row]:
         against = psnr(samples[level], windows[level])
@@ -129,9 +167,13 @@ def _pixels(videos: Tensor) -> Tensor:
     return rearrange(videos, "n f h w c -> n c f h w").float() / 127.5 - 1
 
 
-def memorisation(*, follow: Annotated[int, Field(gt=0)] = 8) -> Memorisation:
-    """Best match among the training windows, and whether finer levels follow a given coarsest one."""
-    return Memorisation(follow=follow)
+def memorisation(
+    *, follow: Annotated[int, Field(gt=0)] = 8, clips: Annotated[bool, Later()] = False
+) -> Memorisation:
+    """Best match among the training windows, and whether finer levels follow a given coarsest one; with ``clips`` best
+    match among training clips, beside that of held-out clips.
+    """
+    return Memorisation(follow=follow, clips=clips)
 
 
 @hookimpl

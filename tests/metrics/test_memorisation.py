@@ -88,3 +88,46 @@ def test_data_without_fixed_windows_is_refused() -> None:
     cell = load_cell("tiny_clips", sets=["data.dataset={use: synthetic, classes: 3}"])
     with pytest.raises(InputError, match="'synthetic' has no fixed set of windows"):
         Memorisation().evaluate(SimpleNamespace(assembly=cell))
+
+
+def test_against_training_clips_a_copy_is_told_from_what_is_as_far_as_held_out_clips(cell) -> None:
+    drawn = [
+        torch.rand(20, 3, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (1, 2)
+    ]
+    levels = [
+        [
+            torch.stack([to_uint8(video) for video in downsample(videos, cell.pyramid.pitch(level), "area")])
+            for level in range(3)
+        ]
+        for videos in drawn
+    ]
+    trained, held_out = levels
+    made = [
+        torch.cat([each[:1], torch.zeros_like(each[:1]), torch.full_like(each[:1], 255)]) for each in trained
+    ]
+    context = SimpleNamespace(
+        assembly=cell,
+        reals=lambda split, numbers: (
+            [level[list(numbers)] for level in (trained if split == "train" else held_out)],
+            [],
+        ),
+        samples=lambda level, indices: made[level][list(indices)],
+    )
+    metric = Memorisation(clips=True)
+    sized = cell.config.model_copy(
+        update={"evaluation": cell.config.evaluation.model_copy(update={"reals": 20})}
+    )
+    cell.__dict__["config"] = sized
+    rows = {(row["metric"], row["level"]): row["value"] for row in metric.evaluate(context)}
+    for level in range(3):
+        real = [
+            psnr(_float(held_out[level][i : i + 1]), _float(trained[level])).max().item() for i in range(3)
+        ]
+        assert rows["memorisation.psnr_held_out", level] == pytest.approx(sum(real) / 3)
+        assert rows["memorisation.copied", level] == pytest.approx(1 / 3)
+        assert rows["memorisation.psnr", level] > 35  # 106 for the copy, a third of it
+    assert "training_clips" in metric.protocol(cell) and "training_clips" not in Memorisation().protocol(cell)
+
+
+def _float(videos: torch.Tensor) -> torch.Tensor:
+    return videos.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
