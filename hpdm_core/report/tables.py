@@ -180,11 +180,12 @@ def _values(results: StudyResults, block: _Block) -> Table:
         cells["floor (real held-out clips)"] = {**line, "videos/s": "", "parameters": ""}
     cells |= _controls(results, block, columns)
     remarks = [
-        f"Mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}; "
-        "lower is nearer to the data."
+        f"Mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}."
         if len(results.seeds) > 1
         else f"One seed ({results.seeds[0]}): no spread."
     ]
+    if floor or block.metric == _HEADLINE:  # of other figures the metric's own page says what is good
+        remarks.append("Lower is nearer to the data.")
     if marked:
         limit = (
             f"{FLOORS} times the floor"
