@@ -95,6 +95,9 @@ class CleanStream:
     clean ones alone. Costs more block calls than `Independent`, 1.5 times as many with three levels and three blocks,
     and trains every level in every step under the condition it is sampled in.
 
+    At ``context_sigma_eff`` itself the network learns features for other levels, and denoises badly: a solver should
+    not step there (docs/log.md has figures).
+
     ``paired``: the slots in the loss have the sigma and the noise that `Independent` draws for their levels: the
     two differ in their parents alone. Without it the numbers are those of versions before this option.
     """
