@@ -106,6 +106,10 @@ def main() -> None:
     _, status = os.waitpid(controller(study, results, log), 0)
     found["code"] = os.waitstatus_to_exitcode(status)
     found["states"] = look()
+    last: dict[Path, dict[str, Any]] = {}
+    for path in sorted((home / "jobs").glob("*/*/outcome.json"), key=lambda each: int(each.parent.name)):
+        last[path.parent.parent] = json.loads(path.read_text())
+    found["causes"] = [each["cause"] for each in last.values() if each["state"] == "failed"]
     found["before"] = before
     logs = list((home.parent / "store" / "train").glob(f"*/{FINISHED}"))
     found["twice"] = [path.parent.name for path in logs if len(path.read_text().split()) > 1]
