@@ -1,6 +1,6 @@
 """A training that starts from another model: its weights where they fit, the drawn ones elsewhere.
 
-The paper trains its text-to-video model so: low resolution first, then the pyramid (section 5.2).
+The paper trains its text-to-video model so: low resolution first, then the pyramid.
 """
 
 from __future__ import annotations
