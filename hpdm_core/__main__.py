@@ -12,6 +12,7 @@ COMMANDS = {
     "study": ("hpdm_core.study.__main__", "run a study file: train, sample, evaluate, report"),
     "plugins": ("hpdm_core.plugins.__main__", "list plugins, say where a part comes from, check one"),
     "sample": ("hpdm_core.sample", "draw videos from a trained cell"),
+    "export": ("hpdm_core.export", "write a trained cell as one file to give away"),
     "evaluate": ("hpdm_core.evaluate", "measure a folder of videos, or a trained cell"),
     "metrics": ("hpdm_core.metrics.__main__", "protocols side by side, results compared, known weights"),
     "weights": (

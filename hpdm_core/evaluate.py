@@ -29,7 +29,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpdm_core import distributed
-from hpdm_core.config.compose import load_trained
 from hpdm_core.config.keys import parts_in, plugin_hashes
 from hpdm_core.config.schema import Arithmetic, Part
 from hpdm_core.errors import InputError, TroubleError, report_errors
@@ -40,6 +39,7 @@ from hpdm_core.metrics.protocol import data_facts, resolution
 from hpdm_core.pyramid import downsample
 from hpdm_core.randomness import generator
 from hpdm_core.runtime import prepare_torch
+from hpdm_core.trained import load_trained
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
@@ -347,7 +347,9 @@ def evaluate_cell(
     """Measure ``metrics`` (parts as text; none: its own) on the train stage ``cell``, print rows and protocols,
     write them to ``out``, and return the exit code.
     """
-    assembly, spec = load_trained(cell)
+    trained = load_trained(cell)
+    cell, spec = trained.folder, trained.spec
+    assembly = trained.assembly()
     parts = [assembly.plugins.validate("metrics", _part(text)) for text in metrics]
     store = cell.resolve().parent.parent
     prepare_torch(assembly.config.runtime, assembly.config.training)
@@ -356,7 +358,7 @@ def evaluate_cell(
         result = evaluate_metric(
             assembly,
             part,
-            model_path=cell / "model.safetensors",
+            model_path=trained.weights,
             samples_folder=samples or store / "samples" / str(spec.get("keys", {}).get("samples")),
             train_result=read_json(cell / "result.json"),
             store_folder=store / "evaluations" / "none",

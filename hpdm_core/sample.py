@@ -1,8 +1,9 @@
-"""Samples of a trained cell to look at: ``python -m hpdm_core.sample CELL_DIR --num 8 --out DIR``.
+"""Samples of a trained cell to look at: ``python -m hpdm_core.sample demo --num 8 --out DIR``.
 
-CELL_DIR is a train stage of a store, STORE/train/KEY, with spec.json and model.safetensors. Writes one video
-per sample (the finest level) and a contact sheet with all levels. ``--set`` changes how it is sampled and
-where it runs, nothing else. Not here: the samples that metrics read (`hpdm_core.cell`), which are lossless.
+The cell is one that a plugin brings (``demo``), a file that `hpdm_core.export` made, or a train stage of a store,
+STORE/train/KEY. Writes one video per sample (the finest level), a contact sheet with all levels, and a GIF of the finest.
+``--set`` changes how it is sampled and where it runs, nothing else. Not here: the samples that metrics read
+(`hpdm_core.cell`), which are lossless.
 """
 
 from __future__ import annotations
@@ -12,40 +13,41 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from hpdm_core.command_line import CommandParser
 from hpdm_core.errors import InputError, report_errors
 from hpdm_core.sampling.cascade import label_of, sample
-from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8, write_mp4
+from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8, write_gif, write_mp4
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hpdm_core.assembly import Assembly
+    from hpdm_core.trained import Trained
 
 __all__ = ["main"]
 
 SECTIONS = ("sampling", "runtime")
 """What ``--set`` may change: the weights do not depend on it."""
 
-SHEET_ROWS = 16  # samples on the contact sheet
+SHEET_ROWS = 16  # samples on the contact sheet and in the GIF
+
+FPS = 25.0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as one line, like every other wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m hpdm_core.sample", description="Sample videos from a trained cell.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m hpdm_core.sample", description="Sample videos from a trained cell.")
     parser.add_argument(
-        "cell", type=Path, metavar="CELL_DIR", help="a train stage: STORE/train/KEY, with spec.json"
+        "cell",
+        metavar="CELL",
+        help="'demo' or another that a plugin brings, an exported file, or a train stage: STORE/train/KEY",
     )
     parser.add_argument(
         "--num", type=int, default=8, metavar="N", help="number of videos (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for videos and contact sheet"
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the videos and pictures"
     )
     parser.add_argument(
         "--set",
@@ -57,41 +59,79 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: the cell's own)")
     parser.add_argument(
-        "--fps", type=float, default=25.0, metavar="RATE", help="frames per second of the videos"
+        "--fps",
+        type=float,
+        metavar="RATE",
+        help=f"frames per second (default: {FPS:g}, or fewer, so that a short video lasts a second)",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    from hpdm_core.config.compose import load_trained
+    from hpdm_core.trained import load_trained
     from hpdm_core.training.trainer import load_ema_model
 
     given = _parser().parse_args(arguments)
     _check(given)
     sets = [*given.sets] if given.seed is None else [*given.sets, f"seed={given.seed}"]
-    assembly, _ = load_trained(given.cell, sets=sets)
+    trained = load_trained(given.cell)
+    assembly = trained.assembly(sets)
     config = assembly.config
-    denoiser = assembly.denoiser(load_ema_model(assembly, given.cell / "model.safetensors"))
+    denoiser = assembly.denoiser(load_ema_model(assembly, trained.weights))
     try:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {given.out}: cannot be made: {error.strerror}") from error
+    print(_origin(given.cell, trained))
 
+    fps = given.fps or min(FPS, config.model.video[0])
+    names = _class_names(assembly)
     progress = _Progress(given.num)
     shown: list[list[Tensor]] = []
     for batch in batches_to_sample(range(given.num), given.num, config.runtime.sample_batch):
-        labels = [label_of(index, config.model.classes) for index in batch]
+        labels = [_label(index, given.num, config.model.classes) for index in batch]
         levels = sample(assembly, denoiser, batch, labels, progress=progress.step)
-        for row, index in enumerate(batch):
+        for row, (index, label) in enumerate(zip(batch, labels, strict=True)):
             videos = [to_uint8(videos[row]) for videos in levels]
-            write_mp4(given.out / f"{index:06d}.mp4", videos[-1], fps=given.fps)
+            path = write_mp4(given.out / f"{index:06d}.mp4", videos[-1], fps=fps)
+            if names:
+                print(f"{path.name}  {names[label]}", flush=True)
             if len(shown) < SHEET_ROWS:
                 shown.append(videos)
         progress.finished(len(batch))
     contact_sheet(given.out / "contact_sheet.png", shown)
-    print(f"{given.num} videos and contact_sheet.png in {given.out}")
+    write_gif(given.out / "samples.gif", [videos[-1] for videos in shown], fps=fps)
+    print(f"{given.num} videos, contact_sheet.png and samples.gif in {given.out}")
     return 0
+
+
+def _label(index: int, count: int, classes: int) -> int:
+    """Return the label of video ``index`` of ``count``: the classes in turn, or spread over all when they are more."""
+    return index * classes // count if count < classes else label_of(index, classes)
+
+
+def _class_names(assembly: Assembly) -> tuple[str, ...]:
+    """Return the names of the classes; none where they are not labels of the data, or the data are not here."""
+    try:
+        names = assembly.dataset.classes
+    except InputError:
+        return ()
+    return tuple(names) if len(names) == assembly.config.model.classes else ()
+
+
+def _origin(given: str, trained: Trained) -> str:
+    """Return one line on where the weights come from."""
+    spec = trained.spec
+    header = spec.get("header", {})
+    commit = header.get("provenance", {}).get("git")
+    words = [
+        *(f"{name} {spec[name]}" for name in ("study", "arm") if spec.get(name)),
+        f"seed {spec['config'].get('seed', 0)}",
+        *([f"{header['steps']} steps"] if "steps" in header else []),
+        *([f"commit {commit[:12]}"] if commit else []),
+    ]
+    return f"{given}: {', '.join(words)}"
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -99,7 +139,7 @@ def _check(given: argparse.Namespace) -> None:
         raise InputError(f"--num {given.num}: allowed is 1 or more")
     if given.seed is not None and given.seed < 0:
         raise InputError(f"--seed {given.seed}: allowed is 0 or more")
-    if not 0 < given.fps <= 1000:
+    if given.fps is not None and not 0 < given.fps <= 1000:
         raise InputError(f"--fps {given.fps:g}: allowed is more than 0, up to 1000")
     for text in given.sets:
         if text.partition("=")[0].partition(".")[0].strip() not in SECTIONS:

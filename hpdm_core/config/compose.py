@@ -7,7 +7,6 @@ presets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from hpdm_core.plugins import Plugins, build_plugins
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
 
-__all__ = ["Composed", "compose", "dotted_overrides", "load_cell", "load_trained", "presets"]
+__all__ = ["Composed", "compose", "dotted_overrides", "load_cell", "presets"]
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -207,22 +206,3 @@ def load_cell(
     if config is None or problems or more:
         raise InputError(*problems, *more)
     return Assembly(config, composed.plugins)
-
-
-def load_trained(folder: Path, *, sets: Sequence[str] = ()) -> tuple[Assembly, dict[str, Any]]:
-    """Return the parts of the trained cell in ``folder``, a train stage STORE/train/KEY, and its spec.json.
-
-    ``sets`` as in `load_cell`. Raises InputError for another folder.
-    """
-    path = folder / "spec.json"
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); CELL_DIR is a train stage, STORE/train/KEY"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(spec, dict) or not isinstance(spec.get("config"), dict):
-        raise InputError(f"{path}: holds no cell; allowed is an object with 'config' and 'plugins'")
-    return load_cell(spec["config"], sets=sets, plugins=spec.get("plugins", ())), spec

@@ -156,6 +156,8 @@ def train_facts(
                 "training.start_from.path"
             )
         facts["training"]["start_from"] = {"train": base}  # the arm's name is in no key
+    if start is not None and start.resize:
+        facts["training"]["start_from"]["resize"] = list(start.resize)
     return {
         "schema": SCHEMA_VERSION,
         **facts,

@@ -161,6 +161,9 @@ class StartFrom(Frozen):
     """An arm of the same study: its model of the same seed, which is trained first, once for all who start from it."""
     path: Path | None = None
     """A file of weights (safetensors), such as a trained model's model.safetensors; keys take its content."""
+    resize: Annotated[tuple[Literal["levels"], ...], Later()] = ()
+    """Which tables of another shape are taken too. ``levels``: those with a row per level, from a model of fewer
+    levels; its rows become the first ones, those of the coarsest levels."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from hpdm_core import distributed
 from hpdm_core.config.schema import Arithmetic, Part, RuntimeConfig
+from hpdm_core.command_line import CommandParser
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.evaluator.extraction import FeatureCache
 from hpdm_core.evaluator.manifest import Manifest, read_manifest
@@ -29,16 +29,9 @@ __all__ = ["build_parser", "main", "manifest_file"]
 CACHE_VARIABLE = "HPDM_CACHE"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as one line, like every other wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser: its flags are a promise."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m hpdm_core.evaluate",
         description="Measure a folder of generated videos against a folder of real ones by a named protocol "
         "(--real, --fake, --protocol), or the metrics of a trained cell (CELL_DIR). Under torchrun the clips "

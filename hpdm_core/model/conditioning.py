@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hpdm_core.model.layers import Linear, Table
+from hpdm_core.model.layers import LevelTable, Linear, Table
 from hpdm_core.pyramid import Triple
 
 __all__ = ["ClassEmbedding", "PositionEmbedding", "SigmaEmbedding", "sinusoid"]
@@ -47,7 +47,7 @@ class SigmaEmbedding(nn.Module):
         self.sigma_min, self.sigma_max = sigma_range
         self.up = Linear(FEATURES, width)
         self.down = Linear(width, width)
-        self.levels = Table(levels, width)
+        self.levels = LevelTable(levels, width)
 
     def forward(self, sigma: Tensor, level: int) -> Tensor:
         """Embed sigma [B] at ``level``."""

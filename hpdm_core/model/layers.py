@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Attention", "Initialised", "LayerNorm", "Linear", "Table"]
+__all__ = ["MLP", "Attention", "Initialised", "LayerNorm", "LevelTable", "Linear", "Table"]
 
 EPSILON = 1e-6
 TABLE_STD = 0.02
@@ -95,6 +95,13 @@ class Table(nn.Module):
     def forward(self) -> Tensor:
         """Return the table."""
         return self.rows
+
+
+class LevelTable(Table):
+    """A table with a row per level of the pyramid, coarsest first, [levels, width].
+
+    ``training.start_from.resize: [levels]`` fills the first rows of one from a model of fewer levels.
+    """
 
 
 class MLP(nn.Module):

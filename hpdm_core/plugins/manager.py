@@ -69,6 +69,8 @@ class Plugins:
         """The ``presets`` folders of plugins that are packages."""
         self.protocol_folders: tuple[Path, ...] = ()
         """Their ``protocols`` folders (`hpdm_core.metrics.protocol_records`)."""
+        self.trained_folders: tuple[Path, ...] = ()
+        """Their ``trained`` folders (`hpdm_core.trained`)."""
         self._registrations: dict[str, dict[str, Registration]] = {family: {} for family in FAMILIES}
         self._manager = pluggy.PluginManager("hpdm")
         self._manager.add_hookspecs(hookspecs)
@@ -317,6 +319,7 @@ def build_plugins(names: Sequence[str] = (), *, objects: Sequence[Any] = ()) -> 
         raise InputError(*problems)
     plugins.preset_folders = _folders([*found, *asked], "presets")
     plugins.protocol_folders = _folders([*found, *asked], "protocols")
+    plugins.trained_folders = _folders([*found, *asked], "trained")
     return plugins
 
 

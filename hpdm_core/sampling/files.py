@@ -35,6 +35,7 @@ __all__ = [
     "read_sample",
     "sample_path",
     "to_uint8",
+    "write_gif",
     "write_mp4",
     "write_sample",
 ]
@@ -166,6 +167,37 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return _write(path, made.getvalue())
+
+
+def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0, columns: int = 4) -> Path:
+    """Write uint8 ``videos`` [F, H, W, C], of one size, as a GIF that runs for ever; return ``path``.
+
+    The videos stand side by side, ``columns`` in a row, enlarged by a whole factor, pixels repeated, to at least 128 px
+    in height. A frame lasts a whole number of hundredths of a second, two at least: the format has no other.
+    Raises `InputError` for no videos.
+    """
+    if not videos:
+        raise InputError(f"{path}: a picture of no videos; allowed is one or more")
+    shown = [_rgb(video) for video in videos]
+    frames, height, width = shown[0].shape[:3]
+    factor = max(1, -(-128 // height))
+    columns, gap = min(columns, len(shown)), 4
+    rows = -(-len(shown) // columns)
+    high, wide = height * factor + gap, width * factor + gap
+    sheet = np.full((frames, rows * high - gap, columns * wide - gap, 3), 255, dtype=np.uint8)
+    for place, video in enumerate(shown):
+        top, left = place // columns * high, place % columns * wide
+        enlarged = video.repeat(factor, axis=1).repeat(factor, axis=2)
+        sheet[:, top : top + high - gap, left : left + wide - gap] = enlarged
+    # One palette for all frames: one per frame flickers.
+    palette = Image.fromarray(sheet.reshape(-1, sheet.shape[2], 3)).quantize(256)
+    first, *others = (
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in sheet
+    )
+    made = io.BytesIO()
+    duration = 10 * max(2, round(100 / fps))
+    first.save(made, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
     return _write(path, made.getvalue())
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "open_partial",
     "prune",
     "read_checkpoint",
+    "read_header",
     "read_weights",
     "save_checkpoint",
     "save_weights",
@@ -225,6 +226,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {error.strerror}; expected trained weights (model.safetensors)") from error
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return what `save_weights` was given as ``metadata``. Raises `InputError` when ``path`` is no such file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("hpdm", "{}"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected trained weights (safetensors)") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its header holds {type(header).__name__} under 'hpdm'; allowed is an object")
+    return header
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, origin: Path | str) -> None:

@@ -5,14 +5,16 @@ The paper trains its text-to-video model so: low resolution first, then the pyra
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpdm_core.config.schema import TrainingConfig
 from hpdm_core.errors import InputError
+from hpdm_core.model.layers import LevelTable
 from hpdm_core.training.checkpoint import read_weights
 
 __all__ = ["start_from", "start_of"]
@@ -36,16 +38,22 @@ def start_of(config: TrainingConfig, given: Path | None) -> Path | None:
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, path: Path) -> dict[str, Any]:
+def start_from(model: nn.Module, path: Path, *, resize: Collection[str] = ()) -> dict[str, Any]:
     """Copy the weights in ``path`` into the parameters of ``model`` that have their names and shapes.
 
-    Returns, as JSON, which parameters were ``taken``, which are ``new``, and what of the file was left (``unused``).
+    ``resize`` as in `StartFrom`: with ``levels``, a `LevelTable` takes the rows of a shorter one as its first.
+
+    Returns, as JSON, which parameters were ``taken``, of which only the first rows (``first_rows``: name -> number),
+    which are ``new``, and what of the file was left (``unused``).
     Raises `InputError` when it is no file of weights, none fits, or one that fits is not finite.
     """
     weights = read_weights(path)
     parameters = dict(model.named_parameters())
+    first_rows = _first_rows(model, weights) if "levels" in resize else {}
     taken = [
-        name for name, each in parameters.items() if name in weights and weights[name].shape == each.shape
+        name
+        for name, each in parameters.items()
+        if name in first_rows or (name in weights and weights[name].shape == each.shape)
     ]
     if not taken:
         raise InputError(
@@ -55,9 +63,23 @@ def start_from(model: nn.Module, path: Path) -> dict[str, Any]:
     for name in taken:
         if not bool(torch.isfinite(weights[name]).all()):
             raise InputError(f"training.start_from: {path}: the weight '{name}' is not finite")
-        parameters[name].copy_(weights[name])
+        place = parameters[name]
+        (place[: first_rows[name]] if name in first_rows else place).copy_(weights[name])
     return {
         "taken": taken,
+        **({"first_rows": first_rows} if "levels" in resize else {}),
         "new": [name for name in parameters if name not in taken],
         "unused": [name for name in weights if name not in taken],
     }
+
+
+def _first_rows(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return table -> number of rows that ``weights`` have for it, of tables with a row per level that are longer."""
+    found = {}
+    for module, table in model.named_modules():
+        name = f"{module}.rows"
+        if isinstance(table, LevelTable) and name in weights:
+            rows, *rest = weights[name].shape
+            if rest == list(table.rows.shape[1:]) and rows < len(table.rows):
+                found[name] = rows
+    return found

@@ -88,7 +88,7 @@ class Trainer:
         self.memory = MemoryMeter(self.device)
         self.model: HPDM = assembly.build_model(device=self.device).to(self.dtype)
         self.start = start_of(self.config, start)
-        self.started_from = {} if self.start is None else start_from(self.model, self.start)
+        self.started_from = self._start()
         self.model.execution = execution_of(self.config, checkpointing=runtime.activation_checkpointing)
         halflife = self.config.ema_halflife
         self.halflife = default_ema_halflife(self.config.steps) if halflife is None else halflife
@@ -114,6 +114,11 @@ class Trainer:
         self.limit = math.inf if self.config.clip is None else self.config.clip
         self.durations: list[float] = []
         self.started = time.perf_counter()
+
+    def _start(self) -> dict[str, Any]:
+        if self.start is None or self.config.start_from is None:
+            return {}
+        return start_from(self.model, self.start, resize=self.config.start_from.resize)
 
     def _can_compile(self) -> bool:
         problem = compiler_problem(self.device)

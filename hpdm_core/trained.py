@@ -1,0 +1,154 @@
+"""A trained cell, as a store keeps it or as one file to give away.
+
+In a store it is a folder, STORE/train/KEY: spec.json, model.safetensors, result.json. As one file it is
+``NAME.safetensors``: the averaged weights, and in its header, as JSON under ``hpdm``, the configuration that they belong
+to and where they come from. A plugin that is a package may bring such files in a folder ``trained``, each found by its
+name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpdm_core.config.compose import load_cell
+from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.files import read_json
+
+if TYPE_CHECKING:
+    from hpdm_core.assembly import Assembly
+
+__all__ = ["PRECISIONS", "Trained", "export", "load_trained", "shipped"]
+
+SUFFIX = ".safetensors"
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+"""How an exported file may hold its weights."""
+
+PROVENANCE = ("git", "machine", "versions")
+"""What of a train stage's result goes into an exported file."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a trained cell lies: its averaged ``weights``, and ``spec``, with ``config`` and ``plugins``."""
+
+    place: Path
+    weights: Path
+    spec: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The train stage, STORE/train/KEY. Raises `InputError` where the cell is one file."""
+        if self.place.is_dir():
+            return self.place
+        raise InputError(f"{self.place}: is one file of weights; allowed here is a train stage, STORE/train/KEY")
+
+    def assembly(self, sets: Sequence[str] = ()) -> Assembly:
+        """Return its parts; ``sets`` as in `load_cell`. Raises `InputError` with every problem."""
+        return load_cell(self.spec["config"], sets=sets, plugins=self.spec.get("plugins", ()))
+
+
+def shipped() -> dict[str, Path]:
+    """Return the trained cells that installed plugins bring: name -> file."""
+    from hpdm_core.plugins import build_plugins
+
+    found: dict[str, Path] = {}
+    for folder in build_plugins().trained_folders:
+        for file in sorted(folder.glob(f"*{SUFFIX}")):
+            found.setdefault(file.stem, file)
+    return found
+
+
+def load_trained(given: str | Path) -> Trained:
+    """Return the trained cell ``given``: a train stage, STORE/train/KEY, an exported file, or the name of one that a
+    plugin brings.
+
+    Raises `InputError` for anything else.
+    """
+    place = Path(given).expanduser()
+    if not place.exists() and "/" not in str(given):
+        known = shipped()
+        if str(given) not in known:
+            raise InputError(
+                f"no trained cell '{given}'{did_you_mean(str(given), known)}; allowed is a train stage, "
+                f"STORE/train/KEY, an exported file, or one of: {', '.join(sorted(known)) or 'none'}"
+            )
+        place = known[str(given)]
+    if place.is_file():
+        return Trained(place, place, _spec_in(place))
+    path = place / "spec.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); allowed is a train stage, STORE/train/KEY, or an exported file"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from error
+    return Trained(place, place / "model.safetensors", _checked(spec, path))
+
+
+def _spec_in(file: Path) -> dict[str, Any]:
+    """Return the spec in the header of ``file``, with the rest of what stands there under ``header``."""
+    from hpdm_core.training.checkpoint import read_header
+
+    header = read_header(file)
+    if "cell" not in header:
+        raise InputError(
+            f"{file}: holds weights and no configuration; allowed is a file that python -m hpdm_core.export made, or "
+            "a train stage, STORE/train/KEY"
+        )
+    return {**_checked(header["cell"], file), "header": header}
+
+
+def _checked(spec: Any, where: Path) -> dict[str, Any]:
+    if not isinstance(spec, dict) or not isinstance(spec.get("config"), dict):
+        raise InputError(f"{where}: holds no cell; allowed is an object with 'config' and 'plugins'")
+    return spec
+
+
+def export(trained: Trained, file: Path, *, precision: str = "float16", made_by: str | None = None) -> None:
+    """Write the train stage ``trained`` to ``file`` as one file to give away, at once or not at all.
+
+    The configuration in it names the paths that the cell was trained with. ``precision``: of the weights, one of
+    `PRECISIONS`. ``made_by``: the command that trains the cell again, kept as it is. Raises `InputError` for a weight
+    that ``precision`` cannot hold, a plugin that is a file, an unknown ``precision``, and damaged weights.
+    """
+    from hpdm_core.training.checkpoint import read_header, read_weights, save_weights
+
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"precision '{precision}'{did_you_mean(precision, PRECISIONS)}; allowed: {', '.join(PRECISIONS)}"
+        )
+    files = [name for name in trained.spec.get("plugins", ()) if "/" in name or name.endswith(".py")]
+    if files:
+        raise InputError(
+            f"{trained.place}: needs {', '.join(files)}, which an exported file does not hold; allowed are cells whose "
+            "plugins are installed packages"
+        )
+    weights = read_weights(trained.weights)
+    trained.assembly()
+    stored = {name: tensor.to(PRECISIONS[precision]) for name, tensor in weights.items()}
+    for name, tensor in stored.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{trained.weights}: the weight '{name}' is not finite in {precision}; its largest magnitude is "
+                f"{float(weights[name].abs().max()):g}, allowed is up to {torch.finfo(PRECISIONS[precision]).max:g}"
+            )
+    result = read_json(trained.folder / "result.json") or {}
+    names = ("config", "plugins", "arm", "study")
+    header = {
+        **read_header(trained.weights),
+        "cell": {name: trained.spec[name] for name in names if name in trained.spec},
+        "key": trained.spec.get("keys", {}).get("train"),
+        "made_by": made_by,
+        "precision": precision,
+        "provenance": {name: result[name] for name in PROVENANCE if name in result},
+    }
+    save_weights(file, stored, metadata=header)
