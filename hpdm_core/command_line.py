@@ -1,4 +1,4 @@
-"""What the commands have in common: a wrong command line is one line on standard error, like every other wrong input."""
+"""What commands have in common: a wrong command line is one line on standard error, like every other wrong input."""
 
 import argparse
 from typing import NoReturn

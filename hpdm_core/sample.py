@@ -1,8 +1,8 @@
 """Samples of a trained cell to look at: ``python -m hpdm_core.sample demo --num 8 --out DIR``.
 
 The cell is one that a plugin brings (``demo``), a file that `hpdm_core.export` made, or a train stage of a store,
-STORE/train/KEY. Writes one video per sample (the finest level), a contact sheet with all levels, and a GIF of the finest.
-``--set`` changes how it is sampled and where it runs, nothing else. Not here: the samples that metrics read
+STORE/train/KEY. Writes one video per sample (the finest level), a contact sheet with all levels, and a GIF of the
+finest. ``--set`` changes how it is sampled and where it runs, nothing else. Not here: the samples that metrics read
 (`hpdm_core.cell`), which are lossless.
 """
 
@@ -37,7 +37,9 @@ FPS = 25.0
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m hpdm_core.sample", description="Sample videos from a trained cell.")
+    parser = CommandParser(
+        prog="python -m hpdm_core.sample", description="Sample videos from a trained cell."
+    )
     parser.add_argument(
         "cell",
         metavar="CELL",
@@ -122,13 +124,11 @@ def _class_names(assembly: Assembly) -> tuple[str, ...]:
 
 def _origin(given: str, trained: Trained) -> str:
     """Return one line on where the weights come from."""
-    spec = trained.spec
-    header = spec.get("header", {})
-    commit = header.get("provenance", {}).get("git")
+    spec, steps, commit = trained.spec, trained.header.get("steps"), trained.provenance.get("git")
     words = [
         *(f"{name} {spec[name]}" for name in ("study", "arm") if spec.get(name)),
         f"seed {spec['config'].get('seed', 0)}",
-        *([f"{header['steps']} steps"] if "steps" in header else []),
+        *([f"{steps} steps"] if steps is not None else []),
         *([f"commit {commit[:12]}"] if commit else []),
     ]
     return f"{given}: {', '.join(words)}"

@@ -1,9 +1,9 @@
 """A trained cell, as a store keeps it or as one file to give away.
 
 In a store it is a folder, STORE/train/KEY: spec.json, model.safetensors, result.json. As one file it is
-``NAME.safetensors``: the averaged weights, and in its header, as JSON under ``hpdm``, the configuration that they belong
-to and where they come from. A plugin that is a package may bring such files in a folder ``trained``, each found by its
-name.
+``NAME.safetensors``: the averaged weights, and in its header, as JSON under ``hpdm``, the configuration that they
+belong to and where they come from. A plugin that is a package may bring such files in a folder ``trained``, each found
+by its name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,24 @@ class Trained:
         """The train stage, STORE/train/KEY. Raises `InputError` where the cell is one file."""
         if self.place.is_dir():
             return self.place
-        raise InputError(f"{self.place}: is one file of weights; allowed here is a train stage, STORE/train/KEY")
+        raise InputError(
+            f"{self.place}: is one file of weights; allowed here is a train stage, STORE/train/KEY"
+        )
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What the file of weights says of them. Raises `InputError` when it is missing or damaged."""
+        from hpdm_core.training.checkpoint import read_header
+
+        return read_header(self.weights)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Of the training: commit (``git``), ``machine``, ``versions``, as far as they are known."""
+        if not self.place.is_dir():
+            return dict(self.header.get("provenance", {}))
+        result = read_json(self.place / "result.json") or {}
+        return {name: result[name] for name in PROVENANCE if name in result}
 
     def assembly(self, sets: Sequence[str] = ()) -> Assembly:
         """Return its parts; ``sets`` as in `load_cell`. Raises `InputError` with every problem."""
@@ -95,7 +113,6 @@ def load_trained(given: str | Path) -> Trained:
 
 
 def _spec_in(file: Path) -> dict[str, Any]:
-    """Return the spec in the header of ``file``, with the rest of what stands there under ``header``."""
     from hpdm_core.training.checkpoint import read_header
 
     header = read_header(file)
@@ -104,7 +121,18 @@ def _spec_in(file: Path) -> dict[str, Any]:
             f"{file}: holds weights and no configuration; allowed is a file that python -m hpdm_core.export made, or "
             "a train stage, STORE/train/KEY"
         )
-    return {**_checked(header["cell"], file), "header": header}
+    spec = _checked(header["cell"], file)
+    files = _plugin_files(spec)
+    if files:  # what a stranger sent must not choose which file of this machine is run
+        raise InputError(
+            f"{file}: names plugins that are files ({', '.join(files)}); allowed in an exported file are installed "
+            "packages"
+        )
+    return spec
+
+
+def _plugin_files(spec: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in spec.get("plugins", ()) if "/" in str(name) or str(name).endswith(".py")]
 
 
 def _checked(spec: Any, where: Path) -> dict[str, Any]:
@@ -120,35 +148,37 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
     `PRECISIONS`. ``made_by``: the command that trains the cell again, kept as it is. Raises `InputError` for a weight
     that ``precision`` cannot hold, a plugin that is a file, an unknown ``precision``, and damaged weights.
     """
-    from hpdm_core.training.checkpoint import read_header, read_weights, save_weights
+    from hpdm_core.training.checkpoint import read_weights, save_weights
 
     if precision not in PRECISIONS:
         raise InputError(
             f"precision '{precision}'{did_you_mean(precision, PRECISIONS)}; allowed: {', '.join(PRECISIONS)}"
         )
-    files = [name for name in trained.spec.get("plugins", ()) if "/" in name or name.endswith(".py")]
+    folder, files = trained.folder, _plugin_files(trained.spec)
     if files:
         raise InputError(
-            f"{trained.place}: needs {', '.join(files)}, which an exported file does not hold; allowed are cells whose "
+            f"{folder}: needs {', '.join(files)}, which an exported file does not hold; allowed are cells whose "
             "plugins are installed packages"
         )
     weights = read_weights(trained.weights)
-    trained.assembly()
-    stored = {name: tensor.to(PRECISIONS[precision]) for name, tensor in weights.items()}
+    trained.assembly()  # refuses a configuration that this version does not understand
+    stored = {
+        name: tensor.to(PRECISIONS[precision]) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
     for name, tensor in stored.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"{trained.weights}: the weight '{name}' is not finite in {precision}; its largest magnitude is "
                 f"{float(weights[name].abs().max()):g}, allowed is up to {torch.finfo(PRECISIONS[precision]).max:g}"
             )
-    result = read_json(trained.folder / "result.json") or {}
     names = ("config", "plugins", "arm", "study")
     header = {
-        **read_header(trained.weights),
+        **trained.header,
         "cell": {name: trained.spec[name] for name in names if name in trained.spec},
         "key": trained.spec.get("keys", {}).get("train"),
         "made_by": made_by,
         "precision": precision,
-        "provenance": {name: result[name] for name in PROVENANCE if name in result},
+        "provenance": trained.provenance,
     }
     save_weights(file, stored, metadata=header)

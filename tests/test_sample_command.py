@@ -44,9 +44,10 @@ def cell(tmp_path):
     assembly = load_cell(CELL)
     folder = tmp_path / "store" / "train" / "key"
     weights = assembly.build_model().state_dict()
-    save_weights(folder / "model.safetensors", weights, metadata={})
+    save_weights(folder / "model.safetensors", weights, metadata={"steps": 1})
     spec = {"config": assembly.config.model_dump(mode="json"), "plugins": list(assembly.plugins.names)}
     (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "result.json").write_text(json.dumps({"git": "0123456789abcdef", "machine": {"cores": 2}}))
     return folder
 
 
@@ -62,12 +63,30 @@ def test_writes_videos_and_a_contact_sheet(cell, tmp_path, capsys):
         "000001.mp4",
         "000002.mp4",
         "contact_sheet.png",
+        "samples.gif",
     ]
     with av.open(str(out / "000002.mp4")) as container:
         assert len(list(container.decode(video=0))) == 4
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.size[1] > 3 * 64
-    assert f"3 videos and contact_sheet.png in {out}" in capsys.readouterr().out
+    with Image.open(out / "samples.gif") as shown:
+        assert shown.n_frames == 4 and shown.info["duration"] == 100 and shown.info["loop"] == 0
+        assert shown.size == (3 * 192 + 2 * 4, 128)
+    printed = capsys.readouterr().out
+    assert f"{cell}: seed 0, 1 steps, commit 0123456789ab\n" in printed
+    assert f"3 videos, contact_sheet.png and samples.gif in {out}" in printed
+
+
+def test_a_short_video_lasts_a_second(cell, tmp_path):
+    assert run(cell, "--num", 1, "--out", tmp_path / "out") == 0
+    with av.open(str(tmp_path / "out" / "000000.mp4")) as container:
+        assert container.streams.video[0].average_rate == 4  # four frames
+
+
+def test_few_videos_are_of_all_classes():
+    assert [command._label(index, 8, 36) for index in range(8)] == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert [command._label(index, 5, 3) for index in range(5)] == [0, 1, 2, 0, 1]
+    assert command._label(1, 3, 0) == -1
 
 
 def test_seed_and_set_change_the_videos(cell, tmp_path):
@@ -114,7 +133,7 @@ def test_a_folder_without_a_cell_is_refused(cell, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(tmp_path, "--out", out) == 2
     assert (
-        "spec.json: cannot be read (No such file or directory); CELL_DIR is a train stage"
+        "spec.json: cannot be read (No such file or directory); allowed is a train stage"
         in capsys.readouterr().err
     )
     (cell / "model.safetensors").unlink()

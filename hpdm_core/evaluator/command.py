@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpdm_core import distributed
-from hpdm_core.config.schema import Arithmetic, Part, RuntimeConfig
 from hpdm_core.command_line import CommandParser
+from hpdm_core.config.schema import Arithmetic, Part, RuntimeConfig
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.evaluator.extraction import FeatureCache
 from hpdm_core.evaluator.manifest import Manifest, read_manifest

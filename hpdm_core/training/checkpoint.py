@@ -234,11 +234,15 @@ def read_header(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hpdm", "{}"))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected trained weights (safetensors)") from error
+        raise InputError(
+            f"{path}: {error.strerror or error}; expected trained weights (safetensors)"
+        ) from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
     if not isinstance(header, dict):
-        raise InputError(f"{path}: its header holds {type(header).__name__} under 'hpdm'; allowed is an object")
+        raise InputError(
+            f"{path}: its header holds {type(header).__name__} under 'hpdm'; allowed is an object"
+        )
     return header
 
 

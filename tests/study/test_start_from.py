@@ -236,6 +236,42 @@ def test_a_file_of_weights_is_taken_by_its_content(done: Path, tmp_path: Path) -
     assert cells(tmp_path, text)["started", 0].keys.train != cell.keys.train
 
 
+def test_level_tables_of_a_model_of_fewer_levels_become_the_first_rows_where_asked(tmp_path: Path) -> None:
+    one = {"levels": 1, "video": [1, 2, 2], "computation_allocation": "linear"}
+    study = STUDY.replace(
+        "{model.context_fusion: none, training.steps: 3}",
+        f"{{model: {json.dumps(one)}, training.steps: 1, training.learning_rate: 0.5, "
+        "sampling.solver.steps: [4], sampling.solver.order: [1], sampling.solver.churn: [0], "
+        "sampling.solver.sigma_eff_max: [80], sampling.solver.sigma_eff_min: [0.1]}",
+    )
+    found = cells(tmp_path, study)
+    resized = cells(tmp_path, study.replace("{arm: base}", "{arm: base, resize: [levels]}"))
+    plain = cells(tmp_path, study.replace("{arm: base}", "{arm: base, resize: []}"))
+    assert plain["started", 0].keys == found["started", 0].keys != resized["started", 0].keys
+    table = "sigma_embedding.levels.rows"
+    base = found["base", 0]
+    Trainer(base.assembly, folder=tmp_path / "base").run()
+    start = tmp_path / "base" / "model.safetensors"
+    drawn = Trainer(found["scratch", 0].assembly).model.state_dict()[table]
+    without = Trainer(found["started", 0].assembly, start=start)
+    assert table in without.started_from["new"] and "first_rows" not in without.started_from
+    assert torch.equal(without.model.state_dict()[table], drawn)
+    trainer = Trainer(resized["started", 0].assembly, start=start)
+    assert trainer.started_from["first_rows"] == {table: 1}
+    assert table in trainer.started_from["taken"] and table not in trainer.started_from["unused"]
+    for model in (trainer.model, trainer.ema_model):
+        rows = model.state_dict()[table]
+        assert torch.equal(rows[:1], load_file(start)[table]) and torch.equal(rows[1:], drawn[1:])
+    assert not torch.equal(load_file(start)[table], drawn[:1])
+    equal = Trainer(resized["started", 0].assembly, start=_saved(tmp_path, found["scratch", 0]))
+    assert equal.started_from["first_rows"] == {} and table in equal.started_from["taken"]
+
+
+def _saved(folder: Path, cell: Cell) -> Path:
+    save_file(Trainer(cell.assembly).model.state_dict(), folder / "equal.safetensors")
+    return folder / "equal.safetensors"
+
+
 def test_a_chain_of_models_is_trained_in_its_order(tmp_path: Path) -> None:
     text = STUDY.replace(
         "scratch: {}", "scratch: {}\n  last: {training.steps: 2, training.start_from: {arm: started}}"
