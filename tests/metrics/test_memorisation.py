@@ -107,6 +107,7 @@ def test_against_training_clips_a_copy_is_told_from_what_is_as_far_as_held_out_c
     ]
     context = SimpleNamespace(
         assembly=cell,
+        has_held_out=True,
         reals=lambda split, numbers: (
             [level[list(numbers)] for level in (trained if split == "train" else held_out)],
             [],
@@ -127,6 +128,10 @@ def test_against_training_clips_a_copy_is_told_from_what_is_as_far_as_held_out_c
         assert rows["memorisation.copied", level] == pytest.approx(1 / 3)
         assert rows["memorisation.psnr", level] > 35  # 106 for the copy, a third of it
     assert "training_clips" in metric.protocol(cell) and "training_clips" not in Memorisation().protocol(cell)
+
+    context.has_held_out = False
+    with pytest.raises(InputError, match="'sample_clips' has no held-out clips here"):
+        metric.evaluate(context)
 
 
 def _float(videos: torch.Tensor) -> torch.Tensor:
