@@ -88,7 +88,13 @@ def run():
     return made
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+LONG = ("efficiency", "parallel")
+"""Benchmarks whose smallest run takes half a minute."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in ARGUMENTS]
+)
 def test_a_benchmark_prints_one_json_line(name, run):
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")

@@ -134,7 +134,7 @@ def test_in_one_process_too(runtime: dict[str, Any], alone: Any) -> None:
 @pytest.mark.parametrize(
     ("first", "others"),
     [
-        ("ddp", [("fsdp", 2)]),
+        pytest.param("ddp", [("fsdp", 2)], marks=pytest.mark.slow),
         ("fsdp", [("ddp", 2)]),
         pytest.param("ddp", [("ddp", 3), ("fsdp", 3)], marks=pytest.mark.slow),
         pytest.param("fsdp", [("ddp", 3), ("fsdp", 3)], marks=pytest.mark.slow),

@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
         },
     },
     "data": {"dataset": "synthetic"},
-    "training": {"steps": 20, "batch": 12, "learning_rate": 0.002, "warmup": 2, "ema_halflife": 3.0},
+    "training": {"steps": 12, "batch": 12, "learning_rate": 0.002, "warmup": 2, "ema_halflife": 3.0},
     "runtime": {"threads": 1, "precision": "fp64", "checkpoint_every": 1000},
 }
 
