@@ -23,7 +23,6 @@ from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpdm_core.assembly import Assembly
     from hpdm_core.trained import Trained
 
 __all__ = ["main"]
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_origin(given.cell, trained))
 
     fps = given.fps or min(FPS, config.model.video[0])
-    names = _class_names(assembly)
+    names = trained.classes
     progress = _Progress(given.num)
     shown: list[list[Tensor]] = []
     for batch in batches_to_sample(range(given.num), given.num, config.runtime.sample_batch):
@@ -111,15 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _label(index: int, count: int, classes: int) -> int:
     """Return the label of video ``index`` of ``count``: the classes in turn, or spread over all when they are more."""
     return index * classes // count if count < classes else label_of(index, classes)
-
-
-def _class_names(assembly: Assembly) -> tuple[str, ...]:
-    """Return the names of the classes; none where they are not labels of the data, or the data are not here."""
-    try:
-        names = assembly.dataset.classes
-    except InputError:
-        return ()
-    return tuple(names) if len(names) == assembly.config.model.classes else ()
 
 
 def _origin(given: str, trained: Trained) -> str:

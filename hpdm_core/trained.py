@@ -67,6 +67,11 @@ class Trained:
         result = read_json(self.place / "result.json") or {}
         return {name: result[name] for name in PROVENANCE if name in result}
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, by label, where an exported file has them."""
+        return [] if self.place.is_dir() else [str(name) for name in self.header.get("classes", ())]
+
     def assembly(self, sets: Sequence[str] = ()) -> Assembly:
         """Return its parts; ``sets`` as in `load_cell`. Raises `InputError` with every problem."""
         return load_cell(self.spec["config"], sets=sets, plugins=self.spec.get("plugins", ()))
@@ -128,6 +133,23 @@ def _spec_in(file: Path) -> dict[str, Any]:
             f"{file}: names plugins that are files ({', '.join(files)}); allowed in an exported file are installed "
             "packages"
         )
+    provenance, classes = header.get("provenance", {}), header.get("classes", [])
+    if not isinstance(provenance, dict) or not isinstance(classes, list):
+        raise InputError(
+            f"{file}: its provenance or its classes are of no known form; allowed is what export writes"
+        )
+    shown = [*classes, *(spec[name] for name in ("arm", "study") if spec.get(name) is not None)]
+    shown.append(str(header.get("steps", "")))
+    shown += [] if provenance.get("git") is None else [provenance["git"]]
+    if not all(isinstance(text, str) and text.isprintable() for text in shown):
+        raise InputError(
+            f"{file}: a name of a class, an arm or a study, or the commit, is no printable text; allowed is what "
+            "export writes"
+        )
+    if classes and len(classes) != spec["config"].get("model", {}).get("classes"):
+        raise InputError(
+            f"{file}: names {len(classes)} classes, which is not the number in its configuration"
+        )
     return spec
 
 
@@ -144,9 +166,10 @@ def _checked(spec: Any, where: Path) -> dict[str, Any]:
 def export(trained: Trained, file: Path, *, precision: str = "float16", made_by: str | None = None) -> None:
     """Write the train stage ``trained`` to ``file`` as one file to give away, at once or not at all.
 
-    The configuration in it names the paths that the cell was trained with. ``precision``: of the weights, one of
-    `PRECISIONS`. ``made_by``: the command that trains the cell again, kept as it is. Raises `InputError` for a weight
-    that ``precision`` cannot hold, a plugin that is a file, an unknown ``precision``, and damaged weights.
+    Its header holds the names of the classes too, where the data are here. The configuration in it names the paths that
+    the cell was trained with. ``precision``: of the weights, one of `PRECISIONS`. ``made_by``: the command that trains
+    the cell again, kept as it is. Raises `InputError` for a weight that ``precision`` cannot hold, a plugin that is a
+    file, an unknown ``precision``, and damaged weights.
     """
     from hpdm_core.training.checkpoint import read_weights, save_weights
 
@@ -161,7 +184,7 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
             "plugins are installed packages"
         )
     weights = read_weights(trained.weights)
-    trained.assembly()  # refuses a configuration that this version does not understand
+    assembly = trained.assembly()  # refuses a configuration that this version does not understand
     stored = {
         name: tensor.to(PRECISIONS[precision]) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
@@ -175,6 +198,7 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
     names = ("config", "plugins", "arm", "study")
     header = {
         **trained.header,
+        **_classes(assembly),
         "cell": {name: trained.spec[name] for name in names if name in trained.spec},
         "key": trained.spec.get("keys", {}).get("train"),
         "made_by": made_by,
@@ -182,3 +206,12 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
         "provenance": trained.provenance,
     }
     save_weights(file, stored, metadata=header)
+
+
+def _classes(assembly: Assembly) -> dict[str, Any]:
+    """Return the names of the classes, as the header holds them; nothing where the data are not here."""
+    try:
+        names = assembly.dataset.classes if assembly.config.model.classes else ()
+    except InputError:
+        return {}
+    return {"classes": list(names)} if names else {}
