@@ -28,6 +28,9 @@ sampling: {solver: {use: edm, steps: [2]}}
 evaluation: {samples: 20, reals: 40, metrics: [
    {use: held_out_loss, patches: 40}, {use: frechet, extractor: statistics}, throughput]}
 runtime: {threads: 1, sample_batch: 3, checkpoint_every: 2, log_every: 1, precision: fp64}
+arms:
+  default: {training.start_from: {arm: base}}
+  base: {training.steps: 3}
 """
 
 
@@ -87,7 +90,7 @@ def test_samples_and_metrics_do_not_depend_on_the_number_of_processes(
     file: Path, alone: Path, tmp_path: Path, processes: int
 ) -> None:
     shutil.copytree(alone / "store" / "train", tmp_path / "store" / "train")
-    shown = torchrun(processes, str(file), "--results", str(tmp_path))
+    shown = torchrun(processes, str(file), "--results", str(tmp_path), "--only", "default")
     got, expected = numbers(tmp_path / "store"), numbers(alone / "store")
     assert len(expected) == 20 + 3
     assert set(got) == set(expected)
@@ -95,16 +98,23 @@ def test_samples_and_metrics_do_not_depend_on_the_number_of_processes(
         assert got[name] == value, name
     assert shown.splitlines().count("default, seed 0: done") == 1
     # One process claimed each stage, and one wrote its result.
-    assert [path.name for path in (tmp_path / "store").glob("*/*/attempts/*")] == ["1"] * 5
+    assert [path.name for path in (tmp_path / "store").glob("*/*/attempts/*")] == ["1"] * 6
     assert not list((tmp_path / "store").rglob("lease.json"))
     assert cell_of(file, tmp_path).missing() == []
 
 
 def test_a_whole_cell_in_two_processes(file: Path, alone: Path, tmp_path: Path) -> None:
-    torchrun(2, str(file), "--results", str(tmp_path), "--set", "runtime.strategy=fsdp")
+    """The model that it starts from is trained first, by both."""
+    whole = ("--only", "default", "--set", "runtime.strategy=fsdp")
+    torchrun(2, str(file), "--results", str(tmp_path), *whole)
     cell = cell_of(file, tmp_path)
     assert cell.missing() == []
     mine, theirs = cell.results(), cell_of(file, alone).results()
+    for what in ("train", "taken", "new"):
+        assert mine["train"]["started_from"][what] == theirs["train"]["started_from"][what]
+    assert cell.base is not None and cell.base.keys.train == mine["train"]["started_from"]["train"]
+    started = cell.base.train_stage.result()
+    assert started is not None and started["processes"] == 2 and started["attempts"] == 1
     assert mine["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-9)
     for row, other in zip(
         mine["evaluate held_out_loss"]["rows"], theirs["evaluate held_out_loss"]["rows"], strict=True
