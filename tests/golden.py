@@ -1,7 +1,7 @@
 """The keys of every study under studies/, as they were: tests/golden_keys.json, of the first seed of every arm.
 
-``python tests/golden.py`` writes them anew. Do so only for keys that a change is meant to change, since whoever has results
-under the old ones does that work again; the CHANGELOG names them and says why.
+``python tests/golden.py`` writes them anew. Do so only for keys that a change is meant to change, since whoever has
+results under the old ones does that work again; the CHANGELOG names them and says why.
 """
 
 from __future__ import annotations
