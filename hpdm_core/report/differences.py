@@ -104,7 +104,7 @@ def _spec(results: StudyResults, arm: str) -> Mapping[str, Any] | None:
 
 
 def _compare(path: str, old: Any, new: Any) -> list[str]:
-    if old == new:
+    if old == new or _is_newer_neutral(old, new):
         return []
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("use") == new.get("use"):
         keys = dict.fromkeys([*old, *new])
@@ -116,10 +116,25 @@ def _compare(path: str, old: Any, new: Any) -> list[str]:
     return [f"{path}: {_show(old)} -> {_show(new)}"]
 
 
+def _is_newer_neutral(old: Any, new: Any) -> bool:
+    """Whether one of the two has no such field, which came later than it, and the other leaves it neutral."""
+    return (old == _ABSENT and _is_neutral(new)) or (new == _ABSENT and _is_neutral(old))
+
+
+def _is_neutral(value: Any) -> bool:
+    return value is None or value is False or value in ([], (), {})
+
+
 def _show(value: Any) -> str:
     if isinstance(value, Mapping) and "use" in value:
         options = ", ".join(f"{key}={_show(item)}" for key, item in value.items() if key != "use")
         return f"{value['use']} ({options})" if options else str(value["use"])
+    if isinstance(value, Mapping):
+        return (
+            "{"
+            + ", ".join(f"{key}: {_show(item)}" for key, item in value.items() if not _is_neutral(item))
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_show(item) for item in value) + "]"
     return str(value)

@@ -14,7 +14,7 @@ from PIL import Image
 from hpdm_core.errors import report_errors
 from hpdm_core.report import load_results, write_report
 from hpdm_core.report.__main__ import main
-from hpdm_core.report.differences import configuration_differences, parameter_differences
+from hpdm_core.report.differences import _compare, configuration_differences, parameter_differences
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.tables import blind_spots, headline, metric_tables
 from hpdm_core.report.text import HOLE, Table, number, to_latex
@@ -293,6 +293,15 @@ def test_arms_that_never_ran_differ_by_their_overrides(study: Study) -> None:
         "sampling.overlap: [] -> [h]",
     ]
     assert parameter_differences(results, "no_context") is None
+
+
+def test_a_field_that_came_later_is_no_difference_while_it_is_neutral() -> None:
+    old = {"steps": 1, "part": {"use": "deep"}}
+    new = {"steps": 1, "part": {"use": "deep", "detach": False}, "start_from": None, "resize": []}
+    assert _compare("training", old, new) == _compare("training", new, old) == []
+    new["start_from"] = {"arm": "base", "path": None, "resize": []}
+    assert _compare("training", old, new) == ["training.start_from: (absent) -> {arm: base}"]
+    assert _compare("training", {}, {"warmup": 0}) == ["training.warmup: (absent) -> 0"]
 
 
 def test_every_pair_of_arms_is_compared(study: Study) -> None:
