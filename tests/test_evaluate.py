@@ -413,4 +413,4 @@ def test_wrong_metrics_are_one_line(
 
 def test_a_folder_that_is_no_cell_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_errors(main, [str(tmp_path)]) == 2
-    assert "CELL_DIR is a train stage" in capsys.readouterr().err
+    assert "allowed is a train stage, STORE/train/KEY" in capsys.readouterr().err
