@@ -67,6 +67,9 @@ def test_the_commands_run(clone: Path) -> None:
         run(*words, folder=clone)
         assert list((clone / "videos").glob("*.mp4"))
         assert (clone / "videos" / "contact_sheet.png").is_file()
+    for words in commands("hpdm_core.export"):
+        run(*(word.replace("KEY", key) for word in words), folder=clone)
+        assert (clone / "mine.safetensors").is_file()
     for words in commands("hpdm_core.plugins"):
         assert "hpdm_plugins" in run(*words, folder=clone)
 
