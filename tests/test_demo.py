@@ -35,7 +35,7 @@ def test_it_is_small_and_says_where_it_comes_from(demo: Trained) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", demo.provenance["git"])  # of a clean checkout
     assert demo.provenance["versions"]["torch"] and demo.provenance["machine"]["cores"]
     assert (demo.spec["study"], demo.spec["arm"]) == ("shapes_ablation", "default")
-    assert "-m hpdm_core.study studies/shapes_ablation.yaml" in header["made_by"]
+    assert "-m hpdm_core.study studies/shapes_ablation.yaml --only default" in header["made_by"]
     assert "-m hpdm_core.export" in header["made_by"]
     assert str(ROOT).encode() not in demo.weights.read_bytes()
 
@@ -50,7 +50,7 @@ def test_its_videos_show_what_was_asked_for(demo: Trained) -> None:
         Reader(assembly.pyramid, level, downsampling).read(videos) for level, videos in enumerate(levels)
     ]
     found = {name: float(values.mean()) for name, values in figures(readings, labels, 32)[-1].items()}
-    assert found["wrong"] <= 0.4, found  # chance: 0.97
+    assert found["wrong"] <= 0.33, found  # chance: 0.97
     assert found["wrong_colour"] == 0 and found["wrong_direction"] <= 0.1, found
     assert torch.isfinite(levels[-1]).all()
 
