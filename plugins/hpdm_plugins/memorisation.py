@@ -106,8 +106,8 @@ class Memorisation:
         evaluation, levels = context.assembly.config.evaluation, context.assembly.pyramid.levels
         if not context.has_held_out:
             raise InputError(
-                f"metric memorisation with clips: true: data.dataset '{context.assembly.config.data.dataset.use}' has no "
-                "held-out clips here; allowed is one that has, since how near they lie tells what a copy is"
+                f"metric memorisation with clips: true: data.dataset '{context.assembly.config.data.dataset.use}' has "
+                "no held-out clips here; allowed is one that has, since how near they lie tells what a copy is"
             )
         trained, _ = context.reals("train", range(evaluation.reals))
         held_out, _ = context.reals("held_out", range(evaluation.samples))
