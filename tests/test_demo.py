@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from PIL import Image, ImageSequence
 
 from hpdm_core import sample as command
 from hpdm_core.assembly import Assembly
+from hpdm_core.config.study_file import load_study
 from hpdm_core.errors import report_errors
 from hpdm_core.sampling.cascade import sample
+from hpdm_core.study.cells import cells_of
 from hpdm_core.trained import Trained, load_trained, shipped
 from hpdm_core.training.trainer import load_ema_model
 from hpdm_plugins.attributes import Reader, figures
@@ -38,6 +42,16 @@ def test_it_is_small_and_says_where_it_comes_from(demo: Trained) -> None:
     assert "-m hpdm_core.study studies/shapes_ablation.yaml --only default" in header["made_by"]
     assert "-m hpdm_core.export" in header["made_by"]
     assert str(ROOT).encode() not in demo.weights.read_bytes()
+
+
+def test_the_command_that_it_names_trains_this_model(demo: Trained, tmp_path: Path) -> None:
+    study, _, export = demo.header["made_by"].partition(" && ")
+    words = shlex.split(study)
+    sets = [value for flag, value in pairwise(words) if flag == "--set"]
+    only = [value for flag, value in pairwise(words) if flag == "--only"]
+    ((cell,), _) = cells_of(load_study(ROOT / words[3], sets=sets, only=only), tmp_path / "store")
+    assert cell.keys.train == demo.header["key"]
+    assert f"results/store/train/{cell.keys.train} " in export
 
 
 def test_its_videos_show_what_was_asked_for(demo: Trained) -> None:
