@@ -136,31 +136,36 @@ def _spec_in(file: Path) -> dict[str, Any]:
     provenance, classes = header.get("provenance", {}), header.get("classes", [])
     if not isinstance(provenance, dict) or not isinstance(classes, list):
         raise InputError(
-            f"{file}: its provenance or its classes are of no known form; allowed is what export writes"
+            f"{file}: in its header 'provenance' should be an object and 'classes' a list, as export writes them"
         )
     shown = [*classes, *(spec[name] for name in ("arm", "study") if spec.get(name) is not None)]
     shown.append(str(header.get("steps", "")))
     shown += [] if provenance.get("git") is None else [provenance["git"]]
     if not all(isinstance(text, str) and text.isprintable() for text in shown):
         raise InputError(
-            f"{file}: a name of a class, an arm or a study, or the commit, is no printable text; allowed is what "
-            "export writes"
+            f"{file}: in its header a class, arm, study, commit or number of steps has characters that cannot be "
+            "printed, or is no text; allowed is printable text, as export writes it"
         )
-    if classes and len(classes) != spec["config"].get("model", {}).get("classes"):
-        raise InputError(
-            f"{file}: names {len(classes)} classes, which is not the number in its configuration"
-        )
+    expected = spec["config"].get("model", {}).get("classes")
+    if classes and len(classes) != expected:
+        raise InputError(f"{file}: names {len(classes)} classes; its configuration has {expected}")
     return spec
 
 
 def _plugin_files(spec: Mapping[str, Any]) -> list[str]:
-    return [str(name) for name in spec.get("plugins", ()) if "/" in str(name) or str(name).endswith(".py")]
+    return [name for name in spec.get("plugins", ()) if "/" in name or name.endswith(".py")]
 
 
 def _checked(spec: Any, where: Path) -> dict[str, Any]:
-    if not isinstance(spec, dict) or not isinstance(spec.get("config"), dict):
-        raise InputError(f"{where}: holds no cell; allowed is an object with 'config' and 'plugins'")
-    return spec
+    config, plugins = (
+        (spec.get("config"), spec.get("plugins", [])) if isinstance(spec, dict) else (None, None)
+    )
+    whole = isinstance(config, dict) and isinstance(config.get("model", {}), dict)
+    if not whole or not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise InputError(
+            f"{where}: holds no cell; allowed is an object with 'config', an object, and 'plugins', a list of names"
+        )
+    return dict(spec)
 
 
 def export(trained: Trained, file: Path, *, precision: str = "float16", made_by: str | None = None) -> None:
@@ -193,7 +198,8 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"{trained.weights}: the weight '{name}' is not finite in {precision}; its largest magnitude is "
-                f"{float(weights[name].abs().max()):g}, allowed is up to {torch.finfo(PRECISIONS[precision]).max:g}"
+                f"{float(weights[name].abs().max()):g}, allowed is up to {torch.finfo(PRECISIONS[precision]).max:g}, "
+                "or another precision"
             )
     names = ("config", "plugins", "arm", "study")
     header = {

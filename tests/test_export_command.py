@@ -137,10 +137,12 @@ def test_a_file_is_refused_where_it_is_no_exported_cell(cell: Path, tmp_path: Pa
     for made, said in (
         ({"cell": {**spec, "plugins": ["/tmp/evil.py"]}}, r"names plugins that are files \(/tmp/evil.py\)"),
         ({"cell": [1]}, "holds no cell"),
-        ({"cell": {**spec, "arm": "\x1b[2J"}}, "no printable text"),
-        ({"cell": spec, "provenance": {"git": 7}}, "no printable text"),
-        ({"cell": spec, "classes": ["a"]}, "names 1 classes"),
-        ({"cell": spec, "classes": "abc"}, "of no known form"),
+        ({"cell": {**spec, "plugins": 7}}, "holds no cell"),
+        ({"cell": {"config": {"model": [1]}}}, "holds no cell"),
+        ({"cell": {**spec, "arm": "\x1b[2J"}}, "cannot be printed"),
+        ({"cell": spec, "provenance": {"git": 7}}, "cannot be printed, or is no text"),
+        ({"cell": spec, "classes": ["a"]}, "names 1 classes; its configuration has 0"),
+        ({"cell": spec, "classes": "abc"}, "'classes' a list"),
     ):
         save_weights(file, load_file(cell / "model.safetensors"), metadata=made)
         with pytest.raises(InputError, match=said):

@@ -42,6 +42,7 @@ __all__ = [
 
 _NAME = re.compile(r"(\d{6,})\.safetensors")
 _VISIBLE_PX = 256  # videos are shown at least this high
+_GIF_COLUMNS = 4
 
 
 def to_uint8(video: Tensor) -> Tensor:
@@ -170,11 +171,11 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
     return _write(path, made.getvalue())
 
 
-def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0, columns: int = 4) -> Path:
+def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0) -> Path:
     """Write uint8 ``videos`` [F, H, W, C], of one size, as a GIF that runs for ever; return ``path``.
 
-    The videos stand side by side, ``columns`` in a row, enlarged by a whole factor, pixels repeated, to at least 128 px
-    in height. A frame lasts a whole number of hundredths of a second, two at least: the format has no other.
+    The videos stand side by side, four in a row, enlarged by a whole factor, pixels repeated, to at least 128 px in
+    height. A frame lasts a whole number of hundredths of a second, two at least: the format has no other.
     Raises `InputError` for no videos.
     """
     if not videos:
@@ -182,7 +183,7 @@ def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0, column
     shown = [_rgb(video) for video in videos]
     frames, height, width = shown[0].shape[:3]
     factor = max(1, -(-128 // height))
-    columns, gap = min(columns, len(shown)), 4
+    columns, gap = min(_GIF_COLUMNS, len(shown)), 4
     rows = -(-len(shown) // columns)
     high, wide = height * factor + gap, width * factor + gap
     sheet = np.full((frames, rows * high - gap, columns * wide - gap, 3), 255, dtype=np.uint8)
