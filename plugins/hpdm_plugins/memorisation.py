@@ -107,7 +107,7 @@ class Memorisation:
         if not context.has_held_out:
             raise InputError(
                 f"metric memorisation with clips: true: data.dataset '{context.assembly.config.data.dataset.use}' has "
-                "no held-out clips here; allowed is one that has: a copy is what is nearer to a training clip than they are"
+                "no held-out clips here; allowed is one that has: a copy is nearer to a training clip than they are"
             )
         trained, _ = context.reals("train", range(evaluation.reals))
         held_out, _ = context.reals("held_out", range(evaluation.samples))
