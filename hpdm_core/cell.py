@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdm_core import distributed
+from hpdm_core.canonical import canonical_json
 from hpdm_core.cell_keys import Keys, Kin
-from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
@@ -326,7 +326,7 @@ class Cell:
             self.assembly,
             folder=attempt.folder,
             previous=attempt.previous,
-            cell=self,
+            observers=self.observers,
             start=None if self.base is None else self.base.weights,
         )
         result = trainer.run(report)
@@ -383,7 +383,7 @@ class Cell:
 
     def _evaluator(self, part: Part, need: str) -> Callable[[Attempt, Progress], Mapping[str, Any]]:
         def evaluate(attempt: Attempt, report: Progress) -> Mapping[str, Any]:
-            from hpdm_core.evaluate import evaluate_metric
+            from hpdm_core.evaluator.stage import evaluate_metric
 
             if need in MEASURED_ALONE and not distributed.is_main():
                 return {}

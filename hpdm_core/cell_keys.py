@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.content import Known
 from hpdm_core.config.keys import (
     absent_in,
-    canonical_json,
     data_key,
     evaluation_facts,
     places_in,

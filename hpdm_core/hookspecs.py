@@ -24,7 +24,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpdm_core.cell import Cell
+    from hpdm_core.config.schema import CellConfig
 
 hookspec = pluggy.HookspecMarker("hpdm")
 hookimpl = pluggy.HookimplMarker("hpdm")
@@ -35,6 +35,21 @@ class Register(Protocol):
 
     def __call__(self, name: str, factory: Callable[..., Any], *, source: str) -> None:
         """Add ``factory``; ``source``: where the idea comes from."""
+        ...
+
+
+class CellInfo(Protocol):
+    """What an observer is told of the cell: one arm with one seed."""
+
+    arm: str
+    seed: int
+    study: str
+    """The study's name; empty where there is none."""
+    config: CellConfig
+
+    @property
+    def name(self) -> str:
+        """What people call it: ``ARM, seed SEED``."""
         ...
 
 
@@ -109,33 +124,33 @@ def register_optimizers(register: Register) -> None:
 
 
 @hookspec
-def before_cell_started(cell: Cell) -> None:
+def before_cell_started(cell: CellInfo) -> None:
     """Before the first stage of a cell."""
 
 
 @hookspec
-def after_step_finished(cell: Cell, step: int, loss: Tensor) -> None:
+def after_step_finished(cell: CellInfo, step: int, loss: Tensor) -> None:
     """After optimizer step ``step`` (from 1); ``loss`` [levels] is a detached copy."""
 
 
 @hookspec
-def after_checkpoint_saved(cell: Cell, path: Path) -> None:
+def after_checkpoint_saved(cell: CellInfo, path: Path) -> None:
     """After a checkpoint has its final name."""
 
 
 @hookspec
-def after_level_sampled(cell: Cell, level: int, videos: Tensor) -> None:
+def after_level_sampled(cell: CellInfo, level: int, videos: Tensor) -> None:
     """After a batch of videos of one level is finished: ``videos`` [B, C, F, H, W] in [-1, 1], a
     copy."""
 
 
 @hookspec
-def after_cell_finished(cell: Cell, result: dict[str, Any]) -> None:
+def after_cell_finished(cell: CellInfo, result: dict[str, Any]) -> None:
     """After the last stage of a cell; ``result`` maps a stage's name to its result."""
 
 
 @hookspec
-def on_cell_error(cell: Cell, error: BaseException) -> None:
+def on_cell_error(cell: CellInfo, error: BaseException) -> None:
     """When a stage of a cell has failed, before the error is reported."""
 
 

@@ -13,7 +13,9 @@ import torch
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.data.dataset import Clip
 from hpdm_core.errors import InputError, TroubleError, report_errors
-from hpdm_core.evaluate import EvaluationContext, evaluate_metric, main
+from hpdm_core.evaluate import main
+from hpdm_core.evaluator.context import CellContext
+from hpdm_core.evaluator.stage import evaluate_metric
 from hpdm_core.metrics.distance import floor_spread
 from hpdm_core.metrics.kernel import kernel_distance
 from hpdm_core.plugins import build_plugins
@@ -210,7 +212,7 @@ def test_features_follow_the_extractors_options_and_its_plugin_file(tmp_path: Pa
         file.write_text(source)
         bench = Bench()
         bench.plugins = build_plugins([str(file)])
-        context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+        context = CellContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
         return context.real_features(part(use="grey", **options), split="train", count=3)[0]
 
     once = features(EXTRACTOR, gain=1.0)
@@ -228,9 +230,9 @@ def test_features_are_found_again_when_the_extractors_files_have_moved(tmp_path:
     (tmp_path / "placed.py").write_text(PLACED)
     bench = Bench()
     bench.plugins = build_plugins([str(tmp_path / "placed.py")])
-    context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+    context = CellContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
     here = context.real_features(part(use="grey", file="here"), split="train", count=3)[0]
-    context = EvaluationContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
+    context = CellContext(bench, cache=tmp_path / "features")  # type: ignore[arg-type]
     assert np.array_equal(
         context.real_features(part(use="grey", file="there"), split="train", count=3)[0], here
     )
@@ -258,7 +260,7 @@ def test_without_a_held_out_split_there_is_no_floor(tmp_path: Path) -> None:
 
 
 def test_real_clips_do_not_depend_on_batches_and_are_rounded() -> None:
-    context = EvaluationContext(Bench())  # type: ignore[arg-type]
+    context = CellContext(Bench())  # type: ignore[arg-type]
     levels, _ = context.reals("train", range(3))
     alone, _ = context.reals("train", range(2, 3))
     for level, videos in enumerate(levels):
@@ -368,7 +370,7 @@ def test_a_value_that_is_not_finite_is_stored_as_none() -> None:
 
 
 def test_missing_weights_are_one_line(tmp_path: Path) -> None:
-    context = EvaluationContext(Bench(), model_path=tmp_path / "model.safetensors")  # type: ignore[arg-type]
+    context = CellContext(Bench(), model_path=tmp_path / "model.safetensors")  # type: ignore[arg-type]
     with pytest.raises(TroubleError, match="train the cell first"):
         _ = context.denoiser
 
@@ -383,7 +385,7 @@ def test_the_command_measures_a_train_stage(
     (cell / "result.json").write_text(json.dumps(FIGURES))
     prepared: list[int | None] = []
     monkeypatch.setattr(
-        "hpdm_core.evaluate.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
+        "hpdm_core.evaluator.trained_cell.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
     )
     assert main([str(cell), "--metric", "throughput", "--out", str(tmp_path / "out.json")]) == 0
     assert prepared == [None]

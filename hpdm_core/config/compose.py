@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hpdm_core.config.loader import Document, load_yaml
 from hpdm_core.config.overrides import Layers, Override, parse_set, split_dotted
 from hpdm_core.config.problems import KeyPath
+from hpdm_core.config.study_keys import check_top_level
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.plugins import Plugins, build_plugins
 
@@ -194,7 +195,6 @@ def load_cell(
     problem.
     """
     from hpdm_core.assembly import Assembly
-    from hpdm_core.config.study_file import check_top_level
     from hpdm_core.config.validate import validate_cell
 
     composed = compose(source, sets=sets, plugins=plugins)

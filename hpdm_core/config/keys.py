@@ -5,21 +5,18 @@ SHA-256 of every plugin file that is used, so that editing it makes its cells ne
 where something lies, a fingerprint of what lies there (`hpdm_core.config.content`).
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
-from hpdm_core.config.content import Known, absent_of, contents_of, fingerprint_at, keyed_part, place_of
+from hpdm_core.canonical import digest
+from hpdm_core.config.content import Known, place_of
+from hpdm_core.config.contents import absent_of, contents_of, fingerprint_at, keyed_part
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part, neutral_fields
 from hpdm_core.errors import InputError
 from hpdm_core.plugins import FAMILIES, Plugins
 
 __all__ = [
     "absent_in",
-    "canonical_json",
     "data_key",
     "evaluation_facts",
     "evaluation_key",
@@ -32,26 +29,6 @@ __all__ = [
     "train_facts",
     "train_key",
 ]
-
-
-def canonical_json(value: Any) -> str:
-    """Return ``value`` as the one JSON text of it: keys sorted, no spaces, tuples as lists, models as maps.
-
-    Raises ValueError for NaN and infinities and TypeError for what JSON has no form for.
-    """
-
-    def other(item: Any) -> Any:
-        if isinstance(item, BaseModel):
-            return item.model_dump(mode="json")
-        raise TypeError(f"a {type(item).__name__} has no canonical JSON")
-
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=other
-    )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
@@ -69,7 +46,7 @@ def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
 def keyed_section(
     config: CellConfig, section: str, plugins: Plugins, known: Known | None = None
 ) -> dict[str, Any]:
-    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.config.content.keyed_part`, and
+    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.config.contents.keyed_part`, and
     without the fields marked `Later` that have their default.
     """
     given = getattr(config, section)
@@ -121,9 +98,9 @@ def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[s
     found = {}
     for family, part in parts:
         for inner, each in plugins.nested(family, part):
-            digest = plugins.get(inner, each.use).sha256
-            if digest is not None:
-                found[f"{inner}/{each.use}"] = digest
+            source = plugins.get(inner, each.use).sha256
+            if source is not None:
+                found[f"{inner}/{each.use}"] = source
     return found
 
 
@@ -134,7 +111,7 @@ def train_key(
 
     ``known`` tells what lay where nothing lies now; ``base`` is the key of the model of an arm that they start from.
     """
-    return _digest({**train_facts(config, plugins, known, base=base), "seed": config.seed})
+    return digest({**train_facts(config, plugins, known, base=base), "seed": config.seed})
 
 
 def train_facts(
@@ -167,12 +144,12 @@ def train_facts(
 
 def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> str:
     """Return the key of what is measured on real clips alone; ``facts``: `hpdm_core.metrics.protocol.data_facts`."""
-    return _digest({"data": dict(facts), "plugins": plugin_hashes(plugins, parts_in(config, "data"))})
+    return digest({"data": dict(facts), "plugins": plugin_hashes(plugins, parts_in(config, "data"))})
 
 
 def sample_key(train_key: str, config: CellConfig, plugins: Plugins, known: Known | None = None) -> str:
     """Return the key of the samples drawn from the weights ``train_key``. Their number is not part of it."""
-    return _digest(sample_facts(train_key, config, plugins, known))
+    return digest(sample_facts(train_key, config, plugins, known))
 
 
 def sample_facts(
@@ -198,7 +175,7 @@ def evaluation_key(
     With the metric's validated ``part`` and ``plugins``, the plugin files of the metric and its extractor
     count too.
     """
-    return _digest(evaluation_facts(base_key, protocol, part=part, plugins=plugins))
+    return digest(evaluation_facts(base_key, protocol, part=part, plugins=plugins))
 
 
 def evaluation_facts(

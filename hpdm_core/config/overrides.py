@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from hpdm_core.config.loader import parse_value
-from hpdm_core.config.problems import KeyPath
+from hpdm_core.config.problems import KeyPath, Problem
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.errors import InputError
 
-__all__ = ["Layers", "Override", "parse_arm", "parse_set", "part_paths", "split_dotted"]
+__all__ = ["Layers", "Override", "lines_of", "parse_arm", "parse_set", "part_paths", "split_dotted"]
 
 
 @functools.cache
@@ -175,3 +175,12 @@ def _split_commas(text: str) -> Sequence[str]:
             start = index + 1
     items.append(text[start:])
     return [item.strip() for item in items if not re.fullmatch(r"\s*", item)]
+
+
+def lines_of(problems: list[Problem], layers: Layers) -> list[str]:
+    """Return problems as lines: where it was given, the key, what is wrong."""
+    lines = []
+    for problem in problems:
+        blamed = layers.to_blame(problem.path, problem.between) if problem.between else problem.path
+        lines.append(f"{layers.where(blamed)}: {problem}")
+    return lines

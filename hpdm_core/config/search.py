@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from hpdm_core.config.keys import canonical_json
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.problems import KeyPath, Problem, check
 from hpdm_core.config.schema import CellConfig, Frozen, Part
 from hpdm_core.errors import did_you_mean

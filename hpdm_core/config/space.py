@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hpdm_core.config.overrides import Layers, Override, split_dotted
+from hpdm_core.config.overrides import Layers, Override, lines_of, split_dotted
 from hpdm_core.config.problems import KeyPath, Problem, dotted
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.config.search import SearchKeys, search_problems
-from hpdm_core.config.validate import lines_of, validate_cell
+from hpdm_core.config.validate import validate_cell
 from hpdm_core.errors import InputError
 from hpdm_core.plugins import Plugins
 

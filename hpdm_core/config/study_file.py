@@ -7,64 +7,27 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.compose import compose, dotted_overrides
-from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.overrides import Layers, Override, parse_arm, split_dotted
-from hpdm_core.config.problems import KeyPath, Problem, check, dotted
-from hpdm_core.config.schema import CellConfig, Frozen, Part
+from hpdm_core.config.problems import KeyPath, dotted
+from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.config.search import SearchKeys
 from hpdm_core.config.space import check_search, vary
-from hpdm_core.config.validate import lines_of, validate_cell
+from hpdm_core.config.study_keys import RESERVED, SECTIONS, Budget, StudyKeys, check_top_level, is_reserved
+from hpdm_core.config.validate import validate_cell
 from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.passwords import without_password
 from hpdm_core.plugins import Plugins
 
-__all__ = ["BACKENDS", "Budget", "StudyConfig", "StudyKeys", "check_top_level", "load_study"]
+__all__ = ["StudyConfig", "load_study"]
 
-BACKENDS = ("inline", "local", "slurm", "simulated")
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ARM_NAME = re.compile(r"[A-Za-z0-9][^,:\s]*", re.ASCII)
 ARM_RULE = "should begin with a letter or digit and hold no spaces, commas or colons"
-RESERVED = "'store' is where all studies keep their work; choose another name"
-SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
-
-Seed = Annotated[int, Field(ge=0)]
-Overrides = dict[str, Any]
-
-
-class Budget(Frozen):
-    """Limits beyond which nothing more is started; null for none."""
-
-    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """GPU hours of all attempts of the study; what runs is ended with a checkpoint when they are spent."""
-    max_failures: Annotated[int, Field(gt=0)] | None = None
-    """Failed cells; what runs goes on to its end."""
-
-
-class StudyKeys(Frozen):
-    """The keys of a study file besides the sections of a cell."""
-
-    name: str | None = None
-    """The study's name and that of its results folder; null for the file's."""
-    arms: dict[str, Overrides | None] = Field(default_factory=dict)
-    """Arm -> its overrides, dotted or nested."""
-    baseline: str | None = None
-    """The arm that others are compared with; null for the first."""
-    factors: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Dotted key -> values; every combination is an arm."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    backend: Part = Part(use="local")
-    budget: Budget = Budget()
-    storage: str | None = None
-    """URL of the ledger's storage; null for a journal file beside the results."""
-    scales: dict[str, Overrides | None] = Field(default_factory=dict)
-    """Preset -> overrides that hold when the study extends it."""
-    search: SearchKeys | None = None
-    """What each arm is tuned over before the arms are compared; null for nothing."""
 
 
 def _nothing_to_vary(arm: str, values: Mapping[str, Any]) -> CellConfig:
@@ -94,63 +57,6 @@ class StudyConfig:
     search: SearchKeys | None = None
     vary: Callable[[str, Mapping[str, Any]], CellConfig] = _nothing_to_vary
     """Return an arm's cell with the given dotted keys changed; raises InputError."""
-
-
-def check_top_level(
-    layers: Layers, *, extra: Collection[str] = (), backends: Mapping[str, type[BaseModel]] | None = None
-) -> tuple[StudyKeys | None, list[str]]:
-    """Validate the keys that are no section of a cell; unknown ones get the nearest name. Returns lines."""
-    own = {key: value for key, value in layers.data.items() if key in StudyKeys.model_fields}
-    keys, problems = check(StudyKeys, own)
-    allowed = sorted({*StudyKeys.model_fields, *SECTIONS, "extends", "plugins", *extra})
-    for key in layers.data:
-        if key not in allowed:
-            nearest = did_you_mean(key, allowed) or f"; allowed: {', '.join(allowed)}"
-            problems.append(Problem((key,), f"unknown key{nearest}"))
-    if keys is not None:
-        if len(set(keys.seeds)) != len(keys.seeds):
-            problems.append(Problem(("seeds",), f"each seed once, got {list(keys.seeds)}"))
-        problems += _backend_problems(keys.backend, backends)
-        problems += _storage_problems(keys.storage)
-        if keys.name is not None and not NAME.fullmatch(keys.name):
-            problems.append(Problem(("name",), f"letters, digits and ._- only, got '{keys.name}'"))
-        if keys.name is not None and _reserved(keys.name):
-            problems.append(Problem(("name",), RESERVED))
-    return keys, lines_of(problems, layers)
-
-
-def _reserved(name: str) -> bool:
-    """Whether a study's folder would be the store's, also where file names have no case."""
-    return name.casefold() == "store"
-
-
-def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None) -> list[Problem]:
-    known = tuple(backends) if backends is not None else BACKENDS
-    if part.use not in known:
-        nearest = did_you_mean(part.use, known)
-        return [
-            Problem(
-                ("backend", "use"), f"unknown backend '{part.use}'{nearest}; backends: {', '.join(known)}"
-            )
-        ]
-    found = check(backends[part.use], part.options)[1] if backends is not None else []
-    return [Problem(("backend", *each.path), f"{each.message} (option of '{part.use}')") for each in found]
-
-
-def _storage_problems(url: str | None) -> list[Problem]:
-    if url is None or url.startswith("redis"):  # Optuna opens this one itself
-        return []
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        make_url(url).get_dialect()
-    except (ArgumentError, ImportError):
-        scheme, separator, _ = url.partition("://")
-        given = f"{scheme}://..." if separator else url
-        allowed = "null for a journal beside the results, or a URL such as sqlite:///ledger.db"
-        return [Problem(("storage",), f"'{given}' is no storage that is known here; allowed is {allowed}")]
-    return []
 
 
 def load_study(
@@ -193,7 +99,7 @@ def load_study(
     selected = _selected(only, sources, problems)
     assert composed.file is not None, "a study comes from a file"
     name = keys.name or re.sub(r"[^\w.-]", "_", composed.file.stem, flags=re.ASCII)
-    if keys.name is None and _reserved(name):
+    if keys.name is None and is_reserved(name):
         problems.append(f"{path}: name: {RESERVED} for the file, or give one in it")
     if problems:
         raise InputError(*problems)

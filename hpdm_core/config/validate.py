@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from hpdm_core.config.overrides import Layers
+from hpdm_core.config.overrides import Layers, lines_of
 from hpdm_core.config.problems import KeyPath, Problem, check, field_of
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.errors import HpdmError
 from hpdm_core.plugins import FAMILIES, Plugins
 
-__all__ = ["lines_of", "validate_cell"]
+__all__ = ["validate_cell"]
 
 METRICS: KeyPath = ("evaluation", "metrics")
 STEPS: KeyPath = ("training", "steps")
@@ -55,15 +55,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "coordinate_sampler": ("pyramid",),
     "solver": ("sigma_in",),
 }
-
-
-def lines_of(problems: list[Problem], layers: Layers) -> list[str]:
-    """Return problems as lines: where it was given, the key, what is wrong."""
-    lines = []
-    for problem in problems:
-        blamed = layers.to_blame(problem.path, problem.between) if problem.between else problem.path
-        lines.append(f"{layers.where(blamed)}: {problem}")
-    return lines
 
 
 def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, list[str]]:

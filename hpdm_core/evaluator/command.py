@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"CELL_DIR {given.cell} and --{_flag(wrong[0])}: a trained cell is measured by --metric; leave out "
                 "one of them"
             )
-        from hpdm_core.evaluate import evaluate_cell
+        from hpdm_core.evaluator.trained_cell import evaluate_cell
 
         return evaluate_cell(given.cell, metrics=given.metrics, samples=given.samples, out=given.out)
     wrong = [name for name in changed if name in CELL_OPTIONS]

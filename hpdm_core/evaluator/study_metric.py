@@ -39,9 +39,8 @@ from hpdm_core.metrics.weights import MissingWeights
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.config.schema import CellConfig
-    from hpdm_core.evaluate import EvaluationContext
     from hpdm_core.metrics.frechet import Features
-    from hpdm_core.metrics.protocol import FeatureExtractor, Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, FeatureExtractor, Need, Row
     from hpdm_core.plugins import Plugins
 
 __all__ = ["ProtocolMetric", "lacking"]

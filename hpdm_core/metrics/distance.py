@@ -28,9 +28,8 @@ from hpdm_core.randomness import generator
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.config.schema import Part
-    from hpdm_core.evaluate import EvaluationContext
     from hpdm_core.metrics.frechet import Features
-    from hpdm_core.metrics.protocol import FeatureExtractor, Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, FeatureExtractor, Need, Row
 
 __all__ = ["CONTROLS", "CorruptionCheck", "FeatureDistance", "floor_spread"]
 

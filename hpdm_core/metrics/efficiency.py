@@ -18,8 +18,7 @@ from hpdm_core.runtime import free_memory
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
 
 __all__ = ["Efficiency"]
 

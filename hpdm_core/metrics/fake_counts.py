@@ -30,8 +30,7 @@ from hpdm_core.metrics.weights import MissingWeights
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
     from hpdm_core.config.schema import Part
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
     from hpdm_core.plugins import Plugins
 
 __all__ = ["FakeCounts"]

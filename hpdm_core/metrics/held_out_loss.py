@@ -26,8 +26,7 @@ from hpdm_core.randomness import generator, normal
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
     from hpdm_core.pyramid import Coords, Pyramid, Triple
 
 __all__ = ["PARENTS", "SIGMAS", "HeldOutLoss"]

@@ -14,15 +14,31 @@ from hpdm_core.config.keys import keyed_section
 from hpdm_core.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import torch
     from torch import Tensor
 
     from hpdm_core.assembly import Assembly
     from hpdm_core.config.content import Known
-    from hpdm_core.config.schema import CellConfig
-    from hpdm_core.evaluate import EvaluationContext
+    from hpdm_core.config.schema import CellConfig, Part
+    from hpdm_core.data.dataset import Clip, Split
+    from hpdm_core.denoiser import Denoiser
+    from hpdm_core.metrics.frechet import Features
     from hpdm_core.plugins import Plugins
 
-__all__ = ["FeatureExtractor", "Metric", "Need", "Row", "Scaling", "colour", "data_facts", "resolution"]
+__all__ = [
+    "EvaluationContext",
+    "FeatureExtractor",
+    "Metric",
+    "Need",
+    "Row",
+    "Scaling",
+    "colour",
+    "data_facts",
+    "resolution",
+]
 
 Need = Literal["configuration", "data", "training", "model", "samples"]
 """What a metric reads, and so what its key hangs on: how the cell is set up (nothing is trained for it), the
@@ -64,6 +80,79 @@ class FeatureExtractor(Protocol):
         """Return what identifies the features, as JSON: name, dimension, SHA-256 of the weights if there
         are any.
         """
+        ...
+
+
+class EvaluationContext(Protocol):
+    """What a metric gets to read of a cell. It opens what is asked for and nothing else."""
+
+    assembly: Assembly
+    """The cell's parts: configuration, pyramid, dataset, plugins."""
+    model_path: Path | None
+    """The averaged weights."""
+    samples_folder: Path | None
+    """The stored videos."""
+    train_result: Mapping[str, Any]
+    """The train stage's result; empty where there is none."""
+    cache_folder: Path | None
+    """Where features of real clips are kept; None for memory only."""
+    facts: dict[str, Any]
+    """What is found while measuring, for the protocol: labels, the data's fingerprint."""
+    details: dict[str, Any]
+    """What belongs to this cell alone, beside the rows: intervals, points of a curve."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The trained model with averaged weights. Raises TroubleError where there are none."""
+        ...
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the data have a held-out split."""
+        ...
+
+    @property
+    def data_fingerprint(self) -> str:
+        """SHA-256 of what the dataset says of its files."""
+        ...
+
+    def clip(self, stream: str, split: Split, number: int) -> Clip:
+        """Return clip ``number`` of a fixed list named ``stream``, drawn from ``split``."""
+        ...
+
+    def samples(self, level: int, indices: Sequence[int]) -> Tensor:
+        """Return generated videos ``indices``, uint8 [n, F, H, W, C]."""
+        ...
+
+    def reals(self, split: Split, numbers: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+        """Return real clips on every level, uint8 [n, F, H, W, C] each, and their labels."""
+        ...
+
+    def extractor(self, part: Part) -> FeatureExtractor:
+        """Return the feature extractor ``part``, built once."""
+        ...
+
+    def extractor_facts(self, part: Part) -> dict[str, Any]:
+        """Return all that features by ``part`` depend on besides the videos, as JSON."""
+        ...
+
+    def fake_features(self, part: Part) -> list[Features]:
+        """Return the features [n, d] of all ``evaluation.samples`` generated videos, per level."""
+        ...
+
+    def real_features(
+        self, part: Part, *, split: Split, count: int, corruption: str | None = None
+    ) -> list[Features]:
+        """Return the features [count, d] of real clips per level, corrupted if asked for."""
+        ...
+
+    def kept(self, facts: Mapping[str, Any], make: Callable[[], list[Features]]) -> list[Features]:
+        """Return what ``make`` makes of real clips, kept for all cells under ``facts`` and what the data are."""
         ...
 
 

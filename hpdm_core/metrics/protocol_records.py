@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from hpdm_core.config.keys import canonical_json
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.loader import Document, load_yaml
 from hpdm_core.config.problems import Problem, check
 from hpdm_core.config.schema import Frozen, Part

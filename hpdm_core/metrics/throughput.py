@@ -8,8 +8,7 @@ from hpdm_core.errors import TroubleError
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
 
 __all__ = ["Throughput"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpdm_core.cell import Cell
-    from hpdm_core.plugins import Plugins
+    from hpdm_core.hookspecs import CellInfo
+    from hpdm_core.plugins.manager import Plugins
 
 __all__ = ["Observers"]
 
@@ -24,7 +24,7 @@ class Observers:
     are called all the same. `errors` goes into a stage's result.
     """
 
-    def __init__(self, plugins: Plugins, cell: Cell | None) -> None:
+    def __init__(self, plugins: Plugins, cell: CellInfo | None) -> None:
         self.plugins = plugins
         self.cell = cell
         self._counts: dict[tuple[str, str], int] = {}

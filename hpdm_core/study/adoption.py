@@ -4,11 +4,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from hpdm_core.files import read_json
-from hpdm_core.study.jobs import Backend, Clock, Job
+from hpdm_core.study.jobs import Backend, Clock, Job, Seen
 from hpdm_core.study.local import Local, LocalOptions
 from hpdm_core.study.retries import Outcome
 from hpdm_core.study.slurm import Slurm, SlurmOptions
-from hpdm_core.study.states import Seen
 from hpdm_core.study.tasks import jobs_in
 
 __all__ = ["Keepers", "end_jobs", "end_strangers"]

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpdm_core.cell import Step
+from hpdm_core.cell_mark import mark_of
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study.adoption import Keepers
 from hpdm_core.study.budget import Spending
-from hpdm_core.study.jobs import Clock, Job
+from hpdm_core.study.jobs import Clock, Job, Seen
 from hpdm_core.study.lease import Watch
-from hpdm_core.study.retries import Outcome, mark_of
-from hpdm_core.study.states import Evidence, Seen, Verdict, judge
+from hpdm_core.study.retries import Outcome
+from hpdm_core.study.states import Evidence, Verdict, judge
 from hpdm_core.study.tasks import Task, last_lines, shared_stages
 
 __all__ = ["Attempts"]

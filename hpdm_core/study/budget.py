@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpdm_core.config.study_file import Budget
+from hpdm_core.config.study_keys import Budget
 from hpdm_core.files import read_json
 from hpdm_core.study.jobs import Job
 from hpdm_core.study.tasks import jobs_in

@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
-from hpdm_core.config.study_file import Budget
+from hpdm_core.config.study_keys import Budget
 from hpdm_core.errors import HpdmError, TroubleError
 from hpdm_core.files import read_json, write_bytes, write_json
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.study.adoption import Keepers, end_jobs, end_strangers
 from hpdm_core.study.attempts import Attempts
 from hpdm_core.study.budget import Spending
-from hpdm_core.study.jobs import Backend, Job, Planner
+from hpdm_core.study.failures import Cause
+from hpdm_core.study.jobs import Backend, Job, Seen
 from hpdm_core.study.lease import LeaseLost
 from hpdm_core.study.ledger import Ledger
 from hpdm_core.study.locking import folder_trouble, locked
 from hpdm_core.study.overview import Overview, detached, interrupted, shortfalls
+from hpdm_core.study.planner import Planner
 from hpdm_core.study.planning import blocked, plan
 from hpdm_core.study.progress import Display
 from hpdm_core.study.provenance import versions
 from hpdm_core.study.retries import Outcome, pause, refusal, smaller, told, try_again
-from hpdm_core.study.states import OPEN, Cause, Seen, State, Verdict
+from hpdm_core.study.states import OPEN, State, Verdict
 from hpdm_core.study.tasks import Task, shared_stages
 
 __all__ = ["CANCEL", "Controller"]

@@ -1,11 +1,29 @@
 """Which class of failure an exception belongs to."""
 
+from typing import Literal
+
 from hpdm_core.errors import DivergedError, TroubleError
 from hpdm_core.files import of_the_disk
 from hpdm_core.study.lease import LeaseLost
-from hpdm_core.study.states import Cause
 
-__all__ = ["TimeLimit", "kind_of"]
+__all__ = ["FAILURES", "Cause", "TimeLimit", "kind_of"]
+
+Cause = Literal[
+    "out of memory",
+    "time limit",
+    "lost node",
+    "code error",
+    "diverged",
+    "preempted",
+    "never started",
+    "killed",
+    "cancelled",
+    "pruned",
+    "full disk",
+]
+"""Why an attempt ended without its results. The first five are the classes of failure."""
+
+FAILURES: tuple[Cause, ...] = ("out of memory", "time limit", "lost node", "code error", "diverged")
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 """How torch, CUDA and the C library say it, in errors that have no class of their own."""

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from hpdm_core.study.jobs import Clock, Job, SystemClock
-from hpdm_core.study.states import Seen
+from hpdm_core.study.jobs import Clock, Job, Seen, SystemClock
 
 __all__ = ["Inline", "InlineOptions", "Work"]
 

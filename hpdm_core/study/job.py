@@ -16,11 +16,10 @@ from typing import Any
 
 from hpdm_core import interruption
 from hpdm_core.cell import Cell
+from hpdm_core.cell_mark import mark_of
 from hpdm_core.errors import TroubleError
 from hpdm_core.files import read_json, write_json
-from hpdm_core.study.failures import TimeLimit
-from hpdm_core.study.retries import mark_of
-from hpdm_core.study.states import Cause
+from hpdm_core.study.failures import Cause, TimeLimit
 from hpdm_core.study.store import describe
 from hpdm_core.study.worker import Heart, Progress
 

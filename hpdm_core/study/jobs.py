@@ -8,7 +8,7 @@ read once there is a newer one::
     job.json        how to find it again: a process, or a number in a queue        (backend, in `submit`)
     worker.json     the process that runs it; written again when it is requeued    (worker)
     heartbeat.json  {"beat": n, "seconds": s, ...}: n grows, s is the worker's monotonic time   (worker)
-    error.json      why it failed: ``kind`` is a `hpdm_core.study.states.Cause`    (worker)
+    error.json      why it failed: ``kind`` is a `hpdm_core.study.failures.Cause`    (worker)
     end.json        its last word when it ended in good order                      (worker)
     outcome.json    what the controller made of it, once                           (controller)
     log/            what it printed
@@ -37,25 +37,43 @@ alone, for the next controller. The controller's loop, in full::
 
 **Clock.** Everything in the controller that waits or measures uses ``backend.clock``, so a backend with a
 virtual clock runs a study of days in seconds. Heartbeats of jobs are judged on that clock too.
-
-**A planner** is asked once per round which cells come next and which running ones are to end; a search is one.
-The controller calls ``settled`` exactly once per cell and command.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol
 
-from hpdm_core.study.states import Cause, Seen, State
+from hpdm_core.study.failures import Cause
 
-if TYPE_CHECKING:
-    from hpdm_core.cell import Cell
-    from hpdm_core.study.storage import Storage
+__all__ = ["Backend", "Clock", "Job", "Phase", "Seen", "SystemClock"]
 
-__all__ = ["Backend", "Clock", "Job", "Planner", "SystemClock"]
+
+Phase = Literal["waiting", "alive", "over", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a scheduler says of an attempt.
+
+    ``waiting``: it is to run, and no process of it does (pending, requeued, configuring). ``alive``: processes
+    of it run, are suspended or are being ended. ``over``: the scheduler will not run it any more. ``unknown``:
+    no answer, or it has never heard of it and cannot tell.
+    """
+
+    phase: Phase
+    word: str = ""
+    """The scheduler's own word, for people: ``CONFIGURING``, ``PENDING (Resources)``."""
+    cause: Cause | None = None
+    """Why it is over, where the scheduler knows."""
+    certain: bool = True
+    """Over: whether it is known that no process is left. False for a node that went silent."""
+    signal: str = ""
+    """What its worker was killed by, such as ``SIGKILL``."""
+    detail: str = ""
+    """More for people, such as the worker's last lines."""
 
 
 class Clock(Protocol):
@@ -133,34 +151,4 @@ class Backend(Protocol):
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """End the jobs; return whether the request was delivered."""
-        ...
-
-
-class Planner(Protocol):
-    """Decides while the study runs."""
-
-    def begin(self, storage: "Storage") -> None:
-        """Take up what an earlier command left in the ledger's storage; called first, under the study's lock."""
-        ...
-
-    def rows(self) -> Iterable[tuple[Sequence[str], str]]:
-        """Return index.csv's rows, without their state, and their states: what the study is to compare."""
-        ...
-
-    def next(self, free: int) -> Sequence["Cell"]:
-        """Return cells to add to the study now; ``free`` is how many could start at once. With 0, asked once before
-        anything else, those that an earlier command may have left running.
-        """
-        ...
-
-    def ends(self, cell: "Cell") -> str | None:
-        """Return why the running ``cell`` is to end (it becomes cancelled, cause "pruned"), or None."""
-        ...
-
-    def settled(self, cell: "Cell", state: State, cause: Cause | None) -> None:
-        """Take note that ``cell`` is in a closed state and will not be tried again in this command."""
-        ...
-
-    def finished(self) -> bool:
-        """Whether no more cells will come."""
         ...

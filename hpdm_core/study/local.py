@@ -22,9 +22,8 @@ from hpdm_core.errors import InputError
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study import watch
 from hpdm_core.study.inline import Work
-from hpdm_core.study.jobs import Clock, Job, SystemClock
+from hpdm_core.study.jobs import Clock, Job, Seen, SystemClock
 from hpdm_core.study.lease import Process
-from hpdm_core.study.states import Seen
 
 __all__ = ["Local", "LocalOptions"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from hpdm_core.cell import Step
 from hpdm_core.files import read_json
 from hpdm_core.study.attempts import Attempts
+from hpdm_core.study.failures import Cause
 from hpdm_core.study.retries import Outcome, smaller, try_again
-from hpdm_core.study.states import Cause
 from hpdm_core.study.tasks import Task, jobs_in
 
 __all__ = ["blocked", "plan"]

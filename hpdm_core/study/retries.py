@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hpdm_core.cell_mark import Mark
 from hpdm_core.files import read_json
-from hpdm_core.study.states import Cause
+from hpdm_core.study.failures import Cause
 from hpdm_core.study.store import Kind
 
 if TYPE_CHECKING:
     from hpdm_core.study.jobs import Job
 
-__all__ = ["Mark", "Outcome", "mark_of", "pause", "refusal", "smaller", "told", "try_again", "with_runtime"]
+__all__ = ["Outcome", "pause", "refusal", "smaller", "told", "try_again", "with_runtime"]
 
-Mark = list[int]
 NEVER_STARTED_LIMIT = 3
 PAUSE_SECONDS = 10.0
 PAUSE_DOUBLINGS = 6
@@ -38,7 +38,7 @@ class Outcome:
     cause: Cause | None
     reason: str
     begun: Mark
-    """How far the cell was when the attempt was submitted, see `mark_of`."""
+    """How far the cell was when the attempt was submitted, see `hpdm_core.cell_mark.mark_of`."""
     reached: Mark
     """How far it was at its end."""
     stage: Kind | None = None
@@ -73,20 +73,6 @@ class Outcome:
             stage=data.get("stage"),
             smaller=data.get("smaller") or {},
         )
-
-
-def mark_of(cell: Any) -> Mark:
-    """Return how far ``cell`` is: stages done (as minus those missing), newest checkpoint, videos sampled.
-
-    Greater is further. Names of files only; nothing is read.
-    """
-    steps = cell.missing()
-    checkpoint = videos = 0
-    for step in steps:
-        found = (path.name for path in step.stage.folder.glob("attempts/*/checkpoints/*"))
-        checkpoint = max([checkpoint, *(int(name) for name in found if name.isdecimal())])
-        videos += sum(1 for _ in step.stage.folder.glob("*.safetensors"))
-    return [-len(steps), checkpoint, videos]
 
 
 def try_again(outcomes: Sequence[Outcome]) -> bool:

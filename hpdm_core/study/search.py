@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpdm_core.canonical import canonical_json
 from hpdm_core.cell import Cell
-from hpdm_core.config.keys import canonical_json
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.config.study_file import StudyConfig
 from hpdm_core.errors import HpdmError

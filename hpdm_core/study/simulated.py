@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from hpdm_core.config.keys import canonical_json
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import did_you_mean
 from hpdm_core.files import read_json, write_bytes, write_json
 from hpdm_core.plugins import Plugins, build_plugins
-from hpdm_core.study.jobs import Clock, Job
-from hpdm_core.study.states import Cause, Seen
+from hpdm_core.study.failures import Cause
+from hpdm_core.study.jobs import Clock, Job, Seen
 from hpdm_core.study.store import Store
 
 __all__ = ["Simulated", "SimulatedOptions", "Toy", "VirtualClock", "fate", "results_for"]

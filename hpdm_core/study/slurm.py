@@ -21,9 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from hpdm_core.errors import InputError, TroubleError
 from hpdm_core.files import read_json, write_json
 from hpdm_core.study.inline import Work
-from hpdm_core.study.jobs import Clock, Job, SystemClock
+from hpdm_core.study.jobs import Clock, Job, Seen, SystemClock
 from hpdm_core.study.slurm_queue import Queue, chunks, outside, run
-from hpdm_core.study.states import Seen
 
 __all__ = ["Slurm", "SlurmOptions", "minutes"]
 

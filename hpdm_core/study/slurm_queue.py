@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpdm_core.study.states import Cause, Phase, Seen
+from hpdm_core.study.failures import Cause
+from hpdm_core.study.jobs import Phase, Seen
 
 __all__ = ["Line", "Queue", "outside", "run", "seen_of"]
 

@@ -18,58 +18,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["CLOSED", "FAILURES", "OPEN", "Cause", "Evidence", "Phase", "Seen", "State", "Verdict", "judge"]
+from hpdm_core.study.failures import FAILURES, Cause
+from hpdm_core.study.jobs import Seen
+
+__all__ = ["CLOSED", "OPEN", "Evidence", "State", "Verdict", "judge"]
 
 State = Literal["planned", "queued", "running", "interrupted", "done", "failed", "cancelled"]
 
-Cause = Literal[
-    "out of memory",
-    "time limit",
-    "lost node",
-    "code error",
-    "diverged",
-    "preempted",
-    "never started",
-    "killed",
-    "cancelled",
-    "pruned",
-    "full disk",
-]
-"""Why an attempt ended without its results. The first five are the classes of failure."""
-
-FAILURES: tuple[Cause, ...] = ("out of memory", "time limit", "lost node", "code error", "diverged")
 OPEN: tuple[State, ...] = ("planned", "queued", "running")
 """States in which the controller still has something to wait for or to do."""
 CLOSED: tuple[State, ...] = ("interrupted", "done", "failed", "cancelled")
-
-Phase = Literal["waiting", "alive", "over", "unknown"]
 
 SILENT_SECONDS = 60.0
 """After so long without a change of its counter a worker whom the scheduler has given up counts as dead."""
 UNANSWERED_SECONDS = 600.0
 """After so long without an answer from the scheduler, and without a beat, an attempt counts as lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a scheduler says of an attempt.
-
-    ``waiting``: it is to run, and no process of it does (pending, requeued, configuring). ``alive``: processes
-    of it run, are suspended or are being ended. ``over``: the scheduler will not run it any more. ``unknown``:
-    no answer, or it has never heard of it and cannot tell.
-    """
-
-    phase: Phase
-    word: str = ""
-    """The scheduler's own word, for people: ``CONFIGURING``, ``PENDING (Resources)``."""
-    cause: Cause | None = None
-    """Why it is over, where the scheduler knows."""
-    certain: bool = True
-    """Over: whether it is known that no process is left. False for a node that went silent."""
-    signal: str = ""
-    """What its worker was killed by, such as ``SIGKILL``."""
-    detail: str = ""
-    """More for people, such as the worker's last lines."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from hpdm_core.files import read_json, write_json
 from hpdm_core.study.adoption import Keepers, end_jobs
 from hpdm_core.study.controller import CANCEL
 from hpdm_core.study.inline import Inline, InlineOptions
-from hpdm_core.study.jobs import Job, SystemClock
+from hpdm_core.study.jobs import Job, Seen, SystemClock
 from hpdm_core.study.lease import Lease
 from hpdm_core.study.locking import LOCK, locked
 from hpdm_core.study.overview import summary
 from hpdm_core.study.progress import loss_text, seconds_left, span, step_text
 from hpdm_core.study.retries import Outcome
-from hpdm_core.study.states import Evidence, Seen, State, judge
+from hpdm_core.study.states import Evidence, State, judge
 from hpdm_core.study.tasks import Task, jobs_in
 
 __all__ = ["begun_cells", "cancel_study", "status_of"]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hpdm_core.cell import Cell, Step
+from hpdm_core.cell_mark import Mark, mark_of
 from hpdm_core.files import read_json, write_json
+from hpdm_core.study.failures import Cause
 from hpdm_core.study.jobs import Job
 from hpdm_core.study.ledger import LedgerCell
-from hpdm_core.study.retries import Mark, Outcome, mark_of, with_runtime
-from hpdm_core.study.states import Cause, State
+from hpdm_core.study.retries import Outcome, with_runtime
+from hpdm_core.study.states import State
 
 __all__ = ["Task", "jobs_in", "last_lines", "shared_stages"]
 

@@ -21,7 +21,7 @@ from hpdm_core.config.schema import (
 from hpdm_core.data.dataset import Clip, ClipShape, Split, pick
 from hpdm_core.denoiser import Denoiser
 from hpdm_core.errors import InputError
-from hpdm_core.evaluate import EvaluationContext
+from hpdm_core.evaluator.context import CellContext
 from hpdm_core.metrics.protocol import Need
 from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.pyramid import Triple, downsample
@@ -231,7 +231,7 @@ class MetricCases(Case):
             results = []
             for seed in (0, 1):
                 metric: Metric = self.make(seed=seed)
-                context = EvaluationContext(assembly, samples_folder=Path(folder), train_result=TRAIN_RESULT)
+                context = CellContext(assembly, samples_folder=Path(folder), train_result=TRAIN_RESULT)
                 model = network(SETTINGS[0], ContextFusion())
                 context.denoiser = Denoiser(model, _PredictsClean(), (1.0, 2.0, 4.0))
                 results.append([dict(row) for row in metric.evaluate(context)])

@@ -43,7 +43,6 @@ from hpdm_core.training.strategy import make_strategy, share_of
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
-    from hpdm_core.cell import Cell
 
 __all__ = ["Trainer", "load_ema_model"]
 
@@ -58,8 +57,8 @@ class Trainer:
 
     ``folder`` is this attempt's: metrics.jsonl, checkpoints/ and at the end model.safetensors (the average)
     are written there; None keeps nothing. ``previous`` are folders of ended attempts, newest first: training
-    goes on from the newest intact checkpoint among all of them. ``cell`` is what observers are handed; None
-    calls none. ``start``: the weights of the arm that ``training.start_from`` names.
+    goes on from the newest intact checkpoint among all of them. ``observers``: who is told of
+    steps and checkpoints; None for nobody. ``start``: the weights of the arm that ``training.start_from`` names.
 
     `model` holds the raw weights, `ema_model` their average; on several processes with ``fsdp`` this process's
     parts of them. Building one draws initial weights; `run` may be called once. Of several processes
@@ -72,14 +71,14 @@ class Trainer:
         *,
         folder: Path | None = None,
         previous: Sequence[Path] = (),
-        cell: Cell | None = None,
+        observers: Observers | None = None,
         start: Path | None = None,
     ) -> None:
         self.assembly = assembly
         self.config = assembly.config.training
         self.folder = folder
         self.previous = tuple(previous)
-        self.observers: Observers = Observers(assembly.plugins, None) if cell is None else cell.observers
+        self.observers: Observers = observers or Observers(assembly.plugins, None)
         runtime = assembly.config.runtime
         self.device = prepare_torch(runtime, self.config)
         self.dtype = state_dtype(self.config)

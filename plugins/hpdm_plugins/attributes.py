@@ -44,8 +44,7 @@ from hpdm_core.sampling.files import from_uint8
 
 if TYPE_CHECKING:
     from hpdm_core.assembly import Assembly
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
 
 __all__ = ["ReadBack", "Reader", "Reading", "figures", "register_metrics", "spread"]
 

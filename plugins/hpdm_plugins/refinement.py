@@ -26,8 +26,7 @@ from hpdm_core.sampling.cascade import sample
 
 if TYPE_CHECKING:
     from hpdm_core.data.dataset import Split
-    from hpdm_core.evaluate import EvaluationContext
-    from hpdm_core.metrics.protocol import Need, Row
+    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
     from hpdm_core.sampling.solver import Denoise, Noise
 
 __all__ = ["Refinement", "Seams"]

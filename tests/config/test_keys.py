@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from hpdm_core.canonical import canonical_json
 from hpdm_core.config.compose import load_cell
 from hpdm_core.config.keys import (
-    canonical_json,
     data_key,
     evaluation_key,
     parts_in,

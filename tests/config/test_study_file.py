@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.config.study_file import BACKENDS, load_study
+from hpdm_core.config.study_file import load_study
+from hpdm_core.config.study_keys import BACKENDS
 from hpdm_core.errors import InputError
 
 FUSION = """

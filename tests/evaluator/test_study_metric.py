@@ -13,7 +13,7 @@ import yaml
 from hpdm_core.config.compose import load_cell
 from hpdm_core.config.schema import Part
 from hpdm_core.errors import InputError, report_errors
-from hpdm_core.evaluate import evaluate_metric
+from hpdm_core.evaluator.stage import evaluate_metric
 from hpdm_core.evaluator.study_metric import ProtocolMetric, lacking
 from hpdm_core.metrics.i3d import I3D
 from hpdm_core.plugins import build_plugins

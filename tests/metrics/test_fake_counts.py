@@ -15,7 +15,7 @@ from PIL import Image
 
 from hpdm_core.config.compose import load_cell
 from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.evaluate import evaluate_metric
+from hpdm_core.evaluator.stage import evaluate_metric
 from hpdm_core.metrics.frechet import frechet_distance
 from hpdm_core.metrics.random3d import Random3D
 from hpdm_core.report.curves import curves_figure, curves_of
@@ -118,7 +118,7 @@ def test_samples_of_checkpoints_are_not_drawn_twice(trained, monkeypatch):
 def test_features_of_another_extractor_file_are_not_taken(trained, monkeypatch):
     measured(trained)
     monkeypatch.setattr(
-        "hpdm_core.evaluate.plugin_hashes", lambda *given: {"feature_extractors/random3d": "edited"}
+        "hpdm_core.evaluator.context.plugin_hashes", lambda *given: {"feature_extractors/random3d": "edited"}
     )
     monkeypatch.setattr("hpdm_core.metrics.fake_counts._model_at", lambda *given: pytest.fail("drawn again"))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):

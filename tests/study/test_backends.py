@@ -13,8 +13,7 @@ from hpdm_core.errors import InputError
 from hpdm_core.files import write_json
 from hpdm_core.study.adoption import Keepers, end_jobs
 from hpdm_core.study.backends import BACKENDS, make_backend
-from hpdm_core.study.jobs import Job, SystemClock
-from hpdm_core.study.states import Seen
+from hpdm_core.study.jobs import Job, Seen, SystemClock
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0) -> None:

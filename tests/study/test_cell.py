@@ -142,7 +142,7 @@ def test_a_job_says_why_it_failed(tmp_path: Path) -> None:
     [
         (("train", "samples", "evaluations"), "hpdm_core.training.trainer.Trainer.run", "train"),
         (("samples", "evaluations"), "hpdm_core.sampling.stage.sample_missing", "samples"),
-        (("evaluations",), "hpdm_core.evaluate.evaluate_metric", "evaluations"),
+        (("evaluations",), "hpdm_core.evaluator.stage.evaluate_metric", "evaluations"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False], ids=["main process", "another"])

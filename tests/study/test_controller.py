@@ -13,9 +13,8 @@ from hpdm_core.errors import TroubleError
 from hpdm_core.files import write_json
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.study import controller as controller_module
-from hpdm_core.study.jobs import Job, SystemClock
+from hpdm_core.study.jobs import Job, Seen, SystemClock
 from hpdm_core.study.lease import Lease, Process
-from hpdm_core.study.states import Seen
 
 
 def index(folder: Path) -> dict[tuple[str, str], str]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.config.study_file import Budget, load_study
+from hpdm_core.cell_mark import mark_of
+from hpdm_core.config.study_file import load_study
+from hpdm_core.config.study_keys import Budget
 from hpdm_core.errors import InputError
 from hpdm_core.files import write_json
 from hpdm_core.study.budget import Spending
 from hpdm_core.study.jobs import Job
-from hpdm_core.study.retries import Outcome, mark_of, pause, refusal, smaller, told, try_again, with_runtime
+from hpdm_core.study.retries import Outcome, pause, refusal, smaller, told, try_again, with_runtime
 
 
 def ended(cause: Any, *, begun: int = 0, reached: int = 0, stage: Any = None) -> Outcome:

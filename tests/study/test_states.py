@@ -6,8 +6,9 @@ import pytest
 
 from hpdm_core.errors import DivergedError, TroubleError
 from hpdm_core.study.failures import TimeLimit, kind_of
+from hpdm_core.study.jobs import Seen
 from hpdm_core.study.lease import LeaseLost
-from hpdm_core.study.states import SILENT_SECONDS, UNANSWERED_SECONDS, Evidence, Seen, judge
+from hpdm_core.study.states import SILENT_SECONDS, UNANSWERED_SECONDS, Evidence, judge
 
 WAITING, ALIVE, OVER = Seen(phase="waiting"), Seen(phase="alive"), Seen(phase="over")
 LOST = Seen(phase="over", cause="lost node", certain=False, word="NODE_FAIL")

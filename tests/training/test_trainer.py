@@ -325,7 +325,7 @@ def test_observers_see_each_step_once_and_each_checkpoint(
 ) -> None:
     watcher = Watcher()
     assembly = assemble(objects=(watcher,))
-    Trainer(assembly, folder=tmp_path, cell=watched(assembly)).run()
+    Trainer(assembly, folder=tmp_path, observers=watched(assembly).observers).run()
     assert watcher.steps == list(range(1, 10))
     assert all(loss.shape == (3,) and not loss.requires_grad for loss in watcher.losses)
     assert [path.name for path in watcher.paths] == [f"{step:08d}" for step in (2, 4, 6, 8, 9)]
@@ -348,7 +348,7 @@ def test_a_clumsy_observer_fails_nothing_and_changes_no_bit(
 ) -> None:
     watcher = Watcher()
     assembly = assemble(objects=(watcher, Clumsy()))
-    trainer = Trainer(assembly, folder=tmp_path, cell=watched(assembly))
+    trainer = Trainer(assembly, folder=tmp_path, observers=watched(assembly).observers)
     with caplog.at_level(logging.WARNING):
         result = trainer.run()
     assert watcher.steps == list(range(1, 10))
@@ -371,7 +371,7 @@ def test_an_observer_is_handed_a_loss_of_its_own(
 
     monkeypatch.setattr("hpdm_core.training.trainer.joint_loss", noted)
     assembly = assemble(objects=(Clumsy(),), training={"steps": 1})
-    Trainer(assembly, cell=watched(assembly)).run()
+    Trainer(assembly, observers=watched(assembly).observers).run()
     assert made[0].abs().sum() > 0  # Clumsy writes zeros
 
 

@@ -1,0 +1,30 @@
+"""The one text of a JSON value, and its hash: what keys are made of."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+__all__ = ["canonical_json", "digest"]
+
+
+def canonical_json(value: Any) -> str:
+    """Return ``value`` as the one JSON text of it: keys sorted, no spaces, tuples as lists, models as maps.
+
+    Raises ValueError for NaN and infinities and TypeError for what JSON has no form for.
+    """
+
+    def other(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"a {type(item).__name__} has no canonical JSON")
+
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=other
+    )
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of `canonical_json` of ``value``, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
