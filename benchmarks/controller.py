@@ -24,8 +24,8 @@ import yaml
 from tabulate import tabulate
 
 from hpdm_core.study import __main__ as command
-from hpdm_core.study.ledger import Ledger
-from hpdm_core.study.simulated import Simulated
+from hpdm_core.study.backends.simulated import Simulated
+from hpdm_core.study.ledger.ledger import Ledger
 
 SHARES = {"lost node": 0.3, "preempted": 0.2, "out of memory": 0.2, "code error": 0.2, "diverged": 0.1}
 """How failures are distributed."""

@@ -23,11 +23,11 @@ from typing import Any
 
 from machine import facts
 
-from hpdm_core import cost
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import report_errors
-from hpdm_core.probe import Probe, probe_training
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import report_errors
+from hpdm_core.training import cost
+from hpdm_core.training.probe import Probe, probe_training
 
 ARMS = ("full", "hpdm", "hpdm_adaptive")
 

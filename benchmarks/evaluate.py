@@ -31,20 +31,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipShape
-from hpdm_core.metrics.detectors import I3DDetector
+from hpdm_core.metrics.distances.frechet import distance_between, fit_gaussian
+from hpdm_core.metrics.distances.inception_score import inception_score
+from hpdm_core.metrics.distances.kernel import kernel_distance
 from hpdm_core.metrics.features import extract
-from hpdm_core.metrics.frechet import distance_between, fit_gaussian
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.inception_score import inception_score
-from hpdm_core.metrics.kernel import kernel_distance
-from hpdm_core.metrics.random3d import Random3D
-from hpdm_core.metrics.state_dicts import I3D_NAMINGS
-from hpdm_core.metrics.weights import uninitialised
-from hpdm_core.randomness import generator
+from hpdm_core.metrics.networks.detectors import I3DDetector
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.networks.random3d import Random3D
+from hpdm_core.metrics.networks.state_dicts import I3D_NAMINGS
+from hpdm_core.metrics.networks.weights import uninitialised
 from hpdm_core.testing.weights import export, randomise, write_state_dict
-from hpdm_plugins.readers_pyav import PyAVReader
-from hpdm_plugins.synthetic import Synthetic
+from hpdm_plugins.data.readers_pyav import PyAVReader
+from hpdm_plugins.data.synthetic import Synthetic
 
 SIZE = ClipShape(16, 64, 64)
 MEMORY_LIMIT = 2e9  # bytes

@@ -40,9 +40,9 @@ import gpu_parts  # noqa: E402 - found by the lines above
 import torch  # noqa: E402
 from machine import facts  # noqa: E402
 
-from hpdm_core.errors import InputError, report_errors  # noqa: E402
-from hpdm_core.files import write_bytes  # noqa: E402
-from hpdm_core.study.provenance import git_commit  # noqa: E402
+from hpdm_core.base.errors import InputError, report_errors  # noqa: E402
+from hpdm_core.base.files import write_bytes  # noqa: E402
+from hpdm_core.store.provenance import git_commit  # noqa: E402
 
 LEAST = 15.0
 """Seconds below which a task is not begun."""

@@ -33,20 +33,20 @@ from sections import Laps
 from torch import Tensor
 from train_step import MATMUL, PRESET_SETS, Clock, step_parts
 
-from hpdm_core import cost
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.metrics.detectors import reference_arithmetic
-from hpdm_core.metrics.frechet import frechet_distance
-from hpdm_core.metrics.i3d import I3D, SIDE
-from hpdm_core.metrics.random3d import Random3D
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.runtime import compiler_problem, execution_of, prepare_torch
+from hpdm_core.metrics.distances.frechet import frechet_distance
+from hpdm_core.metrics.networks.detectors import reference_arithmetic
+from hpdm_core.metrics.networks.i3d import I3D, SIDE
+from hpdm_core.metrics.networks.random3d import Random3D
 from hpdm_core.model.hpdm import HPDM
-from hpdm_core.probe import Probe, _is_out_of_memory, _random_batch, largest_batch
-from hpdm_core.runtime import compiler_problem, execution_of, prepare_torch
 from hpdm_core.sampling import sample
 from hpdm_core.sampling.cascade import label_of
 from hpdm_core.sampling.files import contact_sheet, to_uint8, write_mp4
+from hpdm_core.training import cost
 from hpdm_core.training.batches import Batch
+from hpdm_core.training.probe import Probe, _is_out_of_memory, _random_batch, largest_batch
 from hpdm_core.training.step import joint_loss
 from hpdm_core.training.trainer import Trainer, load_ema_model
 

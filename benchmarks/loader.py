@@ -31,18 +31,18 @@ import torch
 from machine import facts
 from torch import Tensor
 
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import report_errors
+from hpdm_core.base.randomness import generator
 from hpdm_core.data import file_clips
 from hpdm_core.data.clip_cache import CachedReader
 from hpdm_core.data.dataset import ClipDataset, ClipShape
 from hpdm_core.data.frames import to_pixels, to_video
-from hpdm_core.errors import report_errors
 from hpdm_core.pyramid import Pyramid, level_patch
-from hpdm_core.randomness import generator
 from hpdm_core.training.batches import loaded
-from hpdm_plugins.readers_pyav import PyAVReader
-from hpdm_plugins.synthetic import Synthetic
-from hpdm_plugins.video_folder import video_folder
+from hpdm_plugins.data.readers_pyav import PyAVReader
+from hpdm_plugins.data.synthetic import Synthetic
+from hpdm_plugins.data.video_folder import video_folder
 
 CODECS = {
     "h264": ("mp4", "libx264", {"g": "12", "preset": "veryfast"}),

@@ -24,9 +24,9 @@ from typing import Any
 
 from machine import facts
 
-from hpdm_core import distributed
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import TroubleError, report_errors
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base import distributed
+from hpdm_core.base.errors import TroubleError, report_errors
 
 SETTLING = 2
 

@@ -27,10 +27,10 @@ import torch
 from machine import facts
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import report_errors
-from hpdm_core.runtime import prepare_torch
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.runtime import prepare_torch
+from hpdm_core.base.errors import report_errors
 from hpdm_core.sampling import cache, sample
 from hpdm_core.sampling.cascade import label_of
 

@@ -27,10 +27,10 @@ import torch
 from machine import facts
 from sections import Laps, watched
 
-from hpdm_core import cost
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import report_errors
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import report_errors
+from hpdm_core.training import cost
 from hpdm_core.training.batches import Batch, TrainingBatches
 from hpdm_core.training.trainer import SETTLING_STEPS, Trainer
 

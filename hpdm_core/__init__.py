@@ -7,12 +7,12 @@ The names below are what plugins and scripts need. They are imported when first 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hpdm_core.errors import HpdmError
+from hpdm_core.base.errors import HpdmError
 from hpdm_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
-    from hpdm_core.config.compose import load_cell
+    from hpdm_core.assembly.assembly import Assembly
+    from hpdm_core.assembly.compose import load_cell
     from hpdm_core.config.content import Content
     from hpdm_core.config.schema import CellConfig, Part
     from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Assembly": "assembly",
+    "Assembly": "assembly.assembly",
     "CellConfig": "config.schema",
     "Content": "config.content",
     "ContextFusion": "model.fusion",
@@ -51,7 +51,7 @@ _HOMES = {
     "Source": "model.fusion",
     "Trainer": "training",
     "build_plugins": "plugins",
-    "load_cell": "config.compose",
+    "load_cell": "assembly.compose",
 }
 
 

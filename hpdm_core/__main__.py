@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from hpdm_core.errors import InputError, did_you_mean, report_errors
+from hpdm_core.base.errors import InputError, did_you_mean, report_errors
 
 __all__ = ["COMMANDS", "main"]
 
@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": ("hpdm_core.evaluate", "measure a folder of videos, or a trained cell"),
     "metrics": ("hpdm_core.metrics.__main__", "protocols side by side, results compared, known weights"),
     "weights": (
-        "hpdm_core.metrics.weights_command",
+        "hpdm_core.metrics.networks.weights_command",
         "say which files of weights are known, and what is here",
     ),
     "report": ("hpdm_core.report.__main__", "rebuild the report of a study"),

@@ -2,8 +2,8 @@
 
 import sys
 
-from hpdm_core.errors import report_errors
-from hpdm_core.evaluator.command import main
+from hpdm_core.base.errors import report_errors
+from hpdm_core.evaluation.command import main
 
 __all__ = ["main"]
 

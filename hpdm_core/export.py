@@ -11,15 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpdm_core.command_line import CommandParser
-from hpdm_core.errors import InputError, report_errors
+from hpdm_core.base.command_line import CommandParser
+from hpdm_core.base.errors import InputError, report_errors
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    from hpdm_core.trained import PRECISIONS, SUFFIX, export, load_trained
+    from hpdm_core.training.trained import PRECISIONS, SUFFIX, export, load_trained
 
     parser = CommandParser(prog="python -m hpdm_core.export", description="Write a trained cell as one file.")
     parser.add_argument("cell", metavar="CELL_DIR", help="a train stage: STORE/train/KEY")

@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 
 __all__ = [
     "AXES",

@@ -3,7 +3,7 @@
 The cell is one that a plugin brings (``demo``), a file that `hpdm_core.export` made, or a train stage of a store,
 STORE/train/KEY. Writes one video per sample (the finest level), a contact sheet with all levels, and a GIF of the
 finest. ``--set`` changes how it is sampled and where it runs, nothing else. Not here: the samples that metrics read
-(`hpdm_core.cell`), which are lossless.
+(`hpdm_core.cell.cell`), which are lossless.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpdm_core.command_line import CommandParser
-from hpdm_core.errors import InputError, report_errors
+from hpdm_core.base.command_line import CommandParser
+from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.sampling.cascade import label_of, sample
 from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8, write_gif, write_mp4
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpdm_core.trained import Trained
+    from hpdm_core.training.trained import Trained
 
 __all__ = ["main"]
 
@@ -70,7 +70,7 @@ def _parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    from hpdm_core.trained import load_trained
+    from hpdm_core.training.trained import load_trained
     from hpdm_core.training.trainer import load_ema_model
 
     given = _parser().parse_args(arguments)

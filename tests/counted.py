@@ -1,4 +1,5 @@
-"""What `hpdm_core.cost` counted before it shared calls: configurations, and tests/counted.json with their figures.
+"""What `hpdm_core.training.cost` counted before it shared calls: configurations, and tests/counted.json with their
+figures.
 
 ``python tests/counted.py`` writes the figures anew: only where a change is meant to change them.
 """
@@ -9,10 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpdm_core import cost
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.study_file import load_study
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.training import cost
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FIGURES = Path(__file__).with_name("counted.json")

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.cells import cells_of
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
 
 STUDIES = Path(__file__).parents[1] / "studies"
 KEYS = Path(__file__).with_name("golden_keys.json")

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm_core import cost
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.plugins import build_plugins
 from hpdm_core.sampling import sample
+from hpdm_core.training import cost
 from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.step import joint_loss
 

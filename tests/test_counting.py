@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_core.counting import Counter
+from hpdm_core.model.counting import Counter
 
 CASES = 400
 

@@ -13,14 +13,14 @@ import torch
 from PIL import Image, ImageSequence
 
 from hpdm_core import sample as command
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import report_errors
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base.errors import report_errors
 from hpdm_core.sampling.cascade import sample
-from hpdm_core.study.cells import cells_of
-from hpdm_core.trained import Trained, load_trained, shipped
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.training.trained import Trained, load_trained, shipped
 from hpdm_core.training.trainer import load_ema_model
-from hpdm_plugins.attributes import Reader, figures
+from hpdm_plugins.metrics.attributes import Reader, figures
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 36

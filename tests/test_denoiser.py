@@ -1,14 +1,14 @@
 import pytest
 import torch
 
+from hpdm_core.assembly.denoiser import Denoiser
 from hpdm_core.config.schema import ModelConfig
-from hpdm_core.denoiser import Denoiser
 from hpdm_core.model.fusion import FusionShape
 from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion
-from hpdm_plugins.objectives import EffectiveV, SnapV
+from hpdm_plugins.diffusion.objectives import EffectiveV, SnapV
+from hpdm_plugins.model.fusions import DeepFusion
 
 SIGMA_IN = (4.0, 8.0)
 

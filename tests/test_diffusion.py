@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpdm_core.diffusion import c_in, noise_clean, per_row, plan, sigma_eff
-from hpdm_plugins.objectives import EffectiveV, SnapV
+from hpdm_plugins.diffusion.objectives import EffectiveV, SnapV
 
 OBJECTIVES = [SnapV(), SnapV(weighting="v"), EffectiveV(), SnapV(sigma_data=0.2), EffectiveV(sigma_data=0.5)]
 SIGMAS_IN = [1.0, 4.0, 8.0, 16.0]

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError, TroubleError, report_errors
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.data.dataset import Clip
-from hpdm_core.errors import InputError, TroubleError, report_errors
 from hpdm_core.evaluate import main
-from hpdm_core.evaluator.context import CellContext
-from hpdm_core.evaluator.stage import evaluate_metric
-from hpdm_core.metrics.distance import floor_spread
-from hpdm_core.metrics.kernel import kernel_distance
+from hpdm_core.evaluation.context import CellContext
+from hpdm_core.evaluation.stage import evaluate_metric
+from hpdm_core.metrics.distances.kernel import kernel_distance
+from hpdm_core.metrics.distances.metric import floor_spread
 from hpdm_core.plugins import build_plugins
 from hpdm_core.pyramid import Pyramid, downsample
 from hpdm_core.sampling.files import write_sample
@@ -385,7 +385,7 @@ def test_the_command_measures_a_train_stage(
     (cell / "result.json").write_text(json.dumps(FIGURES))
     prepared: list[int | None] = []
     monkeypatch.setattr(
-        "hpdm_core.evaluator.trained_cell.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
+        "hpdm_core.evaluation.trained_cell.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
     )
     assert main([str(cell), "--metric", "throughput", "--out", str(tmp_path / "out.json")]) == 0
     assert prepared == [None]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core import files
-from hpdm_core.errors import TroubleError
+from hpdm_core.base import files
+from hpdm_core.base.errors import TroubleError
 
 
 def failing(number: int, *, call: int = 0):
@@ -67,7 +67,7 @@ def test_a_folder_that_refuses_to_be_synced_is_no_trouble_but_a_full_disk_is(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hpdm_core.files import write_bytes
+from hpdm_core.base.files import write_bytes
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 write_bytes(Path(sys.argv[1]), b"new")
 """

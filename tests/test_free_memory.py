@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdm_core import runtime
+from hpdm_core.assembly import runtime
+from hpdm_core.assembly.runtime import MUCH, _free_in_groups, free_memory
 from hpdm_core.model.hpdm import Contexts
-from hpdm_core.runtime import MUCH, _free_in_groups, free_memory
 from hpdm_core.sampling.cache import CachedContexts
 
 MIB = 2**20

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.cost import count_parameters
-from hpdm_core.denoiser import Denoiser
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.denoiser import Denoiser
+from hpdm_core.base.randomness import generator, normal
 from hpdm_core.diffusion import noise_clean
 from hpdm_core.pyramid import Coords, Triple, level_patch
-from hpdm_core.randomness import generator, normal
+from hpdm_core.training.cost import count_parameters
 from hpdm_core.training.trainer import Trainer, load_ema_model
 
 MEMORY_BYTES = 20e9

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpdm_core.base.randomness import normal
 from hpdm_core.config.schema import RuntimeConfig, SamplingConfig
 from hpdm_core.pyramid import Pyramid
-from hpdm_core.randomness import normal
 from hpdm_core.sampling import sample
-from hpdm_plugins.gaussian_world import GaussianDenoiser, GaussianField
-from hpdm_plugins.solvers import EDM
+from hpdm_plugins.data.gaussian_world import GaussianDenoiser, GaussianField
+from hpdm_plugins.diffusion.solvers import EDM
 
 SIGMA_IN = (1.0, 2.0, 4.0)
 PATCH = (4, 8, 8)

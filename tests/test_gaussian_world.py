@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.randomness import generator
 from hpdm_core.config.schema import RuntimeConfig, SamplingConfig
 from hpdm_core.data.dataset import ClipShape
 from hpdm_core.metrics.held_out_loss import HeldOutLoss
 from hpdm_core.pyramid import Pyramid, downsample, level_patch
-from hpdm_core.randomness import generator
 from hpdm_core.sampling import sample
 from hpdm_core.training.trainer import Trainer
-from hpdm_plugins.gaussian_world import GaussianDenoiser, GaussianField, GaussianWorld
-from hpdm_plugins.solvers import EDM
+from hpdm_plugins.data.gaussian_world import GaussianDenoiser, GaussianField, GaussianWorld
+from hpdm_plugins.diffusion.solvers import EDM
 
 SIGMA_IN = (1.0, 2.0, 4.0)
 

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.plugins.families import FAMILIES
 from hpdm_core.pyramid import Pyramid
-from hpdm_core.randomness import generator
-from hpdm_plugins import allocations, backbones, coordinates, fusions, noise, objectives
+from hpdm_plugins.diffusion import coordinates, noise, objectives
+from hpdm_plugins.model import allocations, backbones, fusions
 
 SMALL = Pyramid(video=(8, 24, 40), patch=(2, 6, 10), token=(1, 3, 5), levels=3)
 UCF = Pyramid(video=(64, 256, 256), patch=(16, 64, 64), token=(1, 4, 4), levels=3)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from hpdm_core import Assembly, build_plugins, load_cell
-from hpdm_core.config.compose import presets
-from hpdm_core.config.keys import sample_key, train_key
-from hpdm_core.config.study_file import load_study
-from hpdm_core.cost import count_parameters
+from hpdm_core.assembly.compose import presets
+from hpdm_core.assembly.keys import sample_key, train_key
 from hpdm_core.report.efficiency import paper_table1
-from hpdm_core.study.cells import cells_of
-from hpdm_core.study.dry_run import describe_study
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.show.dry_run import describe_study
+from hpdm_core.training.cost import count_parameters
 
 STUDIES = Path(__file__).parents[1] / "studies"
 

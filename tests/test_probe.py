@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hpdm_core import cost
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import TroubleError
-from hpdm_core.probe import Probe, _is_out_of_memory, _limit, largest_batch, probe_training
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.training import cost
 from hpdm_core.training.figures import MemoryMeter
+from hpdm_core.training.probe import Probe, _is_out_of_memory, _limit, largest_batch, probe_training
 
 MIB = 2**20
 SMALL = ["runtime.threads=1", "model.video=[8,32,32]", "model.patch=[2,8,8]"]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hpdm_core import pyramid as pyramid_module
+from hpdm_core.base.errors import InputError
 from hpdm_core.data.frames import to_pixels, to_video
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import DOWNSAMPLINGS, Pyramid, crop, downsample, level_patch
 
 SMALL = Pyramid(video=(8, 24, 40), patch=(2, 6, 10), token=(1, 3, 5), levels=3)

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.schema import Arithmetic, RuntimeConfig
-from hpdm_core.errors import InputError
-from hpdm_core.runtime import (
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.runtime import (
     ALLOCATOR,
     CUBLAS_WORKSPACE,
     available_devices,
     prepare_torch,
     products_as_in,
 )
+from hpdm_core.base.errors import InputError
+from hpdm_core.config.schema import Arithmetic, RuntimeConfig
 from hpdm_core.training.trainer import Trainer
 
 TRAINING = [
@@ -67,7 +67,7 @@ def products() -> Iterator[None]:
 def test_float32_products_on_cuda_are_what_the_stage_asks_for(
     precision: str, asked: str, monkeypatch: pytest.MonkeyPatch, products: None
 ) -> None:
-    monkeypatch.setattr("hpdm_core.runtime.available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr("hpdm_core.assembly.runtime.available_devices", lambda: ["cpu", "cuda"])
     arithmetic = Arithmetic.model_validate({"precision": precision})
     torch.set_float32_matmul_precision("medium")
     with products_as_in(arithmetic, torch.device("cuda")):
@@ -80,7 +80,7 @@ def test_float32_products_on_cuda_are_what_the_stage_asks_for(
 def test_memory_on_cuda_is_kept_in_segments_that_grow_unless_the_user_said_otherwise(
     monkeypatch: pytest.MonkeyPatch, products: None
 ) -> None:
-    monkeypatch.setattr("hpdm_core.runtime.available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr("hpdm_core.assembly.runtime.available_devices", lambda: ["cpu", "cuda"])
     environment: dict[str, str] = {}
     monkeypatch.setattr("os.environ", environment)
     prepare_torch(RuntimeConfig(device="cpu"), Arithmetic())

@@ -19,8 +19,8 @@ import av
 import pytest
 import torch
 
-from hpdm_core.errors import report_errors
-from hpdm_core.randomness import generator
+from hpdm_core.base.errors import report_errors
+from hpdm_core.base.randomness import generator
 from hpdm_core.study.__main__ import main
 
 TINY = """name: tiny
@@ -57,7 +57,7 @@ class Mine(ContextFusion):
         super().__init__()
 """
 OBJECTIVE = """from hpdm_core import hookimpl
-from hpdm_plugins.objectives import SnapV
+from hpdm_plugins.diffusion.objectives import SnapV
 
 
 class Bad(SnapV):
@@ -419,7 +419,7 @@ WRONG = [
         "name collision",
         FUSION.replace('"mine"', '"deep"'),
         "plugin 'mine' (",
-        "registers context_fusions/deep, which plugin 'hpdm_plugins.fusions'",
+        "registers context_fusions/deep, which plugin 'hpdm_plugins.model.fusions'",
         "choose another key",
     ),
 ]

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from hpdm_core.base.errors import InputError, did_you_mean
 from hpdm_core.config.problems import KeyPath, dotted
-from hpdm_core.errors import InputError, did_you_mean
 
 __all__ = ["Document", "load_yaml", "parse_value"]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.loader import parse_value
 from hpdm_core.config.problems import KeyPath, Problem
 from hpdm_core.config.schema import CellConfig, Part
-from hpdm_core.errors import InputError
 
 __all__ = ["Layers", "Override", "lines_of", "parse_arm", "parse_set", "part_paths", "split_dotted"]
 

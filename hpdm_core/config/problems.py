@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from hpdm_core.errors import did_you_mean
+from hpdm_core.base.errors import did_you_mean
 
 __all__ = ["MISSING", "KeyPath", "Problem", "check", "dotted", "field_of", "in_json"]
 

@@ -1,8 +1,8 @@
 """The validated, frozen form of a cell: what is asked for, with every default filled in.
 
 A cell is one model, trained once with one seed, sampled and evaluated. Fields are documented where they stand; the
-three keys (`hpdm_core.config.keys`) are hashes of parts of this form. Parts keep their options as given plus defaults,
-so that a changed default changes the key.
+three keys (`hpdm_core.assembly.keys`) are hashes of parts of this form. Parts keep their options as given plus
+defaults, so that a changed default changes the key.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@
       seeds: [100, 101]
       objective: {metric: held_out_loss, level: finest, where: {parents: clean}}
 
-Samplers and pruners are built from these options by `hpdm_core.study.search_parts`.
+Samplers and pruners are built from these options by `hpdm_core.study.search.parts`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from hpdm_core.canonical import canonical_json
+from hpdm_core.base.canonical import canonical_json
+from hpdm_core.base.errors import did_you_mean
 from hpdm_core.config.problems import KeyPath, Problem, check
 from hpdm_core.config.schema import CellConfig, Frozen, Part
-from hpdm_core.errors import did_you_mean
 
 __all__ = [
     "PRUNERS",

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from hpdm_core.base.errors import did_you_mean
 from hpdm_core.config.overrides import Layers, lines_of
 from hpdm_core.config.problems import Problem, check
 from hpdm_core.config.schema import CellConfig, Frozen, Part
 from hpdm_core.config.search import SearchKeys
-from hpdm_core.errors import did_you_mean
 
 __all__ = ["BACKENDS", "RESERVED", "SECTIONS", "Budget", "StudyKeys", "check_top_level", "is_reserved"]
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import whole_or_absent
 from hpdm_core.data.files import SourceFile, fingerprint
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
-from hpdm_core.errors import InputError
-from hpdm_core.files import whole_or_absent
 
 __all__ = ["CachedReader"]
 

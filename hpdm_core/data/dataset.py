@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.pyramid import unit_range
-from hpdm_core.randomness import generator
 
 __all__ = ["NO_LABEL", "Clip", "ClipDataset", "ClipShape", "Split", "fixed_clips", "pick", "require_rgb"]
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.data.dataset import NO_LABEL, Clip, ClipShape, Split, pick
 from hpdm_core.data.files import Skipped, SourceFile, fingerprint
 from hpdm_core.data.frames import covering_short_side, crop_offsets, scaled_size, to_pixels
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
 from hpdm_core.data.windows import span
-from hpdm_core.errors import InputError, TroubleError
 
 __all__ = ["Crop", "FileClips", "FrameCache"]
 

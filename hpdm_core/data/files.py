@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.data.dataset import NO_LABEL
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader
-from hpdm_core.errors import InputError
 
 __all__ = [
     "SUFFIXES",

@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing
 from torch.multiprocessing.reductions import init_reductions
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
 
 __all__ = ["Make", "in_processes"]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from hpdm_core.errors import TroubleError
+from hpdm_core.base.errors import TroubleError
 
 __all__ = ["ReadError", "VideoInfo", "VideoReader", "check_frames", "reason_of"]
 

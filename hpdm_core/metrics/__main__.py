@@ -4,14 +4,17 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from hpdm_core.errors import InputError, did_you_mean, report_errors
+from hpdm_core.base.errors import InputError, did_you_mean, report_errors
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "weights": ("hpdm_core.metrics.weights_command", "which files of weights are known, and what is here"),
-    "protocols": ("hpdm_core.evaluator.catalogue", "the known protocols side by side, or one whole"),
-    "compare": ("hpdm_core.evaluator.compare", "may the numbers of these result files stand in one column?"),
+    "weights": (
+        "hpdm_core.metrics.networks.weights_command",
+        "which files of weights are known, and what is here",
+    ),
+    "protocols": ("hpdm_core.evaluation.catalogue", "the known protocols side by side, or one whole"),
+    "compare": ("hpdm_core.evaluation.compare", "may the numbers of these result files stand in one column?"),
 }
 
 

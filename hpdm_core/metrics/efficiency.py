@@ -1,7 +1,7 @@
 """What a network costs, measured before anything is trained: Table 1 of the paper.
 
 Parameters and operations are counted; memory and speed of the trainer's own step are measured in processes of
-their own (`hpdm_core.probe`), so that running out of memory is a result: OOM.
+their own (`hpdm_core.training.probe`), so that running out of memory is a result: OOM.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpdm_core import cost
-from hpdm_core.probe import Probe, largest_batch, probe_training
-from hpdm_core.runtime import free_memory
+from hpdm_core.assembly.runtime import free_memory
+from hpdm_core.training import cost
+from hpdm_core.training.probe import Probe, largest_batch, probe_training
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
-    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
+    from hpdm_core.assembly.assembly import Assembly
+    from hpdm_core.metrics.interface import EvaluationContext, Need, Row
 
 __all__ = ["Efficiency"]
 

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpdm_core import distributed
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.files import whole_or_absent
-from hpdm_core.metrics.distance import FeatureDistance
-from hpdm_core.metrics.frechet import Features, frechet_distance
-from hpdm_core.metrics.weights import MissingWeights
+from hpdm_core.base import distributed
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.files import whole_or_absent
+from hpdm_core.metrics.distances.frechet import Features, frechet_distance
+from hpdm_core.metrics.distances.metric import FeatureDistance
+from hpdm_core.metrics.networks.weights import MissingWeights
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.config.schema import Part
-    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
+    from hpdm_core.metrics.interface import EvaluationContext, Need, Row
     from hpdm_core.plugins import Plugins
 
 __all__ = ["FakeCounts"]

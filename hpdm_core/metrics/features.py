@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 
 if TYPE_CHECKING:
-    from hpdm_core.metrics.frechet import Features
-    from hpdm_core.metrics.protocol import FeatureExtractor
+    from hpdm_core.metrics.distances.frechet import Features
+    from hpdm_core.metrics.interface import FeatureExtractor
 
 __all__ = ["Slabs", "extract"]
 

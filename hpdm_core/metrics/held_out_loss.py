@@ -18,15 +18,15 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from hpdm_core import distributed
+from hpdm_core.base import distributed
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator, normal
 from hpdm_core.diffusion import noise_clean
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import level_patch
-from hpdm_core.randomness import generator, normal
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
-    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
+    from hpdm_core.assembly.assembly import Assembly
+    from hpdm_core.metrics.interface import EvaluationContext, Need, Row
     from hpdm_core.pyramid import Coords, Pyramid, Triple
 
 __all__ = ["PARENTS", "SIGMAS", "HeldOutLoss"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpdm_core.errors import TroubleError
+from hpdm_core.base.errors import TroubleError
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
-    from hpdm_core.metrics.protocol import EvaluationContext, Need, Row
+    from hpdm_core.assembly.assembly import Assembly
+    from hpdm_core.metrics.interface import EvaluationContext, Need, Row
 
 __all__ = ["Throughput"]
 

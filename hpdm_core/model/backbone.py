@@ -39,6 +39,7 @@ class Backbone(nn.Module):
 
     def kind(self, block: int) -> Hashable:
         """Return what tells a block from others by its cost: two of one kind do the same with inputs of one form,
-        each with its own weights, and are counted once (`hpdm_core.cost`). By default every block is of its own.
+        each with its own weights, and are counted once (`hpdm_core.training.cost`). By default every block is of its
+        own.
         """
         return block

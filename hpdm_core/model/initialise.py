@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.model.layers import MLP, TABLE_STD, Attention, Initialised, Table
-from hpdm_core.randomness import generator
 
 __all__ = ["initialise"]
 

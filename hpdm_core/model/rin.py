@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.model.backbone import Backbone
 from hpdm_core.model.layers import MLP, Attention, LayerNorm, Table
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hpdm_core.base.errors import InputError, did_you_mean, report_errors
 from hpdm_core.config.overrides import parse_set
 from hpdm_core.config.problems import MISSING
 from hpdm_core.config.schema import Part
-from hpdm_core.errors import InputError, did_you_mean, report_errors
 from hpdm_core.plugins.families import FAMILIES
 from hpdm_core.plugins.manager import PluginInfo, Plugins, Registration, build_plugins
 from hpdm_core.plugins.options import described

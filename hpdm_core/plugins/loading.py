@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.base.errors import InputError, did_you_mean
 
 __all__ = ["GROUP", "Candidate", "installed", "named"]
 
@@ -28,7 +28,8 @@ class Candidate:
     """A plugin that was looked for: loaded as ``plugin``, or not, for the ``reason`` given.
 
     ``name`` is unique among plugins; ``file`` where it was loaded from; ``version`` that of its distribution;
-    ``sha256`` that of its source, for plugins that have no version that would tell two states apart.
+    ``sha256`` that of its source, for plugins that have no version that would tell two states apart; ``package`` the
+    folder of the package that named it in PLUGIN_MODULES.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidate:
     version: str | None = None
     sha256: str | None = None
     reason: str | None = None
+    package: Path | None = None
 
 
 def installed() -> Iterator[Candidate]:
@@ -79,6 +81,7 @@ def _expanded(candidate: Candidate) -> Iterator[Candidate]:
                 file=_file(loaded),
                 version=candidate.version,
                 sha256=candidate.sha256,
+                package=None if candidate.file is None else candidate.file.parent,
             )
 
 

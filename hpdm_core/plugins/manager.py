@@ -14,9 +14,9 @@ import pluggy
 from pydantic import BaseModel
 
 from hpdm_core import hookspecs
+from hpdm_core.base.errors import InputError, did_you_mean
 from hpdm_core.config.problems import KeyPath, Problem, check
 from hpdm_core.config.schema import Part
-from hpdm_core.errors import InputError, did_you_mean
 from hpdm_core.plugins import loading
 from hpdm_core.plugins.families import FAMILIES, Family
 from hpdm_core.plugins.options import FactoryError, handed, options_model, parts_of
@@ -68,9 +68,9 @@ class Plugins:
         self.preset_folders: tuple[Path, ...] = ()
         """The ``presets`` folders of plugins that are packages."""
         self.protocol_folders: tuple[Path, ...] = ()
-        """Their ``protocols`` folders (`hpdm_core.metrics.protocol_records`)."""
+        """Their ``protocols`` folders (`hpdm_core.metrics.protocols.records`)."""
         self.trained_folders: tuple[Path, ...] = ()
-        """Their ``trained`` folders (`hpdm_core.trained`)."""
+        """Their ``trained`` folders (`hpdm_core.training.trained`)."""
         self._registrations: dict[str, dict[str, Registration]] = {family: {} for family in FAMILIES}
         self._manager = pluggy.PluginManager("hpdm")
         self._manager.add_hookspecs(hookspecs)
@@ -258,11 +258,11 @@ class Plugins:
 
 
 def _folders(candidates: Iterable[loading.Candidate], name: str) -> tuple[Path, ...]:
-    """Return the folders called ``name`` beside the modules of packages, each once."""
+    """Return the folders called ``name`` in the packages of plugins, each once."""
     folders: dict[Path, None] = {}
     for candidate in candidates:
         if getattr(candidate.plugin, "__package__", "") and candidate.file is not None:
-            folder = candidate.file.parent / name
+            folder = (candidate.package or candidate.file.parent) / name
             if folder.is_dir():
                 folders[folder] = None
     return tuple(folders)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from hpdm_core import hookspecs
-from hpdm_core.errors import did_you_mean
+from hpdm_core.base.errors import did_you_mean
 
 __all__ = ["HOOKS", "RuleError", "hook_functions"]
 

@@ -7,14 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.files import disk_trouble, write_bytes
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.base.files import disk_trouble, write_bytes
 from hpdm_core.report.curves import curves_figure
-from hpdm_core.report.differences import (
-    configuration_differences,
-    pair_lines,
-    parameter_differences,
-)
+from hpdm_core.report.differences import configuration_differences, pair_lines, parameter_differences
 from hpdm_core.report.figures import arms_figure
 from hpdm_core.report.frame import StudyResults, load_results, provenance_of, versions_of
 from hpdm_core.report.search import pareto_figure, search_tables

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpdm_core.errors import report_errors
+from hpdm_core.base.errors import report_errors
 from hpdm_core.report import write_report
 
 __all__ = ["main"]

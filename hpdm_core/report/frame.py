@@ -19,8 +19,8 @@ import pandas as pd
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from hpdm_core.errors import InputError
-from hpdm_core.files import read_json
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import read_json
 
 __all__ = ["COLUMNS", "CellRecord", "StudyResults", "by_seed", "load_results", "provenance_of", "versions_of"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from hpdm_core.files import read_json
+from hpdm_core.base.files import read_json
 from hpdm_core.report.text import HOLE, Table, number
 
 __all__ = ["pareto_figure", "pareto_set", "search_tables"]

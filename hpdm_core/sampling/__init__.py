@@ -1,6 +1,6 @@
 """Sampling: a solver for one state, the tiled cascade over the levels, cached contexts, samples as files."""
 
 from hpdm_core.sampling.cascade import sample
-from hpdm_core.sampling.solver import Solver
+from hpdm_core.solver import Solver
 
 __all__ = ["Solver", "sample"]

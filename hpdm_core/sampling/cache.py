@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hpdm_core.runtime import free_memory, pinned
+from hpdm_core.assembly.runtime import free_memory, pinned
 from hpdm_core.sampling.parents import Ancestors
 from hpdm_core.sampling.tiles import TileBatch
 

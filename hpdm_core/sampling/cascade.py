@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.randomness import normal
-from hpdm_core.runtime import products_as_in, state_dtype
+from hpdm_core.assembly.runtime import products_as_in, state_dtype
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.randomness import normal
 from hpdm_core.sampling.cache import GIB, CachedContexts, FreshContexts, LevelContexts, NoContexts
 from hpdm_core.sampling.parents import Ancestors, CascadeDenoiser
-from hpdm_core.sampling.solver import Denoise
 from hpdm_core.sampling.tiles import Layout, TileBatch, parent_by_parent, tile_batches
+from hpdm_core.solver import Denoise
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.config.schema import RuntimeConfig
 
 __all__ = ["Observe", "Progress", "label_of", "noised_parents", "sample", "tiled_denoise"]

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.files import trouble_when_unwritable, write_bytes
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.files import trouble_when_unwritable, write_bytes
 
 __all__ = [
     "batches_to_sample",

@@ -24,7 +24,7 @@ Row = tuple[Chain, int]
 
 
 class CascadeDenoiser(Protocol):
-    """What the cascade calls: `hpdm_core.denoiser.Denoiser`, or anything with these methods.
+    """What the cascade calls: `hpdm_core.assembly.denoiser.Denoiser`, or anything with these methods.
 
     What ``encode`` and ``contexts`` return is opaque here, but an encoding has ``take(rows)`` (a gather of
     rows) and its class has ``cat(encodings)``. Rows of all arguments match.

@@ -11,13 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpdm_core import distributed
-from hpdm_core.files import clear_temporaries
+from hpdm_core.base import distributed
+from hpdm_core.base.files import clear_temporaries
 from hpdm_core.sampling import files
 from hpdm_core.sampling.cascade import Observe, label_of, sample
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.sampling.parents import CascadeDenoiser
 
 __all__ = ["sample_missing"]

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from hpdm_core.errors import InputError, TroubleError, did_you_mean, report_errors
-from hpdm_core.files import disk_trouble, read_json
-from hpdm_core.passwords import without_passwords
-from hpdm_core.study.backends import BACKENDS, make_backend
+from hpdm_core.base.errors import InputError, TroubleError, did_you_mean, report_errors
+from hpdm_core.base.files import disk_trouble, read_json
+from hpdm_core.base.passwords import without_passwords
+from hpdm_core.study.backends.registry import BACKENDS, make_backend
 
 if TYPE_CHECKING:
     from hpdm_core.cell import Cell
-    from hpdm_core.config.study_file import StudyConfig
+    from hpdm_core.study.plan.study_file import StudyConfig
 
 __all__ = ["build_parser", "main"]
 
@@ -116,14 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _nothing_collected():
             _say(f"reading {given.file}")  # before torch is loaded, which takes seconds
             study = _study(given)
-            from hpdm_core.study.dry_run import describe_study
+            from hpdm_core.study.show.dry_run import describe_study
 
             print(describe_study(study, given.results, say=_say))
         return 0
     study = _study(given)
     words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
     if given.status or given.cancel:
-        from hpdm_core.study.simulated import results_for
+        from hpdm_core.study.backends.simulated import results_for
 
         results = results_for(given.backend or study.backend.use, given.results.resolve())
         return _look_or_cancel(study, results, cancel=given.cancel)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _study(given: argparse.Namespace) -> StudyConfig:
-    from hpdm_core.config.study_file import load_study
+    from hpdm_core.study.plan.study_file import load_study
 
     return load_study(
         given.file,
@@ -186,16 +186,16 @@ def run_study(
 
     ``detach`` (slurm) submits what may be submitted and returns.
     """
-    from hpdm_core.evaluator.study_metric import lacking
-    from hpdm_core.study.cells import cells_of, refuse_absent
-    from hpdm_core.study.controller import Controller
-    from hpdm_core.study.evaluate_only import only_evaluations
-    from hpdm_core.study.import_cells import Importer
-    from hpdm_core.study.job import run_job
-    from hpdm_core.study.progress import make_display
-    from hpdm_core.study.reporting import report
-    from hpdm_core.study.simulated import results_for
-    from hpdm_core.study.storage import check_storage
+    from hpdm_core.evaluation.study_metric import lacking
+    from hpdm_core.study.backends.simulated import results_for
+    from hpdm_core.study.controller.controller import Controller
+    from hpdm_core.study.controller.display import make_display
+    from hpdm_core.study.ledger.storage import check_storage
+    from hpdm_core.study.plan.cells import cells_of, refuse_absent
+    from hpdm_core.study.plan.evaluate_only import only_evaluations
+    from hpdm_core.study.plan.import_cells import Importer
+    from hpdm_core.study.show.report import report
+    from hpdm_core.study.worker.run_cell import run_job
 
     use, options = study.backend.use, study.backend.options
     if backend is not None and backend != use:
@@ -216,7 +216,7 @@ def run_study(
 
     search = None
     if study.search is not None:
-        from hpdm_core.study.search import Search
+        from hpdm_core.study.search.search import Search
 
         search = Search(study, store=results / "store", folder=results / study.name, seen=take)
         cells, others = [], []
@@ -265,7 +265,7 @@ def run_study(
 
 def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return what makes a spec run from a copy of the code, made when the first one is submitted."""
-    from hpdm_core.study.freeze import Frozen, freeze
+    from hpdm_core.study.plan.freeze import Frozen, freeze
 
     made: list[Frozen] = []
 
@@ -278,8 +278,8 @@ def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dic
 
 
 def _look_or_cancel(study: StudyConfig, results: Path, *, cancel: bool) -> int:
-    from hpdm_core.study.cells import cells_of
-    from hpdm_core.study.status import begun_cells, cancel_study, status_of
+    from hpdm_core.study.plan.cells import cells_of
+    from hpdm_core.study.show.status import begun_cells, cancel_study, status_of
 
     folder = results / study.name
     if cancel:
@@ -294,7 +294,7 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
     if use == "inline":
         raise InputError("--detach: the backend 'inline' runs in this very process; allowed: local, slurm")
     check_writable(results)
-    from hpdm_core.study.locking import LOCK
+    from hpdm_core.study.ledger.lock import LOCK
 
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)

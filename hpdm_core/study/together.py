@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m hpdm_core.study.together studies/dcf_ablation.yaml --set runtime.strategy=ddp
 
 For one machine of several devices, or several machines that torchrun joins, without a queue. All processes work on
-each cell (`hpdm_core.cell.Cell.run`); results go into the same store as ever, and ``python -m hpdm_core.study`` with
-the same file finds them done, evaluates what is missing and writes the report. Not here: several cells at a time,
-retries, the ledger.
+each cell (`hpdm_core.cell.cell.Cell.run`); results go into the same store as ever, and ``python -m hpdm_core.study``
+with the same file finds them done, evaluates what is missing and writes the report. Not here: several cells at a
+time, retries, the ledger.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpdm_core import distributed, interruption
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import report_errors
-from hpdm_core.study.cells import cells_of
+from hpdm_core.base import distributed, interruption
+from hpdm_core.base.errors import report_errors
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hpdm_core.errors import InputError, did_you_mean
+from hpdm_core.base.errors import InputError, did_you_mean
 from hpdm_core.plugins import Plugins
 from hpdm_core.testing.backbone import BackboneCases
 from hpdm_core.testing.case import Case, describe_failure

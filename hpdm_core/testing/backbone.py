@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hpdm_core.base.randomness import generator, normal
 from hpdm_core.model.initialise import initialise
-from hpdm_core.randomness import generator, normal
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
 
 if TYPE_CHECKING:

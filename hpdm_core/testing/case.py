@@ -25,13 +25,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import keyed_global_rng
 from hpdm_core.config.content import marked, mentions_path
 from hpdm_core.config.problems import check
 from hpdm_core.config.schema import Part
-from hpdm_core.errors import InputError
 from hpdm_core.plugins.families import FAMILIES
 from hpdm_core.plugins.options import FactoryError, handed, options_model
-from hpdm_core.randomness import keyed_global_rng
 
 if TYPE_CHECKING:
     from hpdm_core.plugins import Plugins

@@ -19,12 +19,12 @@ import torch
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.config.content import marked
 from hpdm_core.config.problems import check
 from hpdm_core.config.schema import DataConfig, Part
 from hpdm_core.data.dataset import NO_LABEL, ClipShape, Split
 from hpdm_core.data.readers import ReadError
-from hpdm_core.randomness import generator
 from hpdm_core.testing.case import Case, expect, expect_json, leaves_global_rng_alone
 
 if TYPE_CHECKING:

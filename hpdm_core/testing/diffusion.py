@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hpdm_core.randomness import generator
+from hpdm_core.base.randomness import generator
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
 
 if TYPE_CHECKING:

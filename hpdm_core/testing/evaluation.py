@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.denoiser import Denoiser
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.config.schema import (
     CellConfig,
     DataConfig,
@@ -19,20 +22,17 @@ from hpdm_core.config.schema import (
     TrainingConfig,
 )
 from hpdm_core.data.dataset import Clip, ClipShape, Split, pick
-from hpdm_core.denoiser import Denoiser
-from hpdm_core.errors import InputError
-from hpdm_core.evaluator.context import CellContext
-from hpdm_core.metrics.protocol import Need
+from hpdm_core.evaluation.context import CellContext
+from hpdm_core.metrics.interface import Need
 from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.pyramid import Triple, downsample
-from hpdm_core.randomness import generator
 from hpdm_core.sampling.files import write_sample
 from hpdm_core.testing.case import Case, expect, expect_close, expect_json, leaves_global_rng_alone
 from hpdm_core.testing.small import SETTINGS, TOKEN_DIM, network
 
 if TYPE_CHECKING:
     from hpdm_core.data.dataset import ClipDataset
-    from hpdm_core.metrics.protocol import FeatureExtractor, Metric
+    from hpdm_core.metrics.interface import FeatureExtractor, Metric
 
 __all__ = ["FeatureExtractorCases", "MetricCases"]
 
@@ -179,7 +179,7 @@ class MetricCases(Case):
         return assembly
 
     def test_name_and_needs(self) -> None:
-        """A name for the column, and what it reads: one of the words of `hpdm_core.metrics.protocol.Need`."""
+        """A name for the column, and what it reads: one of the words of `hpdm_core.metrics.interface.Need`."""
         metric: Metric = self.make()
         expect(
             isinstance(metric.name, str) and bool(metric.name.strip()),

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hpdm_core.base.randomness import normal
 from hpdm_core.model.fusion import ContextFusion
 from hpdm_core.model.hpdm import HPDM, Patches
-from hpdm_core.randomness import normal
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
 from hpdm_core.testing.small import (
     BATCH,

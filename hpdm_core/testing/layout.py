@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.pyramid import Pyramid
-from hpdm_core.randomness import generator
 from hpdm_core.testing.case import Case, expect, leaves_global_rng_alone
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hpdm_core.randomness import generator
+from hpdm_core.base.randomness import generator
 from hpdm_core.testing.case import Case, expect
 
 __all__ = ["OptimizerCases"]

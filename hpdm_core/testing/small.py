@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hpdm_core.base.randomness import generator, keyed_global_rng, normal
 from hpdm_core.config.schema import ModelConfig
 from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
 from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.model.initialise import initialise
 from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
-from hpdm_core.randomness import generator, keyed_global_rng, normal
 
 __all__ = [
     "BATCH",

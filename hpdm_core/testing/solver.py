@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hpdm_core.randomness import normal
+from hpdm_core.base.randomness import normal
 from hpdm_core.testing.case import Case, expect, expect_close, leaves_global_rng_alone
 
 if TYPE_CHECKING:
-    from hpdm_core.sampling.solver import Solver
+    from hpdm_core.solver import Solver
 
 __all__ = ["SolverCases"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpdm_core.metrics.state_dicts import Naming
-from hpdm_core.randomness import generator
+from hpdm_core.base.randomness import generator
+from hpdm_core.metrics.networks.state_dicts import Naming
 
 __all__ = ["export", "randomise", "write_state_dict", "write_torchscript"]
 

@@ -2,8 +2,8 @@
 attempt.
 
 Every random number hangs on (seed, stream, step, index of the video in the global batch) and, for noise, the
-slot's stream; see `hpdm_core.randomness`. So batches can be made ahead in a thread, and a resumed run needs no random
-state.
+slot's stream; see `hpdm_core.base.randomness`. So batches can be made ahead in a thread, and a resumed run needs no
+random state.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from hpdm_core.assembly.runtime import pinned
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator, normal
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.data.loader import in_processes
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import level_patch, level_patches, unit_range
-from hpdm_core.randomness import generator, normal
-from hpdm_core.runtime import pinned
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
 
 __all__ = ["Batch", "TrainingBatches", "in_thread", "loaded"]
 
@@ -241,7 +241,7 @@ def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] | None) -> TrainingBatches:
     """Return what makes batches, in a worker process."""
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.plugins import build_plugins
 
     return TrainingBatches(Assembly(CellConfig.model_validate(spec), build_plugins(plugins)), rows)

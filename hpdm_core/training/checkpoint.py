@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hpdm_core.errors import InputError
-from hpdm_core.files import (
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import (
     clear_temporaries,
     sync_folder,
     trouble_when_unwritable,

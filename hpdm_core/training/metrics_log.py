@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hpdm_core.files import trouble_when_unwritable, write_bytes
+from hpdm_core.base.files import trouble_when_unwritable, write_bytes
 
 __all__ = ["MetricsLog"]
 

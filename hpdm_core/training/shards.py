@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpdm_core import distributed
-from hpdm_core.errors import TroubleError
+from hpdm_core.base import distributed
+from hpdm_core.base.errors import TroubleError
 from hpdm_core.training import checkpoint as checkpoints
 
 __all__ = ["like", "load_shards", "load_whole", "local", "save_shards", "whole", "whole_weights"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import TrainingConfig
-from hpdm_core.errors import InputError
 from hpdm_core.model.layers import LevelTable
 from hpdm_core.training.checkpoint import read_weights
 

@@ -1,6 +1,6 @@
 """One joint training pass: patches of all slots, self-conditioning, and the loss (paper, Eq. 4).
 
-Functions of a batch and a model; nothing here updates a weight. `hpdm_core.cost` counts the same functions.
+Functions of a batch and a model; nothing here updates a weight. `hpdm_core.training.cost` counts the same functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpdm_core.diffusion import c_in, noise_clean, per_row
 from hpdm_core.model.hpdm import Patches
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.training.batches import Batch
 
 __all__ = ["JointLoss", "joint_loss", "make_entries", "rows_in_loss", "self_conditioning_latents"]

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpdm_core import distributed
-from hpdm_core.errors import InputError
+from hpdm_core.base import distributed
+from hpdm_core.base.errors import InputError
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.shards import whole
 from hpdm_core.training.step import joint_loss
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategy", "share_of"]
 

@@ -24,25 +24,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hpdm_core import cost, distributed, interruption
+from hpdm_core.assembly.runtime import compiler_problem, execution_of, prepare_torch, state_dtype
+from hpdm_core.base import distributed, interruption
+from hpdm_core.base.errors import DivergedError
 from hpdm_core.config.schema import SCHEMA_VERSION
-from hpdm_core.errors import DivergedError
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.plugins.observers import Observers
-from hpdm_core.runtime import compiler_problem, execution_of, prepare_torch, state_dtype
 from hpdm_core.training import checkpoint as checkpoints
+from hpdm_core.training import cost
 from hpdm_core.training.batches import Batch, loaded
-from hpdm_core.training.ema import WeightAverage
 from hpdm_core.training.figures import MemoryMeter, RunningMean
 from hpdm_core.training.metrics_log import MetricsLog
-from hpdm_core.training.schedule import default_ema_halflife, learning_rate
+from hpdm_core.training.optimizer.ema import WeightAverage
+from hpdm_core.training.optimizer.schedule import default_ema_halflife, learning_rate
 from hpdm_core.training.shards import load_shards, load_whole, local, save_shards, whole_weights
 from hpdm_core.training.start import start_from, start_of
 from hpdm_core.training.step import joint_loss, rows_in_loss
 from hpdm_core.training.strategy import make_strategy, share_of
 
 if TYPE_CHECKING:
-    from hpdm_core.assembly import Assembly
+    from hpdm_core.assembly.assembly import Assembly
 
 __all__ = ["Trainer", "load_ema_model"]
 
@@ -62,7 +63,7 @@ class Trainer:
 
     `model` holds the raw weights, `ema_model` their average; on several processes with ``fsdp`` this process's
     parts of them. Building one draws initial weights; `run` may be called once. Of several processes
-    (`hpdm_core.distributed.joined`) each builds and runs one.
+    (`hpdm_core.base.distributed.joined`) each builds and runs one.
     """
 
     def __init__(

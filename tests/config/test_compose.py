@@ -1,8 +1,8 @@
 import pytest
 
-from hpdm_core.config.compose import compose, load_cell, presets
+from hpdm_core.assembly.compose import compose, load_cell, presets
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.loader import load_yaml
-from hpdm_core.errors import InputError
 from hpdm_core.plugins import build_plugins
 
 OBJECTIVE = """

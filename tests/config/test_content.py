@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.keys import data_key, places_in, sample_key, train_key
 from hpdm_core.config import content
-from hpdm_core.config.compose import load_cell
 from hpdm_core.config.content import fingerprint_files, fingerprint_tree
-from hpdm_core.config.keys import data_key, places_in, sample_key, train_key
-from hpdm_core.metrics.protocol import data_facts
+from hpdm_core.metrics.interface import data_facts
 
 PLUGIN = """
 from pathlib import Path

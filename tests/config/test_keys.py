@@ -2,17 +2,11 @@ import json
 
 import pytest
 
-from hpdm_core.canonical import canonical_json
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.keys import (
-    data_key,
-    evaluation_key,
-    parts_in,
-    sample_key,
-    train_key,
-)
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.keys import data_key, evaluation_key, parts_in, sample_key, train_key
+from hpdm_core.base.canonical import canonical_json
 from hpdm_core.config.schema import CellConfig, Part
-from hpdm_core.metrics.protocol import data_facts
+from hpdm_core.metrics.interface import data_facts
 from hpdm_core.plugins import FAMILIES
 
 PLUGIN = """
@@ -183,7 +177,7 @@ def register_optimizers(register):
 
 def test_an_option_that_is_added_later_changes_no_key_at_its_default(folder, monkeypatch) -> None:
     file = folder / "mine.py"
-    monkeypatch.setattr("hpdm_core.config.keys.plugin_hashes", lambda plugins, parts: {})  # of the source
+    monkeypatch.setattr("hpdm_core.assembly.keys.plugin_hashes", lambda plugins, parts: {})  # of the source
     use = "training.optimizer={use: mine, a: 2}"
     file.write_text(LATER.format(later=""))
     before = keys(use, plugins=[str(file)])

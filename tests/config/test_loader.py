@@ -1,7 +1,7 @@
 import pytest
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.loader import load_yaml, parse_value
-from hpdm_core.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.overrides import Layers, Override, parse_arm, parse_set, part_paths
-from hpdm_core.errors import InputError
 
 
 def merged(*layers: dict) -> Layers:

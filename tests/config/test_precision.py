@@ -2,10 +2,10 @@
 
 import pytest
 
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.keys import keyed_section, sample_key, train_key
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.keys import keyed_section, sample_key, train_key
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import CellConfig
-from hpdm_core.errors import InputError
 
 
 def keys(*sets: str) -> tuple[str, str]:

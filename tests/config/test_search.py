@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.search import Dimension, SearchKeys
-from hpdm_core.config.study_file import StudyConfig, load_study
-from hpdm_core.errors import InputError
+from hpdm_core.study.plan.study_file import StudyConfig, load_study
 
 BASE: dict[str, Any] = {
     "extends": "tiny_clips",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.config.study_file import load_study
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.study_keys import BACKENDS
-from hpdm_core.errors import InputError
+from hpdm_core.study.plan.study_file import load_study
 
 FUSION = """
 from hpdm_core import ContextFusion, hookimpl
@@ -320,7 +320,7 @@ def test_a_missing_section(folder) -> None:
 
 
 def test_backends_are_those_of_the_engine_and_their_options_are_checked(study) -> None:
-    from hpdm_core.study.backends import BACKENDS as engine
+    from hpdm_core.study.backends.registry import BACKENDS as engine
 
     assert sorted(engine) == sorted(BACKENDS)
     (line,) = lines_of(study("backend: {use: local, slotz: 2}\n"), backends=engine)

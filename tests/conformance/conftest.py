@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm_core.metrics.c3d import C3D
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.state_dicts import C3D_NAMINGS, I3D_NAMINGS
-from hpdm_core.metrics.weights import uninitialised
+from hpdm_core.metrics.networks.c3d import C3D
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.networks.state_dicts import C3D_NAMINGS, I3D_NAMINGS
+from hpdm_core.metrics.networks.weights import uninitialised
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.testing.data import write_clip
 from hpdm_core.testing.weights import export, randomise, write_state_dict

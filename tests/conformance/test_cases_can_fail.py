@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hpdm_core import Content, ContextFusion
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import DataConfig
 from hpdm_core.data.dataset import Clip
 from hpdm_core.data.readers import ReadError, VideoInfo
 from hpdm_core.diffusion import Slot, plan
-from hpdm_core.errors import InputError
 from hpdm_core.plugins import build_plugins
 from hpdm_core.testing import (
     BackboneCases,

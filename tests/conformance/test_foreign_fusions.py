@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base.randomness import normal
 from hpdm_core.config.schema import (
     CellConfig,
     DataConfig,
@@ -17,7 +18,6 @@ from hpdm_core.config.schema import (
     TrainingConfig,
 )
 from hpdm_core.plugins import build_plugins
-from hpdm_core.randomness import normal
 from hpdm_core.sampling.cascade import sample
 from hpdm_core.testing import ContextFusionCases
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.randomness import generator
-from hpdm_plugins.readers_pyav import PyAVReader
+from hpdm_core.base.randomness import generator
+from hpdm_plugins.data.readers_pyav import PyAVReader
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.data.clip_cache import RUN, CachedReader
 from hpdm_core.data.readers import ReadError
-from hpdm_core.errors import InputError
 from hpdm_core.testing.data import write_clip
-from hpdm_plugins.readers_pyav import PyAVReader
+from hpdm_plugins.data.readers_pyav import PyAVReader
 
 LARGE = 2**30
 

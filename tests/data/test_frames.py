@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.frames import covering_short_side, crop_offsets, resize, scaled_size, to_video
-from hpdm_core.randomness import generator
 
 
 def test_scaled_size_keeps_the_shape():

@@ -11,13 +11,13 @@ from functools import partial
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.data.loader import in_processes
-from hpdm_core.errors import InputError, TroubleError
 
 MAKERS = """
 import os, signal, time
 import torch
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
 
 def squares():
     return lambda number: (torch.full((1000,), number ** 2), os.getpid())

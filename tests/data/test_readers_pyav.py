@@ -11,7 +11,7 @@ import torch
 
 from hpdm_core.data.frames import resize
 from hpdm_core.data.readers import ReadError, VideoReader
-from hpdm_plugins import readers_pyav
+from hpdm_plugins.data import readers_pyav
 
 
 def sequential(path):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.data.readers import ReadError, VideoReader
-from hpdm_core.errors import InputError
-from hpdm_plugins.readers_skvideo import SkvideoReader, needs_aliases
+from hpdm_plugins.data.readers_skvideo import SkvideoReader, needs_aliases
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("skvideo") is None, reason="the package scikit-video is not installed"

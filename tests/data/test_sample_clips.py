@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipDataset, ClipShape, fixed_clips
 from hpdm_core.data.frames import crop_offsets
-from hpdm_core.errors import InputError
-from hpdm_core.randomness import generator
-from hpdm_plugins import sample_clips
-from hpdm_plugins.readers_pyav import PyAVReader
-from hpdm_plugins.sample_clips import SOURCES, SampleClips
+from hpdm_plugins.data import sample_clips
+from hpdm_plugins.data.readers_pyav import PyAVReader
+from hpdm_plugins.data.sample_clips import SOURCES, SampleClips
 
 SHAPE = ClipShape(16, 24, 32)
 

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipDataset, ClipShape
 from hpdm_core.data.shapes import (
     ATTRIBUTES,
@@ -17,10 +19,8 @@ from hpdm_core.data.shapes import (
     Attributes,
     coverage,
 )
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
-from hpdm_core.randomness import generator
-from hpdm_plugins.shapes import Shapes, is_held_out
+from hpdm_plugins.data.shapes import Shapes, is_held_out
 
 SHAPE = ClipShape(8, 32, 40)
 

@@ -1,8 +1,8 @@
 import torch
 
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipDataset, ClipShape
-from hpdm_core.randomness import generator
-from hpdm_plugins.synthetic import Synthetic
+from hpdm_plugins.data.synthetic import Synthetic
 
 SHAPE = ClipShape(8, 24, 32)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipShape
-from hpdm_core.errors import InputError
-from hpdm_core.randomness import generator
-from hpdm_plugins.ucf101 import ucf101
+from hpdm_plugins.data.ucf101 import ucf101
 
 SHAPE = ClipShape(4, 12, 16)
 CLASSES = ("ApplyEyeMakeup", "YoYo")

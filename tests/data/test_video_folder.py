@@ -8,13 +8,13 @@ import threading
 import pytest
 import torch
 
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data import file_clips
 from hpdm_core.data.dataset import ClipDataset, ClipShape
 from hpdm_core.data.file_clips import FrameCache
 from hpdm_core.data.readers import ReadError
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.randomness import generator
-from hpdm_plugins.video_folder import video_folder
+from hpdm_plugins.data.video_folder import video_folder
 
 SHAPE = ClipShape(4, 8, 12)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from hpdm_core.cell import Cell
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.cells import cells_of
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
 
 TINY = """
 name: tiny

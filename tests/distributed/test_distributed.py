@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdm_core import distributed
+from hpdm_core.base import distributed
 
 TALK = """
 import json, sys
@@ -52,7 +52,7 @@ def test_what_processes_tell_one_another(succeed: Callable[..., list[str]]) -> N
 FAIL = """
 import sys
 from hpdm_core import distributed
-from hpdm_core.errors import TroubleError
+from hpdm_core.base.errors import TroubleError
 def work(item):
     if item == 3:
         raise error

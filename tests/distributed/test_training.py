@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import CellConfig, RuntimeConfig
-from hpdm_core.errors import InputError
 from hpdm_core.model.rin import RIN
 from hpdm_core.plugins import build_plugins
 from hpdm_core.training.checkpoint import checkpoint_folders, newest_intact
@@ -36,7 +36,7 @@ def job_module() -> Any:
 def quick() -> Any:
     """Counting operations takes longer than a tiny run; it has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hpdm_core.cost.training_flops", lambda assembly: 1)
+        patch.setattr("hpdm_core.training.cost.training_flops", lambda assembly: 1)
         yield
 
 
@@ -227,15 +227,15 @@ def test_strategies_are_those_of_the_configuration(monkeypatch: pytest.MonkeyPat
     assert set(STRATEGIES) == set(get_args(RuntimeConfig.model_fields["strategy"].annotation))
     for name in STRATEGIES:
         assert type(make_strategy(name)) is Strategy  # one process alone
-    monkeypatch.setattr("hpdm_core.distributed.size", lambda: 2)
+    monkeypatch.setattr("hpdm_core.base.distributed.size", lambda: 2)
     assert make_strategy("fsdp").name == "fsdp"
     with pytest.raises(InputError, match="'single' was given to 2 processes; allowed for several: ddp, fsdp"):
         make_strategy("single")
 
 
 def test_a_batch_that_does_not_come_out_even_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpdm_core.distributed.size", lambda: 3)
-    monkeypatch.setattr("hpdm_core.distributed.rank", lambda: 1)
+    monkeypatch.setattr("hpdm_core.base.distributed.size", lambda: 3)
+    monkeypatch.setattr("hpdm_core.base.distributed.rank", lambda: 1)
     assert share_of(12) == range(4, 8)
     for batch, allowed in ((8, "1, 2, 4, 8"), (2, "1, 2")):
         with pytest.raises(

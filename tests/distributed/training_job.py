@@ -10,8 +10,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from hpdm_core import distributed
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base import distributed
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.plugins import build_plugins
 from hpdm_core.training import Trainer
@@ -110,7 +110,7 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    import hpdm_core.cost
+    import hpdm_core.training.cost
 
-    hpdm_core.cost.training_flops = lambda assembly: 1  # takes longer than the run
+    hpdm_core.training.cost.training_flops = lambda assembly: 1  # takes longer than the run
     main(Path(sys.argv[1]))

@@ -7,11 +7,11 @@ from typing import get_args
 import pytest
 import yaml
 
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.backends import BACKENDS
-from hpdm_core.study.local import LocalOptions
-from hpdm_core.study.slurm import SlurmOptions
-from hpdm_core.study.states import State
+from hpdm_core.study.backends.local import LocalOptions
+from hpdm_core.study.backends.registry import BACKENDS
+from hpdm_core.study.backends.slurm import SlurmOptions
+from hpdm_core.study.controller.states import State
+from hpdm_core.study.plan.study_file import load_study
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
 COMMAND = "python -m hpdm_core.study on_a_cluster.yaml"

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from hpdm_core import hookspecs
-from hpdm_core.config.study_file import load_study
+from hpdm_core.base.randomness import generator
 from hpdm_core.plugins import FAMILIES, build_plugins
-from hpdm_core.randomness import generator
-from hpdm_core.study.cells import cells_of
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

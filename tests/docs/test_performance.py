@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.study_file import load_study
+from hpdm_core.assembly.compose import load_cell
 from hpdm_core.study.__main__ import build_parser
+from hpdm_core.study.plan.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text()

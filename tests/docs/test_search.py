@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.config.search import PRUNERS, SAMPLERS, SearchKeys, Watching
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.backends import BACKENDS
+from hpdm_core.study.backends.registry import BACKENDS
+from hpdm_core.study.plan.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "search.md").read_text()
@@ -81,7 +81,7 @@ def test_the_tables_name_what_there_is():
 
 
 def test_a_dry_run_says_what_the_search_adds(tmp_path):
-    from hpdm_core.study.dry_run import describe_study
+    from hpdm_core.study.show.dry_run import describe_study
 
     study = load_study(ROOT / "studies" / "search_example.yaml", backends=BACKENDS)
     said = describe_study(study, tmp_path)

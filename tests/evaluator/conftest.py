@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
+from hpdm_core.base.errors import report_errors
 from hpdm_core.data.frames import resize
-from hpdm_core.errors import report_errors
 from hpdm_core.evaluate import main
 
 ROOT = Path(__file__).parents[2]

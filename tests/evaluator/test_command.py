@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm_core.evaluator.extraction import Task, _key
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.protocol_records import Preparation
+from hpdm_core.evaluation.extraction import Task, _key
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.protocols.records import Preparation
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +134,7 @@ def test_kept_features_are_of_one_reader_one_detector_and_one_preparation():
 
 
 def test_results_that_cannot_be_written_are_trouble(run, ucf, fakes, protocol, tmp_path, monkeypatch, capsys):
-    from hpdm_core.evaluator import command
+    from hpdm_core.evaluation import command
 
     def full(path, data):
         raise OSError(28, "No space left on device")
@@ -216,7 +216,8 @@ def test_fewer_reals_than_a_protocol_takes_are_said(run, ucf, fakes, protocol, t
 
 def test_a_clip_that_breaks_while_it_is_decoded_is_replaced(run, ucf, fakes, protocol, tmp_path, monkeypatch):
     from hpdm_core.data.readers import ReadError
-    from hpdm_core.evaluator import extraction, reading
+    from hpdm_core.evaluation import extraction
+    from hpdm_core.evaluation.folders import reading
 
     def read(choice, prepare, **more):
         if choice.video.name == "02.npy":

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdm_core.config.compose import load_cell
-from hpdm_core.evaluator.catalogue import known_records, side_by_side
-from hpdm_core.evaluator.command import build_parser
-from hpdm_core.metrics.i3d import I3D
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.evaluation.catalogue import known_records, side_by_side
+from hpdm_core.evaluation.command import build_parser
+from hpdm_core.metrics.networks.i3d import I3D
 from hpdm_core.plugins import build_plugins
 
 ROOT = Path(__file__).parents[2]

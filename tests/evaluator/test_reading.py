@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import Part
 from hpdm_core.data.readers import ReadError
-from hpdm_core.errors import InputError
-from hpdm_core.evaluator.reading import prepared, read_clip
-from hpdm_core.evaluator.selection import Choice
-from hpdm_core.evaluator.sources import Video, list_videos, probe
-from hpdm_core.metrics.protocol_records import Preparation
+from hpdm_core.evaluation.folders.reading import prepared, read_clip
+from hpdm_core.evaluation.folders.selection import Choice
+from hpdm_core.evaluation.folders.sources import Video, list_videos, probe
+from hpdm_core.metrics.protocols.records import Preparation
 from hpdm_core.plugins import build_plugins
 
 READER = build_plugins().make("video_readers", Part(use="pyav"))

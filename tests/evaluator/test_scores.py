@@ -8,16 +8,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from hpdm_core.errors import InputError
-from hpdm_core.evaluator.extraction import Extracted
-from hpdm_core.evaluator.reading import ClipFacts
-from hpdm_core.evaluator.scores import measured, warnings_about
+from hpdm_core.base.errors import InputError
+from hpdm_core.evaluation.extraction import Extracted
+from hpdm_core.evaluation.folders.reading import ClipFacts
+from hpdm_core.evaluation.scores import measured, warnings_about
 from hpdm_core.metrics.__main__ import main as metrics
-from hpdm_core.metrics.frechet import frechet_distance
-from hpdm_core.metrics.inception_score import inception_score
-from hpdm_core.metrics.kernel import kernel_distance
-from hpdm_core.metrics.protocol_records import load_record
-from hpdm_core.metrics.uncertainty import bootstrap
+from hpdm_core.metrics.distances.frechet import frechet_distance
+from hpdm_core.metrics.distances.inception_score import inception_score
+from hpdm_core.metrics.distances.kernel import kernel_distance
+from hpdm_core.metrics.distances.uncertainty import bootstrap
+from hpdm_core.metrics.protocols.records import load_record
 from hpdm_core.plugins import build_plugins
 
 PLUGINS = build_plugins()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.data.readers import VideoInfo
-from hpdm_core.evaluator.selection import candidates, needed_frames
-from hpdm_core.evaluator.sources import Video
-from hpdm_core.metrics.protocol_records import SideRule
+from hpdm_core.evaluation.folders.selection import candidates, needed_frames
+from hpdm_core.evaluation.folders.sources import Video
+from hpdm_core.metrics.protocols.records import SideRule
 
 
 def videos(*lengths: int) -> dict[str, int]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.config.schema import Part
-from hpdm_core.errors import InputError, report_errors
-from hpdm_core.evaluator.stage import evaluate_metric
-from hpdm_core.evaluator.study_metric import ProtocolMetric, lacking
-from hpdm_core.metrics.i3d import I3D
+from hpdm_core.evaluation.stage import evaluate_metric
+from hpdm_core.evaluation.study_metric import ProtocolMetric, lacking
+from hpdm_core.metrics.networks.i3d import I3D
 from hpdm_core.plugins import build_plugins
 from hpdm_core.sampling.files import write_sample
 from hpdm_core.study.__main__ import main as study
@@ -141,7 +141,8 @@ def test_reals_are_the_data_sets_files_by_the_records_rule(
 
 def test_all_reals_but_one_are_not_all_reals(samples, protocol, ucf, tmp_path, monkeypatch):
     from hpdm_core.data.readers import ReadError
-    from hpdm_core.evaluator import extraction, reading
+    from hpdm_core.evaluation import extraction
+    from hpdm_core.evaluation.folders import reading
 
     def read(choice, prepare, **more):
         if choice.video.name.endswith("Bikes_g02_c01.avi"):
@@ -198,7 +199,7 @@ def test_without_weights_others_stand_in_under_their_own_names(cell, samples):
 
 GATED = """
 from hpdm_core import hookimpl
-from hpdm_core.metrics.weights import identify, locate
+from hpdm_core.metrics.networks.weights import identify, locate
 
 
 class Gated:

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import DivergedError
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.runtime import prepare_torch
+from hpdm_core.base.errors import DivergedError
 from hpdm_core.model.hpdm import HPDM
-from hpdm_core.probe import _random_batch, probe_training
-from hpdm_core.runtime import prepare_torch
 from hpdm_core.sampling import sample
-from hpdm_core.study.failures import kind_of
+from hpdm_core.store.failures import kind_of
+from hpdm_core.training.probe import _random_batch, probe_training
 from hpdm_core.training.step import joint_loss
 from hpdm_core.training.trainer import Trainer
 

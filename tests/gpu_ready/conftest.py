@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -181,7 +181,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def pretend(guarded: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     """Within a test a GPU is there, as far as torch and `hpdm_core` ask; gives what the host waited for."""
-    monkeypatch.setattr("hpdm_core.runtime.available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr("hpdm_core.assembly.runtime.available_devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr("torch.cuda._lazy_init", lambda: None)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)

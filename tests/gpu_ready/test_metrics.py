@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from hpdm_core.metrics.c3d import C3D, constant_mean
-from hpdm_core.metrics.detectors import C3DDetector, I3DDetector
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.random3d import Random3D
-from hpdm_core.metrics.statistics import Statistics
-from hpdm_core.metrics.weights import uninitialised
+from hpdm_core.metrics.distances.statistics import Statistics
+from hpdm_core.metrics.networks.c3d import C3D, constant_mean
+from hpdm_core.metrics.networks.detectors import C3DDetector, I3DDetector
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.networks.random3d import Random3D
+from hpdm_core.metrics.networks.weights import uninitialised
 
 CLIPS, FRAMES = 2, 16
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.sampling.cascade import sample
 
 SETS = (

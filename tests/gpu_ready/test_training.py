@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.model.layers import Attention
-from hpdm_core.probe import _random_batch
+from hpdm_core.training.probe import _random_batch
 from hpdm_core.training.step import joint_loss
 from hpdm_core.training.trainer import Trainer
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from hpdm_core import load_cell
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import ClipShape
 from hpdm_core.data.shapes import ATTRIBUTES, CLASSES, COLOURS, DIRECTIONS, GROUND, SHAPES, Attributes
-from hpdm_core.errors import InputError
 from hpdm_core.metrics.corruptions import CORRUPTIONS
 from hpdm_core.pyramid import Pyramid, downsample
-from hpdm_core.randomness import generator
 from hpdm_core.sampling.files import from_uint8, to_uint8
-from hpdm_plugins.attributes import ReadBack, Reader, figures, spread
-from hpdm_plugins.shapes import Shapes
+from hpdm_plugins.data.shapes import Shapes
+from hpdm_plugins.metrics.attributes import ReadBack, Reader, figures, spread
 
 SMALL = Pyramid(video=(8, 32, 32), patch=(8, 8, 8), token=(8, 1, 1), levels=3, channels=3)
 LARGE = Pyramid(video=(16, 64, 64), patch=(4, 16, 16), token=(1, 2, 2), levels=3, channels=3)

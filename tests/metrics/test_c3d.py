@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics.c3d import C3D, MEAN_BGR, crop_mean, load_mean
-from hpdm_core.metrics.weights import uninitialised
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.networks.c3d import C3D, MEAN_BGR, crop_mean, load_mean
+from hpdm_core.metrics.networks.weights import uninitialised
 from hpdm_core.testing.weights import randomise
 
 SHAPES = {

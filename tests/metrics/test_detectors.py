@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics.c3d import C3D
-from hpdm_core.metrics.detectors import C3DDetector, I3DDetector
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.distances.frechet import frechet_distance
+from hpdm_core.metrics.distances.inception_score import inception_score
 from hpdm_core.metrics.features import extract
-from hpdm_core.metrics.frechet import frechet_distance
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.inception_score import inception_score
-from hpdm_core.metrics.state_dicts import C3D_NAMINGS, I3D_NAMINGS
-from hpdm_core.metrics.weights import (
+from hpdm_core.metrics.networks.c3d import C3D
+from hpdm_core.metrics.networks.detectors import C3DDetector, I3DDetector
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.networks.state_dicts import C3D_NAMINGS, I3D_NAMINGS
+from hpdm_core.metrics.networks.weights import (
     FOLDER_VARIABLE,
     KNOWN_FILES,
     MissingWeights,
@@ -224,7 +224,7 @@ def test_only_known_weights_may_be_called_fvd(state_file: Path, monkeypatch) -> 
     for name, fvd in (("rgb_imagenet.pt", False), ("i3d_pretrained_400.pt", True)):
         with monkeypatch.context() as patch:
             patch.setitem(KNOWN_FILES, name, replace(KNOWN_FILES[name], git_sha1=blob))
-            from hpdm_core.metrics import weights
+            from hpdm_core.metrics.networks import weights
 
             weights._identify.cache_clear()
             assert detector.identity.fvd == fvd

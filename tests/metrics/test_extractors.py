@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.metrics.corruptions import CORRUPTIONS
-from hpdm_core.metrics.random3d import Random3D
-from hpdm_core.metrics.statistics import Statistics
+from hpdm_core.metrics.distances.statistics import Statistics
+from hpdm_core.metrics.networks.random3d import Random3D
 
 EXTRACTORS = (Random3D(), Statistics())
 

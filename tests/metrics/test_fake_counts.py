@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdm_core.config.compose import load_cell
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.evaluator.stage import evaluate_metric
-from hpdm_core.metrics.frechet import frechet_distance
-from hpdm_core.metrics.random3d import Random3D
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.evaluation.stage import evaluate_metric
+from hpdm_core.metrics.distances.frechet import frechet_distance
+from hpdm_core.metrics.networks.random3d import Random3D
 from hpdm_core.report.curves import curves_figure, curves_of
 from hpdm_core.sampling.cascade import sample
 from hpdm_core.sampling.files import to_uint8, write_sample
@@ -103,7 +103,7 @@ def test_every_kept_checkpoint_is_measured_at_every_count(trained):
 
 
 def cell_real(cell, number):
-    from hpdm_core.randomness import generator
+    from hpdm_core.base.randomness import generator
 
     clip = cell.dataset.draw("train", generator("evaluation", "reals", "train", number)).video
     return Random3D().features(to_uint8(clip)[None])[0].numpy()
@@ -118,7 +118,7 @@ def test_samples_of_checkpoints_are_not_drawn_twice(trained, monkeypatch):
 def test_features_of_another_extractor_file_are_not_taken(trained, monkeypatch):
     measured(trained)
     monkeypatch.setattr(
-        "hpdm_core.evaluator.context.plugin_hashes", lambda *given: {"feature_extractors/random3d": "edited"}
+        "hpdm_core.evaluation.context.plugin_hashes", lambda *given: {"feature_extractors/random3d": "edited"}
     )
     monkeypatch.setattr("hpdm_core.metrics.fake_counts._model_at", lambda *given: pytest.fail("drawn again"))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):

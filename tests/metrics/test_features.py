@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.metrics.features import Slabs, extract
-from hpdm_core.metrics.random3d import Random3D
+from hpdm_core.metrics.networks.random3d import Random3D
 
 
 class Sums:

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.metrics.frechet import frechet_distance
-from hpdm_core.metrics.kernel import kernel_distance
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.metrics.distances.frechet import frechet_distance
+from hpdm_core.metrics.distances.kernel import kernel_distance
 
 RNG = np.random.default_rng(7)
 
@@ -111,7 +111,7 @@ def test_kernel_distance_has_no_bias_of_few_samples() -> None:
 def test_kernel_distance_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = RNG.normal(size=(11, 3)), RNG.normal(size=(7, 3))
     whole = kernel_distance(x, y)
-    monkeypatch.setattr("hpdm_core.metrics.kernel._ROWS", 4)
+    monkeypatch.setattr("hpdm_core.metrics.distances.kernel._ROWS", 4)
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-12)
 
 

@@ -4,8 +4,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.metrics.frechet import (
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.metrics.distances.frechet import (
     distance_between,
     fit_gaussian,
     frechet_distance,

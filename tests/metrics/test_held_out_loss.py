@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator
 from hpdm_core.data.dataset import Clip
-from hpdm_core.errors import InputError
 from hpdm_core.metrics.held_out_loss import HeldOutLoss
 from hpdm_core.pyramid import Pyramid
-from hpdm_core.randomness import generator
 
 PYRAMID = Pyramid(video=(8, 16, 24), patch=(2, 4, 6), token=(1, 2, 2), levels=3)
 SIGMA_IN = (1.0, 2.0, 4.0)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics import i3d
-from hpdm_core.metrics.i3d import ENDPOINTS, I3D, MIXED
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.networks import i3d
+from hpdm_core.metrics.networks.i3d import ENDPOINTS, I3D, MIXED
 
 CHANNELS = (64, 64, 64, 192, 192, 256, 480, 480, 512, 512, 512, 528, 832, 832, 832, 1024)
 STRIDES = {  # time, then height and width

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.metrics.inception_score import inception_score, log_softmax
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.metrics.distances.inception_score import inception_score, log_softmax
 
 RNG = np.random.default_rng(3)
 

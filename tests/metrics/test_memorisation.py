@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hpdm_core import load_cell
+from hpdm_core.base.errors import InputError
 from hpdm_core.data.dataset import Clip
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
 from hpdm_core.sampling.files import to_uint8
-from hpdm_plugins import memorisation
-from hpdm_plugins.memorisation import Memorisation, psnr
+from hpdm_plugins.metrics import memorisation
+from hpdm_plugins.metrics.memorisation import Memorisation, psnr
 
 
 def test_psnr_has_its_closed_form() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics.preprocessing import (
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.networks.preprocessing import (
     RESIZE_RULES,
     aligned_corners,
     cubic_then_crop,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hpdm_core.metrics.projection import dimensions_used, fit_projection
+from hpdm_core.metrics.distances.projection import dimensions_used, fit_projection
 
 RNG = np.random.default_rng(3)
 MIX = RNG.normal(size=(5, 5)) * np.array([1.0, 10.0, 100.0, 0.1, 1.0])

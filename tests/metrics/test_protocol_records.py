@@ -8,13 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics.protocol_records import (
-    differences,
-    identity_of,
-    known_protocols,
-    load_record,
-)
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.protocols.records import differences, identity_of, known_protocols, load_record
 from hpdm_core.plugins import build_plugins
 
 PLUGINS = build_plugins()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
 from hpdm_core.data.dataset import Clip
 from hpdm_core.pyramid import downsample
-from hpdm_plugins.refinement import Refinement, Seams, faces_between_tiles
+from hpdm_plugins.metrics.refinement import Refinement, Seams, faces_between_tiles
 
 SIGMA_IN = (1.0, 2.0, 4.0)
 SETS = [

@@ -3,10 +3,10 @@ import functools
 import numpy as np
 import pytest
 
-from hpdm_core.errors import InputError
-from hpdm_core.metrics.frechet import distance_between, fit_gaussian, frechet_distance
-from hpdm_core.metrics.kernel import kernel_distance
-from hpdm_core.metrics.uncertainty import at_counts, bootstrap, default_counts, extrapolate
+from hpdm_core.base.errors import InputError
+from hpdm_core.metrics.distances.frechet import distance_between, fit_gaussian, frechet_distance
+from hpdm_core.metrics.distances.kernel import kernel_distance
+from hpdm_core.metrics.distances.uncertainty import at_counts, bootstrap, default_counts, extrapolate
 
 REALS = np.random.default_rng(0).normal(size=(4000, 6))
 

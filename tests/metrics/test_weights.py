@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from hpdm_core.__main__ import main as hpdm
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.metrics.__main__ import main as metrics
-from hpdm_core.metrics.c3d import C3D
-from hpdm_core.metrics.i3d import I3D
-from hpdm_core.metrics.state_dicts import C3D_NAMINGS, I3D_NAMINGS
-from hpdm_core.metrics.weights import (
+from hpdm_core.metrics.networks.c3d import C3D
+from hpdm_core.metrics.networks.i3d import I3D
+from hpdm_core.metrics.networks.state_dicts import C3D_NAMINGS, I3D_NAMINGS
+from hpdm_core.metrics.networks.weights import (
     FOLDER_VARIABLE,
     KNOWN_FILES,
     MissingWeights,

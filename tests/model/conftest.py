@@ -11,7 +11,7 @@ from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.model.initialise import initialise
 from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
+from hpdm_plugins.model.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
 
 FUSIONS = {
     "deep": DeepFusion,

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import normal
 from hpdm_core.config.schema import CellConfig
-from hpdm_core.errors import InputError
 from hpdm_core.model.execution import Execution
 from hpdm_core.model.initialise import initialise
 from hpdm_core.plugins import build_plugins
-from hpdm_core.randomness import normal
 from hpdm_core.sampling import sample
 from hpdm_core.training import Trainer
 from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.step import joint_loss, make_entries, self_conditioning_latents
-from hpdm_plugins.dit import BASE, DiT, DiTBlock, rotated, rotations
+from hpdm_plugins.model.dit import BASE, DiT, DiTBlock, rotated, rotations
 
 PLUGINS = build_plugins()
 GRID = (2, 3, 4)

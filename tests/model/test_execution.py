@@ -12,7 +12,7 @@ from hpdm_core.model.execution import Execution
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.model.layers import Attention, LayerNorm, Linear
 from hpdm_core.testing.small import SETTINGS, entries, network
-from hpdm_plugins.fusions import DeepFusion
+from hpdm_plugins.model.fusions import DeepFusion
 
 SETTING = SETTINGS[0]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from hpdm_core.model.fusion import ContextFusion, FusionShape, Source
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
+from hpdm_plugins.model.fusions import DeepFusion, DeepLevels, DeepPixels, NoFusion, ShallowConcat
 
 PYRAMID = Pyramid(video=(16, 24, 40), patch=(4, 6, 10), token=(1, 1, 1), levels=3)
 SHAPE = FusionShape(token_dim=8, grid=PYRAMID.grid, patch=PYRAMID.patch, levels_per_block=(1, 2, 3))

@@ -10,7 +10,7 @@ from hpdm_core.model.fusion import FusionShape
 from hpdm_core.model.hpdm import HPDM, Contexts, Encoded
 from hpdm_core.model.rin import RIN
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.fusions import DeepFusion
+from hpdm_plugins.model.fusions import DeepFusion
 
 ALL = ["deep", "deep_levels", "deep_pixels", "none", "shallow_concat"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.model import layers
 from hpdm_core.model.rin import RIN, RINBlock
 

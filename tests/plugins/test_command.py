@@ -28,7 +28,7 @@ def test_list(capsys, file) -> None:
     assert command.main(["list", "--plugin", file]) == 0
     lines = dict(line.split("\t", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["mine"].startswith("sha256:") and "context_fusions/halved" in lines["mine"]
-    assert "context_fusions/deep" in lines["hpdm_plugins.fusions"]
+    assert "context_fusions/deep" in lines["hpdm_plugins.model.fusions"]
 
 
 def test_list_names_what_is_skipped(capsys, install) -> None:
@@ -105,7 +105,7 @@ def test_a_fusion_from_a_file_passes(capsys, file) -> None:
 
 def test_hpdm_delegates(capsys) -> None:
     assert hpdm(["plugins", "why", "objectives/snap_v"]) == 0
-    assert "hpdm_plugins.objectives" in capsys.readouterr().out
+    assert "hpdm_plugins.diffusion.objectives" in capsys.readouterr().out
 
 
 def test_hpdm_alone_says_how_it_is_used(capsys) -> None:

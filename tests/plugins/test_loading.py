@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.plugins import build_plugins
 
 OBJECTIVE = """

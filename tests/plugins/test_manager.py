@@ -1,7 +1,7 @@
 import pytest
 
+from hpdm_core.base.errors import InputError
 from hpdm_core.config.schema import Part
-from hpdm_core.errors import InputError
 from hpdm_core.plugins import build_plugins
 
 PLUGIN = """

@@ -5,7 +5,7 @@ import re
 import pluggy
 import pytest
 
-from hpdm_core.errors import InputError
+from hpdm_core.base.errors import InputError
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.plugins import build_plugins
 from hpdm_core.plugins.families import FAMILIES
@@ -119,7 +119,7 @@ def register_objectives(register):
     words = re.escape(f"plugin 'mine' ({file}): registers objectives/snap_v")
     with pytest.raises(InputError, match=words) as caught:
         build_plugins([file])
-    assert "'hpdm_plugins.objectives'" in str(caught.value) and "objectives.py" in str(caught.value)
+    assert "'hpdm_plugins.diffusion.objectives'" in str(caught.value) and "objectives.py" in str(caught.value)
 
 
 def test_one_plugin_with_a_key_twice(plugin_file) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdm_core.errors import report_errors
+from hpdm_core.base.errors import report_errors
 from hpdm_core.report import load_results, write_report
 from hpdm_core.report.__main__ import main
 from hpdm_core.report.differences import _compare, configuration_differences, parameter_differences
@@ -259,10 +259,10 @@ def test_cells_of_other_versions_than_planned_are_stale(study: Study) -> None:
     assert "stale" not in write_report(folder)
     cell = load_results(folder).cells[1]
     path = folder.parent / "store" / "evaluations" / cell.evaluation_keys[0] / "result.json"
-    plugins = {"hpdm_plugins.noise": "1.0", "theirs": "3", "file": "sha256:ab"}
+    plugins = {"hpdm_plugins.diffusion.noise": "1.0", "theirs": "3", "file": "sha256:ab"}
     result = json.loads(path.read_text()) | {"versions": {"hpdm": "1.0", "torch": "2.13", "plugins": plugins}}
     path.write_text(json.dumps(result))
-    plugins = {"hpdm_plugins.noise": "1.1", "theirs": "4", "file": "sha256:cd", "new": "1"}
+    plugins = {"hpdm_plugins.diffusion.noise": "1.1", "theirs": "4", "file": "sha256:cd", "new": "1"}
     planned = {"hpdm": "1.1", "torch": "2.14", "plugins": plugins}
     (folder / "versions.json").write_text(json.dumps(planned))
     text = write_report(folder).replace("\n", " ")

@@ -10,7 +10,7 @@ import torch
 
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.pyramid import Pyramid
-from hpdm_plugins.solvers import EDM
+from hpdm_plugins.diffusion.solvers import EDM
 
 VIDEO, PATCH = (8, 24, 40), (2, 6, 10)  # all different, so that swapped axes show
 SIGMA_IN = (1.0, 2.0, 4.0)

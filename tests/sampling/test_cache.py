@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.compose import load_cell
 from hpdm_core.plugins import build_plugins
 from hpdm_core.sampling import cache, sample
 from hpdm_core.sampling.cache import GIB

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.randomness import normal
 from hpdm_core.pyramid import crop, downsample
-from hpdm_core.randomness import normal
 from hpdm_core.sampling import sample
 from hpdm_core.sampling.cache import NoContexts
 from hpdm_core.sampling.cascade import label_of, tiled_denoise

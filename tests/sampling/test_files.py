@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.sampling import files
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.compose import load_cell
 from hpdm_core.sampling import sample
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.assembly.runtime import compiler_problem
 from hpdm_core.config.schema import Arithmetic
 from hpdm_core.model.hpdm import HPDM
-from hpdm_core.runtime import compiler_problem
 from hpdm_core.sampling import sample
 
 CELL: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_sampling_in_tf32_does_not_change_what_training_asked_for() -> None:
 def test_what_is_compiled_is_asked_for_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr("torch.compile", lambda function, **options: compiled.append(options) or function)
-    monkeypatch.setattr("hpdm_core.assembly.compiler_problem", lambda device: None)
+    monkeypatch.setattr("hpdm_core.assembly.assembly.compiler_problem", lambda device: None)
     for value, count in (("false", 0), ("training", 0), ("sampling", 1), ("true", 2)):
         samples(f"runtime.compile={value}")
         assert len(compiled) == count
@@ -126,9 +126,11 @@ def test_what_is_compiled_is_asked_for_stage_by_stage(monkeypatch: pytest.Monkey
 def test_without_a_compiler_sampling_goes_on_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hpdm_core.assembly.compiler_problem", lambda device: "no compiler")
+    monkeypatch.setattr("hpdm_core.assembly.assembly.compiler_problem", lambda device: "no compiler")
     assert difference(samples("runtime.compile=sampling"), samples()) == 0
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "hpdm_core.assembly"]
+    (message,) = [
+        record.getMessage() for record in caplog.records if record.name == "hpdm_core.assembly.assembly"
+    ]
     assert message == "runtime.compile: no compiler; sampling goes on as it is, not compiled"
 
 

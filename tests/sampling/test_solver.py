@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from hpdm_core.errors import InputError
-from hpdm_core.randomness import normal
-from hpdm_core.sampling.solver import integrate, karras_sigmas
-from hpdm_plugins.solvers import EDM
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import normal
+from hpdm_core.solver import integrate, karras_sigmas
+from hpdm_plugins.diffusion.solvers import EDM
 
 STD, SIGMA_IN = 0.5, 4.0
 

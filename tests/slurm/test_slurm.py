@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import InputError, report_errors
+from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.study.__main__ import main
 
 pytestmark = pytest.mark.slurm

@@ -109,7 +109,7 @@ def empty_database(postgres: str) -> Iterator[str]:
 @pytest.fixture
 def opened(storage: str | None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Return a function that opens the ledger of study ``tiny``, as each command does."""
-    from hpdm_core.study.ledger import Ledger
+    from hpdm_core.study.ledger.ledger import Ledger
 
     made = []
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from hpdm_core.config.study_file import StudyConfig, load_study
-from hpdm_core.study import reporting
 from hpdm_core.study.__main__ import run_study
-from hpdm_core.study.backends import BACKENDS
-from hpdm_core.study.ledger import Ledger
-from hpdm_core.study.simulated import FINISHED
+from hpdm_core.study.backends.registry import BACKENDS
+from hpdm_core.study.backends.simulated import FINISHED
+from hpdm_core.study.ledger.ledger import Ledger
+from hpdm_core.study.plan.study_file import StudyConfig, load_study
+from hpdm_core.study.show import report as reporting
 
 STUDY = {
     "name": "killed",

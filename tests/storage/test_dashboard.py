@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.study.ledger import Ledger, LedgerCell
-from hpdm_core.study.search_arm import ArmSearch
+from hpdm_core.study.ledger.ledger import Ledger, LedgerCell
+from hpdm_core.study.search.arm import ArmSearch
 
 
 def ask(app: Any, path: str) -> Any:
@@ -36,7 +36,7 @@ def ask(app: Any, path: str) -> Any:
 def test_cells_and_proposals_are_shown(opened: Any, storage: str | None, tmp_path: Path) -> None:
     dashboard = pytest.importorskip("optuna_dashboard")
     from hpdm_core.config.search import SearchKeys
-    from hpdm_core.study.storage import open_storage
+    from hpdm_core.study.ledger.storage import open_storage
 
     ledger: Ledger = opened()
     ledger.sync([(LedgerCell(identity="aaaa", arm="default", seed=0), "done", 3.0)])

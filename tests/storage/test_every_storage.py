@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.study.ledger import LedgerCell
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.study.ledger.ledger import LedgerCell
 
 A = LedgerCell(identity="aaaa", arm="default", seed=0)
 B = LedgerCell(identity="bbbb", arm="none", seed=1)
@@ -99,7 +99,7 @@ def seen_elsewhere(storage: str | None, folder: Path) -> dict[str, str]:
     import sys
     from pathlib import Path
     from hpdm_core.study import storage
-    from hpdm_core.study.journal import JournalFile
+    from hpdm_core.study.ledger.journal import JournalFile
     from optuna.storages import JournalStorage
     url = sys.argv[2] if len(sys.argv) > 2 else None
     # The journal's lock is the writer's: read beside it.
@@ -146,7 +146,7 @@ def test_a_storage_that_goes_away_is_one_line(opened: Open, monkeypatch: pytest.
 
 def break_it(ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the disk be full, or the server refuse."""
-    from hpdm_core.study.journal import JournalFile
+    from hpdm_core.study.ledger.journal import JournalFile
 
     if ledger.storage.journal is not None:
 

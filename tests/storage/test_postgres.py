@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import InputError
-from hpdm_core.passwords import without_password, without_passwords
-from hpdm_core.study.ledger import Ledger, LedgerCell
-from hpdm_core.study.storage import check_storage
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.passwords import without_password, without_passwords
+from hpdm_core.study.ledger.ledger import Ledger, LedgerCell
+from hpdm_core.study.ledger.storage import check_storage
 
 pytestmark = pytest.mark.postgres
 A = LedgerCell(identity="aaaa", arm="default", seed=0)

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.plugins import build_plugins
-from hpdm_core.study.controller import Controller
-from hpdm_core.study.inline import Inline, InlineOptions
-from hpdm_core.study.progress import PlainDisplay
-from hpdm_core.study.store import Stage, Store
+from hpdm_core.store.stages import Stage, Store
+from hpdm_core.study.backends.inline import Inline, InlineOptions
+from hpdm_core.study.controller.controller import Controller
+from hpdm_core.study.controller.display import PlainDisplay
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Listener:
 
 @dataclass
 class FakeCell:
-    """Looks like `hpdm_core.cell.Cell` to the controller. ``model``: its train key; ``metrics``: one stage
+    """Looks like `hpdm_core.cell.cell.Cell` to the controller. ``model``: its train key; ``metrics``: one stage
     each.
     """
 
@@ -97,10 +97,10 @@ def make_job() -> Callable[..., None]:
         import json
         from pathlib import Path
 
-        from hpdm_core.errors import TroubleError
-        from hpdm_core.files import write_json
-        from hpdm_core.study.lease import Process
-        from hpdm_core.study.store import Store
+        from hpdm_core.base.errors import TroubleError
+        from hpdm_core.base.files import write_json
+        from hpdm_core.store.lease import Process
+        from hpdm_core.store.stages import Store
 
         if progress is None:
             write_json(Path(path).parent / "worker.json", Process.here().to_json())

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.base.files import read_json, write_json
 from hpdm_core.config.study_keys import Budget
-from hpdm_core.errors import TroubleError
-from hpdm_core.files import read_json, write_json
-from hpdm_core.study import locking
-from hpdm_core.study.controller import CANCEL
-from hpdm_core.study.jobs import Job, Seen
-from hpdm_core.study.lease import Process
+from hpdm_core.store.lease import Process
+from hpdm_core.study.backends.interface import Job, Seen
+from hpdm_core.study.controller.controller import CANCEL
+from hpdm_core.study.ledger import lock as locking
 
 ALIVE, DEAF = Seen(phase="alive"), Seen(phase="unknown", word="squeue: no answer")
 

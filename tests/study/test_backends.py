@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.config.study_file import BACKENDS as NAMES_IN_FILES
-from hpdm_core.errors import InputError
-from hpdm_core.files import write_json
-from hpdm_core.study.adoption import Keepers, end_jobs
-from hpdm_core.study.backends import BACKENDS, make_backend
-from hpdm_core.study.jobs import Job, Seen, SystemClock
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import write_json
+from hpdm_core.config.study_keys import BACKENDS as NAMES_IN_FILES
+from hpdm_core.study.backends.interface import Job, Seen, SystemClock
+from hpdm_core.study.backends.registry import BACKENDS, make_backend
+from hpdm_core.study.controller.router import Keepers, end_jobs
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0) -> None:
@@ -31,9 +31,9 @@ def sleeper() -> Callable[..., None]:
         import time
         from pathlib import Path
 
-        from hpdm_core.files import write_json
-        from hpdm_core.interruption import watched
-        from hpdm_core.study.lease import Process
+        from hpdm_core.base.files import write_json
+        from hpdm_core.base.interruption import watched
+        from hpdm_core.store.lease import Process
 
         with watched():
             folder = Path(path).parent
@@ -125,8 +125,8 @@ def test_a_worker_that_does_not_listen_is_shot(job: Job) -> None:
             import time
             from pathlib import Path
 
-            from hpdm_core.files import write_json
-            from hpdm_core.study.lease import Process
+            from hpdm_core.base.files import write_json
+            from hpdm_core.store.lease import Process
 
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             write_json(Path(path).parent / "worker.json", Process.here().to_json())

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from hpdm_core import hookimpl
+from hpdm_core.base.errors import TroubleError
 from hpdm_core.cell import Cell
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import TroubleError
 from hpdm_core.plugins import build_plugins
-from hpdm_core.study.cells import cells_of
-from hpdm_core.study.job import run_job
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.worker.run_cell import run_job
 
 
 def cell_of(file: Path, store: Path, *sets: str) -> Cell:
@@ -142,7 +142,7 @@ def test_a_job_says_why_it_failed(tmp_path: Path) -> None:
     [
         (("train", "samples", "evaluations"), "hpdm_core.training.trainer.Trainer.run", "train"),
         (("samples", "evaluations"), "hpdm_core.sampling.stage.sample_missing", "samples"),
-        (("evaluations",), "hpdm_core.evaluator.stage.evaluate_metric", "evaluations"),
+        (("evaluations",), "hpdm_core.evaluation.stage.evaluate_metric", "evaluations"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False], ids=["main process", "another"])
@@ -166,9 +166,9 @@ def test_a_job_says_at_which_stage_it_failed(
     monkeypatch.setattr(runs, short)
     if not first:  # told by the main one what to follow
         made = {step.stage.kind: step.stage for step in reversed(cell.missing())}[stage]
-        monkeypatch.setattr("hpdm_core.distributed.is_main", lambda: False)
-        monkeypatch.setattr("hpdm_core.distributed.broadcast", lambda _: (made.kind, made.key, 1))
-        monkeypatch.setattr("hpdm_core.distributed.on_main", lambda _: [made.key])
+        monkeypatch.setattr("hpdm_core.base.distributed.is_main", lambda: False)
+        monkeypatch.setattr("hpdm_core.base.distributed.broadcast", lambda _: (made.kind, made.key, 1))
+        monkeypatch.setattr("hpdm_core.base.distributed.on_main", lambda _: [made.key])
     with pytest.raises(MemoryError):
         run_job(str(tmp_path / "spec.json"), lambda progress: None)
     said = json.loads((tmp_path / "error.json").read_text())
@@ -183,7 +183,7 @@ def test_a_metric_alone_is_measured_with_the_threads_of_the_cell(
 ) -> None:
     prepared: list[int | None] = []
     monkeypatch.setattr(
-        "hpdm_core.runtime.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
+        "hpdm_core.assembly.runtime.prepare_torch", lambda runtime, _: prepared.append(runtime.threads)
     )
     cell_of(tiny, store, "evaluation.metrics=[throughput]").run()
     assert prepared == [1]

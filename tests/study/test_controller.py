@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.files import write_json
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.base.files import write_json
 from hpdm_core.hookspecs import hookimpl
-from hpdm_core.study import controller as controller_module
-from hpdm_core.study.jobs import Job, Seen, SystemClock
-from hpdm_core.study.lease import Lease, Process
+from hpdm_core.store.lease import Lease, Process
+from hpdm_core.study.backends.interface import Job, Seen, SystemClock
+from hpdm_core.study.controller import controller as controller_module
 
 
 def index(folder: Path) -> dict[tuple[str, str], str]:
@@ -263,7 +263,7 @@ def test_the_report_is_shown_and_observers_hear_the_end(study: Any, cell: Any, t
 def test_the_versions_that_a_study_is_planned_with_are_kept(study: Any, cell: Any, tmp_path: Path) -> None:
     study([cell("a")])
     kept = json.loads((tmp_path / "tiny" / "versions.json").read_text())
-    assert {"python", "hpdm", "torch"} <= set(kept) and "hpdm_plugins.fusions" in kept["plugins"]
+    assert {"python", "hpdm", "torch"} <= set(kept) and "hpdm_plugins.model.fusions" in kept["plugins"]
 
 
 class Raising:

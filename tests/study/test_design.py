@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.config.schema import CellConfig
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.design import plan
+from hpdm_core.study.plan.design import plan
+from hpdm_core.study.plan.study_file import load_study
 
 STUDY = """
 model: {video: [4, 8, 16], patch: [2, 4, 8], token: [1, 2, 2], levels: 2, token_dim: 16, blocks: 2}

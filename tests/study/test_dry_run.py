@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core import cost
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.study_file import load_study
-from hpdm_core.study.cells import cells_of
-from hpdm_core.study.dry_run import describe_study
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.show.dry_run import describe_study
+from hpdm_core.training import cost
 
 SMALL = """
 extends: tiny_clips
@@ -83,7 +83,7 @@ def test_an_arm_that_no_card_could_hold_is_named(study, tmp_path, monkeypatch):
         use = assembly.config.model.computation_allocation.use
         return {"memory_bytes": sizes[use], "train_seconds": 1.0, "flops_per_second": 1.0}
 
-    monkeypatch.setattr("hpdm_core.cost.predicted_training", memory)
+    monkeypatch.setattr("hpdm_core.training.cost.predicted_training", memory)
     text = describe_study(made, tmp_path / "results")
     warnings = [line for line in text.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2  # an arm once, whatever its seeds

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from hpdm_core.plugins import build_plugins
-from hpdm_core.study.freeze import freeze
+from hpdm_core.study.plan.freeze import freeze
 
 PLUGIN = "from hpdm_core import hookimpl\n\n\n@hookimpl\ndef before_cell_started(cell):\n    pass\n"
 
@@ -26,7 +26,7 @@ def test_the_copy_is_what_a_worker_imports_wherever_it_starts(tmp_path: Path) ->
     frozen = freeze(tmp_path / "code", build_plugins())
     tree = Path(__file__).parents[2]
     for where in (tmp_path, tree):
-        found = imported(frozen.folder, where, "hpdm_core.cell", "hpdm_plugins.fusions")
+        found = imported(frozen.folder, where, "hpdm_core.cell.cell", "hpdm_plugins.model.fusions")
         assert all(Path(path).is_relative_to(frozen.folder) for path in found), found
     assert (frozen.folder / "hpdm_plugins" / "presets").is_dir()
     assert not list(frozen.folder.rglob("__pycache__/*.py"))
@@ -71,11 +71,11 @@ def test_a_plugin_module_beside_the_study_is_copied_too(tmp_path: Path) -> None:
 
 
 def test_a_copy_keeps_the_commit_of_the_tree(tmp_path: Path) -> None:
-    from hpdm_core.study.provenance import git_commit
+    from hpdm_core.store.provenance import git_commit
 
     frozen = freeze(tmp_path / "code", build_plugins())
     assert json.loads((frozen.folder / "frozen.json").read_text()) == {"git": git_commit()}
-    code = "from hpdm_core.study.provenance import git_commit; print(git_commit())"
+    code = "from hpdm_core.store.provenance import git_commit; print(git_commit())"
     environment = {**os.environ, "PYTHONPATH": str(frozen.folder), "PYTHONSAFEPATH": "1"}
     shown = subprocess.run(
         [sys.executable, "-c", code],

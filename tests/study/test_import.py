@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.import_cells import Importer
+from hpdm_core.study.plan.import_cells import Importer
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from optuna.storages.journal import _file
 
-from hpdm_core.interruption import shielded
-from hpdm_core.study.journal import JournalFile
+from hpdm_core.base.interruption import shielded
+from hpdm_core.study.ledger.journal import JournalFile
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.files import read_json
-from hpdm_core.interruption import Interrupted
-from hpdm_core.study.failures import TimeLimit
-from hpdm_core.study.job import _ended_in_order, _rank, run_job
-from hpdm_core.study.worker import Heart, Reporter
+from hpdm_core.base.files import read_json
+from hpdm_core.base.interruption import Interrupted
+from hpdm_core.store.failures import TimeLimit
+from hpdm_core.store.heartbeat import Heart, Reporter
+from hpdm_core.study.worker.run_cell import _ended_in_order, _rank, run_job
 
 LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
 SHORT = {"limit_seconds": 60, "signal_seconds": 15}
@@ -119,7 +119,7 @@ def run_and_fail(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
         raise error
 
     monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(rank))
-    monkeypatch.setattr("hpdm_core.study.job.Cell.from_spec", broken)
+    monkeypatch.setattr("hpdm_core.study.worker.run_cell.Cell.from_spec", broken)
     with pytest.raises(type(error)):
         run_job(str(folder / "spec.json"))
     return str((read_json(folder / "error.json") or {}).get("kind"))

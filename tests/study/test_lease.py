@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.study import lease as lease_module
-from hpdm_core.study.lease import Held, Lease, Process, Watch
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.store import lease as lease_module
+from hpdm_core.store.lease import Held, Lease, Process, Watch
 
 
 def dead_process() -> Process:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from hpdm_core import interruption
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.files import read_json, write_json
+from hpdm_core.base import interruption
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.files import read_json, write_json
+from hpdm_core.store.heartbeat import Heart
+from hpdm_core.store.lease import Process
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.job import _cause
-from hpdm_core.study.lease import Process
-from hpdm_core.study.worker import Heart
+from hpdm_core.study.worker.run_cell import _cause
 
 # An observer that stops its worker after the third step, until the file "hold" is gone.
 HOLD = """
@@ -212,7 +212,7 @@ def test_a_signal_means_the_limit_only_near_the_limit(
 def test_a_heart_counts_and_an_older_one_falls_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpdm_core.study.worker.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("hpdm_core.store.heartbeat.BEAT_SECONDS", 0.01)
 
     def beat() -> dict[str, Any]:
         return read_json(tmp_path / "heartbeat.json") or {}

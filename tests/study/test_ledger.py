@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.study.ledger import Ledger, LedgerCell, mend_journal
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.study.ledger.ledger import Ledger, LedgerCell, mend_journal
 
 A = LedgerCell(identity="aaaa", arm="default", seed=0)
 B = LedgerCell(identity="bbbb", arm="none", seed=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import InputError, report_errors
+from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.study.__main__ import build_parser, main, study_text
+from hpdm_core.study.plan.study_file import load_study
 
 
 def test_the_flags_are_a_promise() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.config.study_file import load_study
 from hpdm_core.report.__main__ import main as report
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.cells import cells_of
+from hpdm_core.study.plan.cells import cells_of
+from hpdm_core.study.plan.study_file import load_study
 
 TABLES = ("table.md", "table.tex", "results.csv")
 

@@ -2,7 +2,14 @@ import io
 
 from rich.console import Console
 
-from hpdm_core.study.progress import LiveDisplay, PlainDisplay, Row, make_display, seconds_left, span
+from hpdm_core.study.controller.display import (
+    LiveDisplay,
+    PlainDisplay,
+    Row,
+    make_display,
+    seconds_left,
+    span,
+)
 
 TRAINING = {
     "stage": "train",

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.files import read_json
-from hpdm_core.study.lease import Process
+from hpdm_core.base.files import read_json
+from hpdm_core.store.lease import Process
 
 # An observer that shoots its own process once, at a moment of its choice.
 ASSASSIN = """

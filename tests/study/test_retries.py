@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.cell_mark import mark_of
-from hpdm_core.config.study_file import load_study
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import write_json
+from hpdm_core.cell.mark import mark_of
 from hpdm_core.config.study_keys import Budget
-from hpdm_core.errors import InputError
-from hpdm_core.files import write_json
-from hpdm_core.study.budget import Spending
-from hpdm_core.study.jobs import Job
-from hpdm_core.study.retries import Outcome, pause, refusal, smaller, told, try_again, with_runtime
+from hpdm_core.study.backends.interface import Job
+from hpdm_core.study.controller.budget import Spending
+from hpdm_core.study.controller.retries import Outcome, pause, refusal, smaller, told, try_again, with_runtime
+from hpdm_core.study.plan.study_file import load_study
 
 
 def ended(cause: Any, *, begun: int = 0, reached: int = 0, stage: Any = None) -> Outcome:
@@ -180,7 +180,7 @@ def test_failures_are_counted() -> None:
     ],
 )
 def test_wrong_keys_are_told_with_the_nearest(tiny: Path, given: str, said: str) -> None:
-    from hpdm_core.study.backends import BACKENDS
+    from hpdm_core.study.backends.registry import BACKENDS
 
     with pytest.raises(InputError, match=said):
         load_study(tiny, sets=[given], backends=BACKENDS)

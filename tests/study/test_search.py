@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from hpdm_core.config.schema import CellConfig
-from hpdm_core.config.study_file import StudyConfig, load_study
-from hpdm_core.study.search import Search
-from hpdm_core.study.storage import Storage, open_storage
+from hpdm_core.study.ledger.storage import Storage, open_storage
+from hpdm_core.study.plan.study_file import StudyConfig, load_study
+from hpdm_core.study.search.search import Search
 
 STEPS = 40
 SPACE = {

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import InputError
-from hpdm_core.study import reporting
+from hpdm_core.base.errors import InputError
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.backends import BACKENDS
-from hpdm_core.study.ledger import Ledger
-from hpdm_core.study.simulated import FINISHED, SimulatedOptions, Toy, VirtualClock, fate
+from hpdm_core.study.backends.registry import BACKENDS
+from hpdm_core.study.backends.simulated import FINISHED, SimulatedOptions, Toy, VirtualClock, fate
+from hpdm_core.study.ledger.ledger import Ledger
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.show import report as reporting
 
 FAILURES = {
     "lost node": 0.015,

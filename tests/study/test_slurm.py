@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import InputError, TroubleError
-from hpdm_core.files import read_json, write_json
-from hpdm_core.study.backends import make_backend
-from hpdm_core.study.jobs import Job
-from hpdm_core.study.slurm import SlurmOptions
-from hpdm_core.study.slurm_queue import Line, outside, seen_of
+from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.files import read_json, write_json
+from hpdm_core.study.backends.interface import Job
+from hpdm_core.study.backends.registry import make_backend
+from hpdm_core.study.backends.slurm import SlurmOptions
+from hpdm_core.study.backends.slurm_queue import Line, outside, seen_of
 
 SHIMS = {
     "sinfo": "exit 0",

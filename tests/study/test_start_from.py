@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import InputError
 from hpdm_core.cell import Cell
-from hpdm_core.config.compose import load_cell
-from hpdm_core.config.study_file import load_study
-from hpdm_core.errors import InputError
 from hpdm_core.report.efficiency import cost_table
 from hpdm_core.report.frame import load_results
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.cells import cells_of, refuse_absent
-from hpdm_core.study.dry_run import describe_study
-from hpdm_core.study.import_cells import Importer
+from hpdm_core.study.plan.cells import cells_of, refuse_absent
+from hpdm_core.study.plan.import_cells import Importer
+from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.show.dry_run import describe_study
 from hpdm_core.training.trainer import Trainer
 
 START = "training.start_from"

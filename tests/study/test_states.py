@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.errors import DivergedError, TroubleError
-from hpdm_core.study.failures import TimeLimit, kind_of
-from hpdm_core.study.jobs import Seen
-from hpdm_core.study.lease import LeaseLost
-from hpdm_core.study.states import SILENT_SECONDS, UNANSWERED_SECONDS, Evidence, judge
+from hpdm_core.base.errors import DivergedError, TroubleError
+from hpdm_core.store.failures import TimeLimit, kind_of
+from hpdm_core.store.lease import LeaseLost
+from hpdm_core.study.backends.interface import Seen
+from hpdm_core.study.controller.states import SILENT_SECONDS, UNANSWERED_SECONDS, Evidence, judge
 
 WAITING, ALIVE, OVER = Seen(phase="waiting"), Seen(phase="alive"), Seen(phase="over")
 LOST = Seen(phase="over", cause="lost node", certain=False, word="NODE_FAIL")

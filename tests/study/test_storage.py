@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import InputError
-from hpdm_core.study.ledger import Ledger
-from hpdm_core.study.storage import check_storage
+from hpdm_core.base.errors import InputError
+from hpdm_core.study.ledger.ledger import Ledger
+from hpdm_core.study.ledger.storage import check_storage
 
 
 def test_a_journal_and_memory_can_always_be_opened(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_file_within_the_studys_own_folder_that_is_not_there_yet(tmp_path: Pat
 def test_a_database_that_another_process_keeps_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpdm_core.study.storage.SECONDS", 0.05)
+    monkeypatch.setattr("hpdm_core.study.ledger.storage.SECONDS", 0.05)
     file = tmp_path / "ledger.db"
     connection = sqlite3.connect(file)
     connection.execute("CREATE TABLE t (x)")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdm_core.errors import TroubleError
-from hpdm_core.study.lease import Held, LeaseLost
-from hpdm_core.study.store import Attempt, Stage, Store, describe
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.store.lease import Held, LeaseLost
+from hpdm_core.store.stages import Attempt, Stage, Store, describe
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_the_result_is_written_after_the_files(stage: Stage, monkeypatch: pytest
     def crash(*arguments: object) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("hpdm_core.study.store.publish", crash)
+    monkeypatch.setattr("hpdm_core.store.stages.publish", crash)
     with pytest.raises(RuntimeError), stage.claim() as attempt:
         (attempt.folder / "w").write_text("weights")
         attempt.finish({}, files={"w": "model.safetensors"})
@@ -143,7 +143,7 @@ def test_a_failure_that_cannot_be_noted_is_still_that_failure(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hpdm_core.study.store.write_json", full)
+    monkeypatch.setattr("hpdm_core.store.stages.write_json", full)
     with pytest.raises(TroubleError, match="not finite"), stage.claim() as attempt:
         monkeypatch.setattr(Attempt, "log", full)
         raise TroubleError("the loss is not finite")
@@ -154,7 +154,7 @@ def test_all_that_a_process_prints_goes_to_the_log(stage: Stage) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from hpdm_core.study.store import Store
+from hpdm_core.store.stages import Store
 with Store(Path({str(stage.folder.parent.parent)!r})).stage("train", "abc").claim() as attempt:
     attempt.log("before")
     print("lost otherwise", end="")

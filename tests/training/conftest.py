@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.config.compose import load_cell
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.compose import load_cell
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import generator, normal
 from hpdm_core.data.dataset import Clip
-from hpdm_core.errors import InputError
 from hpdm_core.pyramid import downsample
-from hpdm_core.randomness import generator, normal
 from hpdm_core.training import batches as batches_module
 from hpdm_core.training.batches import Batch, TrainingBatches, in_thread, loaded
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.training import checkpoint as checkpoints
 from hpdm_core.training.checkpoint import Checkpoint
 

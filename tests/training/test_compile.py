@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.runtime import compiler_problem
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.assembly.runtime import compiler_problem
 from hpdm_core.training import Trainer
 from hpdm_core.training.batches import TrainingBatches
 from hpdm_core.training.step import joint_loss, rows_in_loss
@@ -29,7 +29,7 @@ SMALLEST = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpdm_core.cost.training_flops", lambda assembly: 1)
+    monkeypatch.setattr("hpdm_core.training.cost.training_flops", lambda assembly: 1)
 
 
 @pytest.mark.slow

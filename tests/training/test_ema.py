@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from hpdm_core.randomness import normal
-from hpdm_core.training.ema import WeightAverage
+from hpdm_core.base.randomness import normal
+from hpdm_core.training.optimizer.ema import WeightAverage
 
 
 class Toy(nn.Module):

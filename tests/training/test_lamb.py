@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpdm_core.errors import InputError
-from hpdm_core.randomness import normal
-from hpdm_core.training.lamb import Lamb
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.randomness import normal
+from hpdm_core.training.optimizer.lamb import Lamb
 
 SHAPES = {"weight": (3, 5), "bias": (4,), "latents": (2, 3, 4), "gain": (1,)}
 BETAS, EPS, DECAY = (0.9, 0.99), 1e-8, 0.01
@@ -67,7 +67,7 @@ def test_fifty_steps_equal_a_float64_loop() -> None:
 def test_updating_in_parts_changes_no_bit_and_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = make_parameters(), make_parameters()
     train(whole, Lamb(whole.items(), 0.005), range(1, 4))
-    monkeypatch.setattr("hpdm_core.training.lamb.PART", 10)
+    monkeypatch.setattr("hpdm_core.training.optimizer.lamb.PART", 10)
     sizes: list[int] = []
     update = Lamb._update
     monkeypatch.setattr(Lamb, "_update", lambda self, *a: (sizes.append(len(a[1])), update(self, *a)))

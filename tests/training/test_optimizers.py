@@ -5,8 +5,8 @@ import io
 import torch
 from torch import nn
 
-from hpdm_core.randomness import normal
-from hpdm_plugins.optimizers import adamw, lamb
+from hpdm_core.base.randomness import normal
+from hpdm_plugins.training.optimizers import adamw, lamb
 
 
 def make() -> list[tuple[str, nn.Parameter]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpdm_core.training.schedule import default_ema_halflife, learning_rate
+from hpdm_core.training.optimizer.schedule import default_ema_halflife, learning_rate
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpdm_core.assembly import Assembly
+from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.diffusion import Slot
 from hpdm_core.model.hpdm import HPDM, Patches
 from hpdm_core.training.batches import Batch, TrainingBatches

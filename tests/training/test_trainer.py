@@ -16,13 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpdm_core.assembly import Assembly
-from hpdm_core.errors import InputError, TroubleError
+from hpdm_core.assembly.assembly import Assembly
+from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.training import Trainer, load_ema_model
 from hpdm_core.training.checkpoint import checkpoint_folders
 from hpdm_core.training.figures import MemoryMeter
-from hpdm_core.training.schedule import learning_rate
+from hpdm_core.training.optimizer.schedule import learning_rate
 from hpdm_core.training.step import joint_loss
 
 Make = Callable[..., Assembly]
@@ -62,7 +62,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting operations takes longer than a tiny run; it has its own tests, and `test_result`."""
-    monkeypatch.setattr("hpdm_core.cost.training_flops", lambda assembly: 1)
+    monkeypatch.setattr("hpdm_core.training.cost.training_flops", lambda assembly: 1)
 
 
 def undisturbed(folder: Path, assembly: Assembly) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion or studies: errors, files, processes, random streams."""

@@ -1,0 +1,1 @@
+"""Networks that turn videos into features, and the files of their weights."""

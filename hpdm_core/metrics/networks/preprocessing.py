@@ -1,0 +1,135 @@
+"""How frames are brought to a detector's size: every published number has its own rule, each is here once.
+
+All take and give float32 [B, C, F, H, W] on whatever scale; time is never touched. None of them smooths
+before it shrinks: that is what the published tools do, and part of their numbers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from hpdm_core.base.errors import InputError
+
+__all__ = [
+    "RESIZE_RULES",
+    "ResizeRule",
+    "aligned_corners",
+    "check_uint8",
+    "cubic_then_crop",
+    "legacy_bilinear",
+    "pixels",
+    "short_side_then_crop",
+    "squash",
+    "unchanged",
+]
+
+ResizeRule = Literal[
+    "squash", "legacy_bilinear", "short_side_then_crop", "aligned_corners", "cubic_then_crop", "none"
+]
+
+
+def check_uint8(videos: Tensor) -> None:
+    """Raise InputError unless ``videos`` are uint8: a video on another scale would pass unseen."""
+    if videos.dtype != torch.uint8:
+        raise InputError(f"detector: videos of type {videos.dtype}; allowed is uint8, 0..255")
+
+
+def pixels(videos: Tensor) -> Tensor:
+    """Return uint8 ``videos`` [n, F, H, W, 3] as float32 [n, 3, F, H, W], still 0..255."""
+    check_uint8(videos)
+    return rearrange(videos, "n f h w c -> n c f h w").float()
+
+
+def unchanged(videos: Tensor, size: int) -> Tensor:
+    """Return ``videos`` as they are; raises InputError unless they are size x size already."""
+    if tuple(videos.shape[-2:]) != (size, size):
+        height, width = videos.shape[-2:]
+        raise InputError(f"resize rule 'none': frames of {height}x{width}; allowed is {size}x{size}")
+    return videos
+
+
+def squash(videos: Tensor, size: int) -> Tensor:
+    """Bilinear to size x size whatever the shape, pixel centres at halves (StyleGAN-V, TATS, CD-FVD)."""
+    return _by_frame(videos, lambda frames: _interpolate(frames, (size, size), mode="bilinear"))
+
+
+def legacy_bilinear(videos: Tensor, size: int) -> Tensor:
+    """Bilinear to size x size as TensorFlow 1 does it: output pixel i reads at i * in / out, so the picture is
+    shifted by up to half a pixel (the first FVD code).
+    """
+    height, width = videos.shape[-2:]
+    rows = _legacy_weights(height, size).to(videos)
+    columns = _legacy_weights(width, size).to(videos)
+    return torch.einsum("ih,bcfhw,jw->bcfij", rows, videos, columns)
+
+
+def short_side_then_crop(videos: Tensor, size: int) -> Tensor:
+    """Bilinear, short side to ``size``, the other rounded up, then the middle size x size (VideoGPT, DIGAN,
+    PVDM).
+    """
+    height, width = videos.shape[-2:]
+    scale = size / min(height, width)
+    target = (size, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), size)
+    resized = _by_frame(videos, lambda frames: _interpolate(frames, target, mode="bilinear"))
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return resized[..., top : top + size, left : left + size]
+
+
+def aligned_corners(videos: Tensor, size: int) -> Tensor:
+    """Bilinear to size x size with the outermost pixels on one another (TGAN2, StyleGAN-V's Inception Score)."""
+    return _by_frame(
+        videos, lambda frames: _interpolate(frames, (size, size), mode="bilinear", align_corners=True)
+    )
+
+
+def cubic_then_crop(videos: Tensor, size: int) -> Tensor:
+    """Cubic (a = -0.75, as OpenCV's INTER_CUBIC on floats) to size * 8/7 square, then the middle size x size:
+    128 and 112 in TGAN.
+    """
+    large = size * 8 // 7
+    resized = _by_frame(videos, lambda frames: _interpolate(frames, (large, large), mode="bicubic"))
+    start = (large - size) // 2
+    return resized[..., start : start + size, start : start + size]
+
+
+RESIZE_RULES: dict[ResizeRule, Callable[[Tensor, int], Tensor]] = {
+    "squash": squash,
+    "legacy_bilinear": legacy_bilinear,
+    "short_side_then_crop": short_side_then_crop,
+    "aligned_corners": aligned_corners,
+    "cubic_then_crop": cubic_then_crop,
+    "none": unchanged,
+}
+
+
+def _by_frame(videos: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    count = videos.shape[0]
+    frames = resize(rearrange(videos, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=count)
+
+
+def _interpolate(
+    frames: Tensor,
+    size: tuple[int, int],
+    *,
+    mode: Literal["bilinear", "bicubic"],
+    align_corners: bool = False,
+) -> Tensor:
+    return functional.interpolate(frames, size=size, mode=mode, align_corners=align_corners, antialias=False)
+
+
+def _legacy_weights(size: int, wanted: int) -> Tensor:
+    """Return the matrix [wanted, size] of the rule of TensorFlow 1."""
+    weights = torch.zeros(wanted, size, dtype=torch.float32)
+    for row in range(wanted):
+        place = row * (size / wanted)
+        low = min(int(place), size - 1)
+        share = place - low
+        weights[row, low] += 1 - share
+        weights[row, min(low + 1, size - 1)] += share
+    return weights

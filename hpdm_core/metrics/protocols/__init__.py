@@ -1,0 +1,1 @@
+"""Published protocols as records: what makes two numbers comparable."""

@@ -1,0 +1,216 @@
+"""The backend local: processes of this machine, behind slots of our own.
+
+submitit starts them; its local executor has no queue, gives every job the same GPU, and says nothing of how a
+worker was killed. Slots, GPU ids, cores and a limit of memory are ours; a small parent
+(`hpdm_core.study.backends.local_parent`) stands between submitit and the worker and writes down how it ended.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hpdm_core.base.errors import InputError
+from hpdm_core.base.files import read_json, write_json
+from hpdm_core.store.lease import Process
+from hpdm_core.study.backends import local_parent as watch
+from hpdm_core.study.backends.inline import Work
+from hpdm_core.study.backends.interface import Clock, Job, Seen, SystemClock
+
+__all__ = ["Local", "LocalOptions"]
+
+FOREVER_MIN = 60 * 24 * 3650  # submitit's local executor ends a job after 2 minutes unless told otherwise
+GIB = 1 << 30
+
+
+class LocalOptions(BaseModel):
+    """Options of the backend local."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    slots: Annotated[int, Field(gt=0)] = 1
+    """Cells that run at a time."""
+    gpus: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES is to be in each slot, in turn; empty leaves it as it is."""
+    cpus_per_slot: Annotated[int, Field(gt=0)] | None = None
+    """Cores that each slot has for itself; null shares all."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory (GiB) above which a worker is ended, as out of memory; null for no limit."""
+    min_free_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Free memory (GiB) of the machine below which no further cell is started."""
+
+
+class Local:
+    """Processes of this machine: submitit's, behind our own slots."""
+
+    attached = False
+
+    def __init__(self, options: LocalOptions, *, work: Work, clock: Clock | None = None) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.gpus = 1 if options.gpus else 0
+        self.slots = options.slots
+        self._options = options
+        self._work = work
+        self._held: dict[str, _Worker] = {}
+
+    def check(self) -> None:
+        """Raise `InputError` when the slots want more cores than this process has."""
+        wanted = (self._options.cpus_per_slot or 0) * self.slots
+        if wanted > len(_cores()):
+            raise InputError(
+                f"backend: {self.slots} slots of {self._options.cpus_per_slot} cores are {wanted}; allowed: at "
+                f"most the {len(_cores())} cores that this process may use"
+            )
+
+    def room(self, under_way: Sequence[Job]) -> int:
+        """Return the free slots; none while the machine is short of memory, unless nothing runs."""
+        free = self.slots - len(under_way)
+        wanted = self._options.min_free_gb * GIB
+        if under_way and wanted > 0 and _free_bytes() < wanted:
+            return 0
+        return max(0, free)
+
+    def interval(self, under_way: int) -> float:
+        """A killed worker is noticed within two seconds."""
+        return min(0.25 + 0.03 * under_way, 1.0)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Start a process for each job."""
+        for job in jobs:
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        import submitit
+
+        taken = {worker.slot for worker in self._held.values()}
+        slot = next(number for number in range(len(taken) + 1) if number not in taken)
+        options = self._options
+        environment: dict[str, str | None] = {}
+        if options.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = options.gpus[slot % len(options.gpus)]
+        else:  # submitit would hide every GPU
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+        spec = read_json(job.spec)
+        assert spec is not None, f"{job.spec} was written a moment ago"
+        write_json(job.spec, {**spec, "environment": environment, "gpus": self.gpus}, durable=False)
+        guard: dict[str, Any] = {}
+        if options.memory_gb is not None:
+            guard["memory_bytes"] = int(options.memory_gb * GIB)
+        if options.cpus_per_slot is not None:
+            begin = (slot % self.slots) * options.cpus_per_slot
+            guard["cores"] = _cores()[begin : begin + options.cpus_per_slot]
+        words = [sys.executable, "-S", "-E", watch.__file__, str(job.folder), json.dumps(guard)]
+        executor = submitit.LocalExecutor(
+            folder=job.folder / "log", python=shlex.join([*words, sys.executable])
+        )
+        executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
+        submitted = executor.submit(self._work, str(job.spec))
+        launcher = Process.of(int(submitted.job_id))
+        shown = None if launcher is None else launcher.to_json()  # None: it has ended already
+        write_json(job.folder / "job.json", {"launcher": shown, "slot": slot}, durable=False)
+        self._held[job.id] = _Worker(job.folder, launcher, slot, submitted)
+
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+        """Look at the processes."""
+        return {job.id: self._look(job) for job in jobs}
+
+    def _look(self, job: Job) -> Seen:
+        worker = self._worker(job)
+        if worker is None:
+            return Seen(phase="over", cause="never started")
+        away = worker.elsewhere()
+        if away is not None:
+            return Seen(phase="unknown", word=f"{away} cannot be asked from here")
+        if worker.alive():
+            return Seen(phase="alive")
+        self._held.pop(job.id, None)
+        said = read_json(job.folder / "exit.json") or {}
+        held = said.get("memory_bytes")
+        detail = f"its {held / GIB:.2f} GiB were more than memory_gb" if held else ""
+        return Seen(phase="over", cause=said.get("cause"), signal=said.get("signal", ""), detail=detail)
+
+    def _worker(self, job: Job) -> "_Worker | None":
+        """Return the job's processes, also those that an earlier controller started."""
+        if job.id not in self._held:
+            data = read_json(job.folder / "job.json")
+            if data is None:
+                return None
+            self._held[job.id] = _Worker(job.folder, Process.read(data.get("launcher")), data.get("slot", 0))
+        return self._held[job.id]
+
+    def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
+        """End the processes: as Ctrl-C would, or at once."""
+        for job in jobs:
+            worker = self._worker(job)
+            if worker is not None:
+                worker.kill() if now else worker.end()
+        return all(worker is None or worker.elsewhere() is None for worker in map(self._worker, jobs))
+
+
+@dataclass
+class _Worker:
+    """A launcher (submitit's, ours or an earlier controller's) and the worker below it."""
+
+    folder: Path
+    launcher: Process | None
+    slot: int
+    submitted: Any = None
+
+    def _worker(self) -> Process | None:
+        return Process.read(read_json(self.folder / "worker.json"))
+
+    def _processes(self) -> list[Process]:
+        found = [process for process in (self._worker(), self.launcher) if process is not None]
+        return [process for process in found if process.alive() and process.pid != os.getpid()]
+
+    def elsewhere(self) -> Process | None:
+        """Return the process when it belongs to another host."""
+        process = self._worker() or self.launcher
+        return process if process is not None and process.alive() is None else None
+
+    def alive(self) -> bool:
+        if self.submitted is not None:
+            self.submitted.done()  # buries our child when it has ended
+        living = bool(self._processes())
+        if not living:
+            self.submitted = None  # submitit's object complains when it is still there as Python ends
+        return living
+
+    def end(self) -> None:
+        # The worker alone: its launcher would give it one second. A worker that has not said who it is yet is
+        # reached through its launcher.
+        for process in self._processes()[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        found = self._processes()
+        # A launcher whose worker has not said who it is must end that worker itself, as it does on SIGINT.
+        chosen = signal.SIGINT if found == [self.launcher] and self._worker() is None else signal.SIGKILL
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, chosen)
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _free_bytes() -> float:
+    """Memory that the machine could give; infinite where that cannot be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    found = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return next(found, float("inf"))

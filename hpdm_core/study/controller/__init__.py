@@ -1,0 +1,1 @@
+"""What starts cells, follows them, and decides what comes after each ended."""

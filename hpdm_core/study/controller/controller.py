@@ -1,0 +1,414 @@
+"""The controller: plans a study's cells, runs them through a backend, and says what became of them.
+
+It keeps no state of its own. What is done is read from the store, what runs from the job folders; so it may
+be killed at any moment and started again, and adopts the jobs that outlived it.
+
+    results/<study>/   study.yaml  versions.json  journal.log  index.csv  controller.lock  report/
+                       jobs/<cell>/<attempt>/   code/<hash>/   slurm/<array>/
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpdm_core.base.errors import HpdmError, TroubleError
+from hpdm_core.base.files import read_json, write_bytes, write_json
+from hpdm_core.cell import Cell, Step
+from hpdm_core.config.study_keys import Budget
+from hpdm_core.plugins.observers import Observers
+from hpdm_core.store.failures import Cause
+from hpdm_core.store.lease import LeaseLost
+from hpdm_core.store.provenance import versions
+from hpdm_core.study.backends.interface import Backend, Job, Seen
+from hpdm_core.study.controller.budget import Spending
+from hpdm_core.study.controller.display import Display
+from hpdm_core.study.controller.first_state import blocked, plan
+from hpdm_core.study.controller.overview import Overview, detached, interrupted, shortfalls
+from hpdm_core.study.controller.planner import Planner
+from hpdm_core.study.controller.retries import Outcome, pause, refusal, smaller, told, try_again
+from hpdm_core.study.controller.router import Keepers, end_jobs, end_strangers
+from hpdm_core.study.controller.running import Attempts
+from hpdm_core.study.controller.states import OPEN, State, Verdict
+from hpdm_core.study.controller.tasks import Task, shared_stages
+from hpdm_core.study.ledger.ledger import Ledger
+from hpdm_core.study.ledger.lock import folder_trouble, locked
+
+__all__ = ["CANCEL", "Controller"]
+
+CANCEL = "cancel.json"
+"""A file of this name in a study's folder asks its controller to cancel everything."""
+
+
+class Controller:
+    """Runs ``cells``, whose study has the folder ``folder``, through ``backend``, one writer at a time.
+
+    ``others`` are cells of the study that this command leaves alone (``--only``): their workers are not
+    ended. ``source`` is what the folder keeps as study.yaml; ``report`` is called with the folder at the end
+    and returns text to show; ``again`` is the command that goes on. ``detach`` submits what may be submitted
+    and returns. ``prepare`` changes a spec before it is submitted (frozen code). ``planner`` adds and ends
+    cells while the study runs.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        *,
+        folder: Path,
+        study: str,
+        backend: Backend,
+        display: Display,
+        source: str = "",
+        storage: str | None = None,
+        others: Sequence[Cell] = (),
+        retry_failed: bool = False,
+        report: Callable[[Path], str] | None = None,
+        again: str = "",
+        detach: bool = False,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        budget: Budget | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        self.folder = folder
+        self.study = study
+        self.backend = backend
+        self.clock = backend.clock
+        self.display = display
+        self.source = source
+        self.storage = storage
+        self.retry_failed = retry_failed
+        self.report = report
+        self.again = again
+        self.detach = detach
+        self.prepare = prepare
+        self.budget = budget or Budget()
+        self.planner = planner
+        self.tasks = [Task(cell, folder / "jobs" / cell.identity) for cell in cells]
+        self.others = list(others)
+        self.spending = Spending(self.budget)
+        self.keepers = Keepers(backend)
+        self.attempts = Attempts(self.keepers, clock=backend.clock, spending=self.spending)
+        self.trouble = False
+        """Whether something went wrong that a person should look at, though the work went on."""
+        self._planned: dict[Task, None] = {}
+        """What may still be started, in order."""
+        self._failures = 0
+        self._refusals: set[str] = set()
+
+    def run(self) -> int:
+        """Run what is missing and return the exit code: 0 all done (or, detached, submitted), 1 trouble, 130
+        after Ctrl-C.
+
+        Raises `TroubleError` when another controller works on the study, when the disk fails, and when the
+        study's folder vanishes.
+        """
+        lock = locked(self.folder, self.study, clock=self.clock, say=self.display.line)
+        with folder_trouble(self.folder), lock as self.lease, contextlib.ExitStack() as self.open:
+            self._begin()
+            try:
+                self._work_off()
+            except KeyboardInterrupt:
+                self._end_workers()
+                self.overview.write_index(force=True)
+                self.display.close()
+                self._say(interrupted(self.tasks, self.again))
+                return 130
+            except LeaseLost:  # whoever has taken over has the workers too
+                raise
+            except BaseException:
+                self._end_workers(silently=True)
+                raise
+            finally:
+                self._show(force=True)
+                self.display.close()
+            self.overview.write_index(force=True)
+            if self.detach and self.attempts.tasks:
+                self._say(detached(len(self.attempts.tasks), len(self._planned), self.again))
+                return 0
+            self._finish()
+        missed = any(task.state != "done" and task.cause != "pruned" for task in self.tasks)
+        missed |= self.planner is not None and any(state != "done" for _, state in self.planner.rows())
+        return 1 if self.trouble or missed else 0
+
+    def _begin(self) -> None:
+        folder = self.folder / "jobs"
+        self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
+        self.open.callback(self.ledger.close)
+        for notice in self.ledger.notices:
+            self.trouble = True
+            self.display.line(notice)
+        write_bytes(self.folder / "study.yaml", self.source.encode())
+        if self.planner is not None:
+            self.planner.begin(self.ledger.storage)
+            self.tasks += [Task(cell, folder / cell.identity) for cell in self.planner.next(0)]
+        self._write_versions(self.tasks[:1])
+        (self.folder / CANCEL).unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
+        self.overview.listed = None if self.planner is None else self.planner.rows
+        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
+        end_strangers(folder, wanted, self.keepers, clock=self.clock, say=self.display.line)
+        present = {path.name for path in folder.iterdir()}
+        self.spending.take_up(folder)
+        recorded = {identity for identity, state in self.ledger.states().items() if state == "done"}
+        for task in self.tasks:
+            if task.cell.identity in recorded and task.cell.finished():
+                task.state = "done"
+            else:
+                recorded.discard(task.cell.identity)
+                self._plan(task, has_jobs=task.cell.identity in present)
+        fresh = [task for task in self.tasks if task.cell.identity not in recorded]
+        self.ledger.sync([(task.entry, task.state, task.work) for task in fresh])
+        for task in self.tasks:
+            if self.planner is not None and task.state not in OPEN:
+                self.planner.settled(task.cell, task.state, task.cause)
+        self.overview.write_index(force=True)
+
+    def _write_versions(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:  # the report tells older results from these
+            write_json(self.folder / "versions.json", {**versions(), "plugins": task.cell.plugins.versions()})
+
+    def _plan(self, task: Task, *, has_jobs: bool) -> None:
+        if plan(task, self.attempts, retry_failed=self.retry_failed, has_jobs=has_jobs):
+            self.display.line(f"{task.cell.name}: its job outlived the last controller and is adopted")
+        if task.state == "planned":
+            self._planned[task] = None
+        self._failures += task.state == "failed"
+
+    # Meanwhile
+
+    def _work_off(self) -> None:
+        self._show()
+        while True:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(2, "No such file or directory", str(self.folder))
+            self.lease.check()
+            if (self.folder / CANCEL).exists():
+                self._end_workers(cause="cancelled")
+                self.display.line("cancelled on request: what is done is kept, the same command goes on")
+                (self.folder / CANCEL).unlink(missing_ok=True)
+                return
+            with self.ledger.batch():
+                self._settle()
+            started = self._launch()
+            self._show()
+            self.overview.write_index()
+            if self._nothing_left(started):
+                return
+            self.clock.sleep(self.backend.interval(len(self.attempts.tasks)))
+
+    def _nothing_left(self, started: bool) -> bool:
+        stop = bool(self.spending.exhausted(self._failures))
+        if self.detach and (stop or not started):  # what waits for another cell is for the next command
+            return True
+        coming = self._planned or (self.planner is not None and not self.planner.finished())
+        return not self.attempts.tasks and (stop or not coming)
+
+    def _settle(self) -> None:
+        if not self.attempts.tasks:
+            return
+        seen = self.keepers.poll(self.attempts.jobs())
+        for identity, task in list(self.attempts.tasks.items()):
+            self._prune(task)
+            verdict = self.attempts.judged(task, seen[identity])
+            if verdict.over:
+                self._over(task, verdict, seen[identity])
+            elif verdict.state != task.state:
+                self._set(task, verdict.state, verdict.reason)
+            else:
+                task.reason = verdict.reason
+
+    def _prune(self, task: Task) -> None:
+        if self.planner is None or task.pruned or task.state != "running" or task.job is None:
+            return
+        reason = self.planner.ends(task.cell)
+        if reason is not None:
+            task.pruned = reason
+            self.keepers.cancel([task.job])
+
+    def _over(self, task: Task, verdict: Verdict, seen: Seen) -> None:
+        """Settle an attempt, and decide whether the cell is tried again."""
+        job, steps = task.job, task.cell.missing()
+        assert job is not None, f"{task.cell.name} is under way"
+        if seen.phase != "over":  # it has said all, and does not go
+            self.keepers.cancel([job], now=True)
+        verdict, outcome = self.attempts.settle(task, verdict, steps)
+        if verdict.state == "done":
+            self._set(task, "done", settled=True)
+            return
+        task.outcomes.append(outcome)
+        if verdict.cause != "pruned" and try_again(task.outcomes):
+            short = verdict.cause == "out of memory"
+            less = smaller(read_json(job.spec) or {}, outcome.stage) if short else {}
+            # Cancel what may still run; without an answer and without certainty nothing is started again.
+            if less is not None and (self.keepers.cancel([job]) or (seen.phase == "over" and seen.certain)):
+                self._retry(task, outcome, less)
+                return
+        reason = verdict.reason if verdict.cause == "pruned" else verdict.reason + refusal(task.outcomes)
+        self._set(task, verdict.state, reason, verdict.cause, settled=True)
+
+    def _retry(self, task: Task, outcome: Outcome, less: Mapping[str, int]) -> None:
+        self._set(task, "interrupted", outcome.reason, outcome.cause)
+        more = f", with {told(less)}" if less else ""
+        self.display.line(f"{task.cell.name}: {outcome.reason}; it is tried again{more}")
+        task.smaller.update(less)
+        task.not_before = self.clock.monotonic() + pause(task.outcomes)
+        task.note(task.cell.missing())
+        task.state, task.forgiven, task.reason = "planned", True, ""
+        self._planned[task] = None
+
+    # Starting
+
+    def _launch(self) -> bool:
+        if self.planner is not None:
+            self._add_cells(self.planner)
+        if self.spending.over_hours() and self.attempts.tasks:
+            self._end_workers()
+        if self.spending.exhausted(self._failures):
+            return False
+        room = self.backend.room(self.attempts.jobs())
+        busy = frozenset().union(*(task.shared for task in self.attempts.tasks.values()))
+        now = self.clock.monotonic()
+        chosen: list[Task] = []
+        with self.ledger.batch():
+            for task in list(self._planned) if room > 0 else ():
+                if len(chosen) >= room:
+                    break
+                steps = self._to_do(task) if task.not_before <= now else []
+                if not steps or shared_stages(steps) & busy:
+                    continue  # two cells that need one model never train it twice
+                busy |= shared_stages(steps)
+                self._take_up(task, steps)
+                chosen.append(task)
+        if chosen:
+            self._submit(chosen)
+        return bool(chosen)
+
+    def _add_cells(self, planner: Planner) -> None:
+        free = self.backend.room(self.attempts.jobs()) - len(self._planned)
+        known = {task.cell.identity for task in self.tasks} if free > 0 else set()
+        for cell in planner.next(free) if free > 0 else ():
+            if cell.identity in known:
+                continue
+            known.add(cell.identity)
+            task = Task(cell, self.folder / "jobs" / cell.identity)
+            self._write_versions([task] if not self.tasks else [])
+            self.tasks.append(task)
+            self._plan(task, has_jobs=task.folder.is_dir())
+            self.ledger.sync([(task.entry, task.state, task.work)])
+            self.overview.changed(task)
+            if task.state not in OPEN:
+                planner.settled(cell, task.state, task.cause)
+
+    def _to_do(self, task: Task) -> list[Step]:
+        """Return what is missing of a cell that may start; settles one that is done, or cannot succeed."""
+        steps = task.cell.missing()
+        if not steps:  # another cell, or another study, has made it meanwhile
+            self._set(task, "done", settled=True)
+            return []
+        problem = blocked(task, steps)
+        if problem is not None:
+            self._set(task, "failed", *problem, settled=True)
+            return []
+        return steps
+
+    def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
+        """Write the spec of a new attempt."""
+        task.take_up(self.prepare)
+        self.attempts.add(task, steps)
+        self._set(task, "running" if self.backend.attached else "queued")
+
+    def _submit(self, tasks: Sequence[Task]) -> None:
+        self._show()
+        jobs: dict[Job, Task] = {task.job: task for task in tasks if task.job is not None}
+        problem: TroubleError | None = None
+        try:
+            # Inline, this returns when the cells have ended.
+            self.backend.submit(list(jobs))
+        except TroubleError as error:
+            problem = error
+        finally:
+            for job, task in jobs.items():
+                if not self.backend.attached and not (job.folder / "job.json").exists():
+                    self.attempts.drop(task)  # the scheduler has taken fewer; its turn comes
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                    task.numbers -= 1
+                    task.state = "planned"
+                    self._planned[task] = None
+        if problem is not None:
+            if self.backend.attached or not self.attempts.tasks:
+                raise problem
+            self._refused(problem)  # what is under way goes on
+        elif refused := getattr(self.backend, "refused", ""):
+            self.display.line(f"fewer are submitted for now: {refused}")
+
+    def _refused(self, problem: TroubleError) -> None:
+        if str(problem) not in self._refusals:
+            self._refusals.add(str(problem))
+            self._say([f"no more are submitted for now: {message}" for message in problem.messages])
+
+    def _set(
+        self, task: Task, state: State, reason: str = "", cause: Cause | None = None, *, settled: bool = False
+    ) -> None:
+        """Note that ``task`` is in ``state``; ``settled``: for the rest of this command."""
+        self._planned.pop(task, None)
+        task.state, task.reason, task.cause = state, reason, cause
+        self._failures += settled and state == "failed"
+        self.ledger.set(task.entry, state, seconds=task.work, cause=cause)
+        if settled:
+            task.cell.forget()
+        self.overview.changed(task)
+        if settled and self.planner is not None:
+            self.planner.settled(task.cell, state, cause)
+
+    def tick(self) -> None:
+        """Show where everything is; an inline backend calls it while it works."""
+        self._show()
+
+    def _show(self, *, force: bool = False) -> None:
+        progress = dict(self.attempts.progress)
+        if self.backend.attached:
+            for task in self.attempts.tasks.values():
+                progress[task] = task.stage_progress()
+        slots = len(self.attempts.tasks) + max(0, self.backend.room(self.attempts.jobs()))
+        self.overview.show(progress, slots=slots, now=self.clock.monotonic(), force=force)
+
+    # After
+
+    def _end_workers(self, *, silently: bool = False, cause: Cause | None = None) -> None:
+        jobs = [] if self.backend.attached else self.attempts.jobs()
+        if jobs:
+            self.display.line("ending the workers ...")
+        end_jobs(self.keepers, jobs, clock=self.clock)
+        for task in list(self.attempts.tasks.values()):
+            if silently:
+                task.state = "interrupted"
+                continue
+            steps = task.cell.missing()
+            state: State = "done" if not steps else "cancelled" if cause == "cancelled" else "interrupted"
+            reason = "" if not steps else cause or "ended by this command"
+            with contextlib.suppress(OSError):
+                verdict = Verdict(state=state, over=True, cause=cause or "killed", reason=reason)
+                self.attempts.record(task, verdict, steps)
+            self.attempts.drop(task)
+            self._set(task, state, "" if state == "done" else reason, cause, settled=True)
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.display.line(line)
+
+    def _finish(self) -> None:
+        self._say(shortfalls(self.tasks))
+        stop = self.spending.exhausted(self._failures)
+        if stop and any(task.state != "done" for task in self.tasks):
+            self.trouble = True
+            self.display.line(stop)
+        if self.report is not None:
+            try:
+                self.display.line(self.report(self.folder))
+            except HpdmError as error:
+                self.trouble = True
+                self._say([f"error: report: {message}" for message in error.messages])
+        if self.tasks:
+            Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)

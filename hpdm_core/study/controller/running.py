@@ -1,0 +1,122 @@
+"""The attempts that are under way: what is known of each, and what it comes to."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hpdm_core.base.files import read_json, write_json
+from hpdm_core.cell import Step
+from hpdm_core.cell.mark import mark_of
+from hpdm_core.store.lease import Watch
+from hpdm_core.study.backends.interface import Clock, Job, Seen
+from hpdm_core.study.controller.budget import Spending
+from hpdm_core.study.controller.retries import Outcome
+from hpdm_core.study.controller.router import Keepers
+from hpdm_core.study.controller.states import Evidence, Verdict, judge
+from hpdm_core.study.controller.tasks import Task, last_lines, shared_stages
+
+__all__ = ["Attempts"]
+
+LOW_DISK_BYTES = 1 << 20
+FULL_DISK = "the disk is full; free some space and give the same command again"
+LINGER_SECONDS = 30.0
+"""A worker whose heart stopped so long ago, and which is still there, has its files looked at."""
+
+
+class Attempts:
+    """Attempts under way, by job id. Liveness is judged on ``clock``; heartbeats are counted in ``spending``."""
+
+    def __init__(self, keepers: Keepers, *, clock: Clock, spending: Spending) -> None:
+        self.keepers = keepers
+        self.clock = clock
+        self.spending = spending
+        self.tasks: dict[str, Task] = {}
+        self.progress: dict[Task, Mapping[str, Any]] = {}
+        """The newest heartbeat of each."""
+        self._watch = Watch(clock.monotonic)
+        self._unanswered: dict[str, float] = {}
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs under way."""
+        return [task.job for task in self.tasks.values() if task.job is not None]
+
+    def add(self, task: Task, steps: Sequence[Step]) -> None:
+        """Take ``task`` up, whose job is to make ``steps``."""
+        assert task.job is not None, f"{task.cell.name} has a job"
+        self.tasks[task.job.id] = task
+        task.shared = shared_stages(steps)
+        task.started = self.clock.monotonic()
+
+    def drop(self, task: Task) -> None:
+        """Let go of ``task``, whose job is over."""
+        assert task.job is not None, f"{task.cell.name} has a job"
+        self.tasks.pop(task.job.id, None)
+        self._unanswered.pop(task.job.id, None)
+        self._watch.forget(task.job.id)
+        self.progress.pop(task, None)
+        task.job = None
+
+    def judged(self, task: Task, seen: Seen) -> Verdict:
+        """Return what the attempt of ``task`` is, given what its scheduler says."""
+        assert task.job is not None, f"{task.cell.name} has a job"
+        now = self.clock.monotonic()
+        files = self._files(task)
+        if seen.phase == "unknown":
+            unanswered = now - self._unanswered.setdefault(task.job.id, now)
+        else:
+            unanswered = 0.0
+            self._unanswered.pop(task.job.id, None)
+        # Results are many files: they are looked at when something says that there is something to see.
+        look = seen.phase == "over" or files["silent"] > LINGER_SECONDS or files["ended"] is not None
+        steps = task.cell.missing() if look else []
+        done = look and not steps
+        error = task.error(steps) if look and not done else None
+        if seen.phase == "waiting":
+            error = None  # requeued: what it wrote before is of its run before
+        return judge(Evidence(done=done, error=error, unanswered=unanswered, seen=seen, **files))
+
+    def ended_unseen(self, task: Task, steps: Sequence[Step], seen: Seen) -> Verdict:
+        """Return what an attempt came to that ended while there was no controller."""
+        return judge(Evidence(done=False, error=task.error(steps), seen=seen, **self._files(task)))
+
+    def _files(self, task: Task) -> dict[str, Any]:
+        """Return what the attempt's own files say: started, silent, ended."""
+        job = task.job
+        assert job is not None, f"{task.cell.name} has a job"
+        beat = read_json(job.folder / "heartbeat.json")
+        if beat is not None:
+            self.progress[task] = beat
+            self.spending.note(job, beat)
+        silent = self._watch.silent(job.id, None if beat is None else (beat.get("born"), beat.get("beat")))
+        return {"started": beat is not None, "silent": silent, "ended": read_json(job.folder / "end.json")}
+
+    def settle(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> tuple[Verdict, Outcome]:
+        """Close the attempt of ``task``, with ``steps`` still missing; return what it came to in the end."""
+        if task.pruned and verdict.state != "done":
+            verdict = Verdict(state="cancelled", over=True, cause="pruned", reason=task.pruned)
+        if verdict.cause == "killed":
+            task.tail = last_lines(task.log, task.job)
+            if shutil.disk_usage(task.folder).free < LOW_DISK_BYTES:
+                verdict = Verdict(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
+        task.seconds = self.clock.monotonic() - task.started
+        outcome = self.record(task, verdict, steps)
+        self.drop(task)
+        return verdict, outcome
+
+    def record(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> Outcome:
+        """Write what became of the attempt into its folder."""
+        job = task.job
+        assert job is not None, f"{task.cell.name} has a job"
+        said = (task.error(steps) or {}).get("stage")
+        outcome = Outcome(
+            state=verdict.state,
+            cause=verdict.cause,
+            reason=verdict.reason,
+            begun=task.begun or list((read_json(job.spec) or {}).get("begun", [])),
+            reached=mark_of(task.cell) if steps else [],
+            # Killed without a word it was at the first stage that is missing: they are done in order.
+            stage=said or (steps[0].stage.kind if steps else None),
+            smaller=task.smaller,
+        )
+        write_json(job.folder / "outcome.json", {**outcome.to_json(), "tail": task.tail}, durable=False)
+        return outcome

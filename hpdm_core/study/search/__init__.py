@@ -1,0 +1,1 @@
+"""Arms tuned by Optuna before they are compared."""

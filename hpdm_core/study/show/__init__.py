@@ -1,0 +1,1 @@
+"""What a study says of itself without running: its costs, its state, its report."""

@@ -1,0 +1,1 @@
+"""What runs one cell in a process of its own."""

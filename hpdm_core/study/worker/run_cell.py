@@ -1,0 +1,140 @@
+"""What a worker process does: one cell from its spec file, with a heartbeat, and a last word.
+
+Asked to end (SIGTERM, or SIGUSR2 shortly before a time limit or a preemption) it saves a checkpoint after the
+current step and ends; in a SLURM job that was asked by SIGUSR2 it puts itself back into the queue, and goes on
+at that very step when its turn comes. submitit's own handler of that signal is replaced: it would end the cell
+by an exception, and call every job of ten minutes or less timed out.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hpdm_core.base import interruption
+from hpdm_core.base.errors import TroubleError
+from hpdm_core.base.files import read_json, write_json
+from hpdm_core.cell import Cell
+from hpdm_core.cell.mark import mark_of
+from hpdm_core.store.failures import Cause, TimeLimit
+from hpdm_core.store.heartbeat import Heart, Progress
+from hpdm_core.store.stages import describe
+
+__all__ = ["run_job"]
+
+RESOLUTION_SECONDS = 90.0
+"""SLURM may send its signal a minute early, and a worker takes a while to start."""
+
+
+def run_job(path: str, progress: Progress | None = None) -> None:
+    """Run the cell in the spec file ``path``: all that a worker process does.
+
+    Beside the spec it writes ``worker.json``, ``heartbeat.json`` and at the end ``error.json`` or ``end.json``
+    (see `hpdm_core.study.backends.interface`). With ``progress`` it runs in the caller's process, and prints there. Of
+    several processes that run one cell together, the first one writes.
+    """
+    spec_file = Path(path)
+    first = _rank() == 0
+    heart = Heart(spec_file.parent) if progress is None and first else None
+    cell: Cell | None = None
+    with interruption.watched(), heart or contextlib.nullcontext():
+        try:
+            spec = read_json(spec_file)
+            if spec is None:
+                raise TroubleError(f"{spec_file}: no readable spec of a cell")
+            if heart is not None:
+                heart.gpus = int(spec.get("gpus", 0))
+            _set_environment(spec.get("environment", {}))
+            cell = Cell.from_spec(spec)
+            with _ended_in_order(cell, heart, spec.get("slurm")), _together(cell):
+                cell.run(progress if heart is None else heart.show, own_output=heart is not None)
+        except Exception as error:
+            said = describe(error, stage=None if cell is None else cell.at)
+            file = spec_file.parent / "error.json"
+            # Of several processes, who only sees that another is gone leaves the word to that one.
+            lost = said["kind"] == "lost node"
+            told = (read_json(file) or {}).get("kind", "lost node") != "lost node"
+            if (lost and told) or (not first and (lost or told)):
+                raise
+            if heart is not None:
+                heart.say("error.json", said)
+            else:
+                with contextlib.suppress(OSError):
+                    write_json(file, said)
+            raise
+
+
+def _rank() -> int:
+    """This process's number among those that run the cell together, before they have found each other."""
+    # A local job's own number first: it may have been started within an allocation.
+    names = ("SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID" if "SLURM_JOB_ID" in os.environ else "RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _together(cell: Cell) -> Iterator[None]:
+    """Join the other processes of the job, where there are any."""
+    from hpdm_core.base import distributed
+
+    with distributed.joined(cell.config.runtime.device):
+        yield
+
+
+@contextlib.contextmanager
+def _ended_in_order(cell: Cell, heart: Heart | None, slurm: Mapping[str, Any] | None) -> Iterator[None]:
+    """Say why the work ended when it was asked to, and go back into the queue where that is due."""
+    begun = mark_of(cell) if heart is not None else None
+    try:
+        yield
+    except interruption.Interrupted as end:
+        if heart is None:
+            raise
+        cause = _cause(end.signum, heart.seconds, slurm)
+        word: dict[str, Any] = {"signal": signal.Signals(end.signum).name, "cause": cause, "requeued": False}
+        if slurm is None or end.signum != getattr(signal, "SIGUSR2", None):
+            heart.say("end.json", word)
+            raise
+        if cause == "time limit" and mark_of(cell) == begun:
+            raise TimeLimit(
+                f"the time limit of {float(slurm['limit_seconds']) / 60:.0f} min passed without one step that "
+                "could be saved; raise backend.time, or make steps shorter (runtime.micro_batch)"
+            ) from None
+        heart.say("end.json", {**word, "requeued": True})
+        if not _requeue():
+            heart.say("end.json", word)
+        raise
+
+
+def _cause(signum: int, seconds: float, slurm: Mapping[str, Any] | None) -> Cause | None:
+    """Why the signal came, as far as this process can tell; None leaves it to the scheduler."""
+    if slurm is None or signum != getattr(signal, "SIGUSR2", None):
+        return None
+    due = float(slurm["limit_seconds"]) - float(slurm["signal_seconds"]) - RESOLUTION_SECONDS
+    return "time limit" if seconds >= due else "preempted"
+
+
+def _requeue() -> bool:
+    number = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        number = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        shown = subprocess.run(
+            ["scontrol", "requeue", number], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"scontrol requeue {number}: {error}", flush=True)
+        return False
+    if shown.returncode:
+        print(f"scontrol requeue {number}: {shown.stderr.strip()}", flush=True)
+    return shown.returncode == 0

@@ -1,0 +1,1 @@
+"""Built-in coordinate samplers, noise scalings and samplers, objectives and solvers."""

@@ -1,0 +1,1 @@
+"""Built-in context fusions, allocations and backbones."""
