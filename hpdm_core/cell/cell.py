@@ -21,7 +21,7 @@ from hpdm_core.base import distributed
 from hpdm_core.base.canonical import canonical_json
 from hpdm_core.base.errors import TroubleError
 from hpdm_core.base.files import read_json, write_json
-from hpdm_core.cell.keys import Keys, Kin
+from hpdm_core.cell.keys import ArmKeys, Keys
 from hpdm_core.config.schema import SCHEMA_VERSION, CellConfig, Part
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
@@ -57,7 +57,7 @@ class Cell:
 
     ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
     store. ``contents``: what lay at the places that the configuration names (`places_in`), for those that
-    are gone; without it what the store remembers of them, so that done work is still known. ``kin``: of a
+    are gone; without it what the store remembers of them, so that done work is still known. ``arm_keys``: of a
     cell of the same arm in the same store, which saves working out its keys anew. ``base``: the cell whose model
     this one starts from, if that is an arm's (``training.start_from``); it is trained first where it is missing.
     """
@@ -71,7 +71,7 @@ class Cell:
         arm: str = "run",
         study: str = "",
         contents: Mapping[str, str] | None = None,
-        kin: Kin | None = None,
+        arm_keys: ArmKeys | None = None,
         base: Cell | None = None,
     ) -> None:
         self.config = config
@@ -82,7 +82,9 @@ class Cell:
         self.store = Store(store)
         self.contents = dict(contents or {})
         self.base = base
-        self.kin: Kin = kin or Kin(config, plugins, self._known, base=None if base is None else base.kin)
+        self.arm_keys: ArmKeys = arm_keys or ArmKeys(
+            config, plugins, self._known, base=None if base is None else base.arm_keys
+        )
         self.observers = Observers(plugins, self)
         self.at: Kind | None = None
         """The stage that this process works on."""
@@ -102,7 +104,7 @@ class Cell:
     @cached_property
     def keys(self) -> Keys:
         """The keys of the stages."""
-        return self.kin.keys(self.seed)
+        return self.arm_keys.keys(self.seed)
 
     def _known(self, place: str) -> str | None:
         """Return the fingerprint of what lay at ``place``, now gone: as given, or as last trained on."""
@@ -119,7 +121,7 @@ class Cell:
 
     def absent(self) -> list[str]:
         """Return a line per place that the cell needs, where nothing lies and never lay as far as is known."""
-        return self.kin.absent
+        return self.arm_keys.absent
 
     @cached_property
     def identity(self) -> str:
@@ -153,7 +155,7 @@ class Cell:
     @property
     def only_measured(self) -> bool:
         """Whether no metric reads anything that has to be trained: then nothing is."""
-        return bool(self.kin.needs) and set(self.kin.needs) == {"configuration"}
+        return bool(self.arm_keys.needs) and set(self.arm_keys.needs) == {"configuration"}
 
     def finished(self) -> bool:
         """Whether every stage has a result file. Looks at names only: a quick answer for what was done before."""
@@ -168,7 +170,7 @@ class Cell:
         """Return what is still to be done, in order. Reads result files only. Samples and weights whose
         evaluations are done are caches: they are made again only when something needs them.
         """
-        evaluations = list(zip(self.kin.needs, (step.stage for step in self._steps[2:]), strict=True))
+        evaluations = list(zip(self.arm_keys.needs, (step.stage for step in self._steps[2:]), strict=True))
         is_open = [not stage.done for _, stage in evaluations]
         open_needs = {need for (need, _), still in zip(evaluations, is_open, strict=True) if still}
         train, sample, *evaluate = self._steps
@@ -216,7 +218,7 @@ class Cell:
             Step(name="sample", stage=self.sample_stage, run=self._sample, cell=self),
             *(
                 Step(name=f"evaluate {part.use}", stage=stage, run=self._evaluator(part, need), cell=self)
-                for need, (part, stage) in zip(self.kin.needs, self.evaluation_stages(), strict=True)
+                for need, (part, stage) in zip(self.arm_keys.needs, self.evaluation_stages(), strict=True)
             ),
         ]
 
@@ -421,7 +423,7 @@ class Cell:
                 "samples": self.keys.samples,
                 "evaluations": list(self.keys.evaluations),
             },
-            "contents": self.kin.contents,
+            "contents": self.arm_keys.contents,
             **({} if self.base is None else {"base": self.base.spec()}),
             "arm": self.arm,
             "study": self.study,

@@ -27,7 +27,7 @@ from hpdm_core.config.content import Known
 from hpdm_core.config.schema import CellConfig, Part
 from hpdm_core.plugins import Plugins
 
-__all__ = ["Keys", "Kin"]
+__all__ = ["ArmKeys", "Keys"]
 
 HOLE = "\x00hole"
 BASE = "\x00base"
@@ -66,13 +66,13 @@ class _Template:
         return whole.hexdigest()
 
 
-class Kin:
+class ArmKeys:
     """What the cells share that differ from ``config`` in their seed alone. ``known``: see `hpdm_core.assembly.keys`;
     ``base``: of the model that they start from, if that is an arm's.
     """
 
     def __init__(
-        self, config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: Kin | None = None
+        self, config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: ArmKeys | None = None
     ) -> None:
         self.config = config
         self.base = base

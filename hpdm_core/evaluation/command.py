@@ -20,7 +20,7 @@ from hpdm_core.evaluation.folders.manifest import Manifest, read_manifest
 from hpdm_core.evaluation.folders.reading import RANGES
 from hpdm_core.evaluation.folders.splits import check_split, find_lists
 from hpdm_core.evaluation.results import table, text_of, to_json
-from hpdm_core.evaluation.run import Changes, Evaluation, Judge, changed_record
+from hpdm_core.evaluation.run import Changes, Evaluation, FolderEvaluator, changed_record
 from hpdm_core.metrics.protocols.records import load_record
 from hpdm_core.plugins import build_plugins
 
@@ -178,7 +178,7 @@ def _folders(given: argparse.Namespace) -> int:
     records = [changed_record(record, changes) for record in loaded]
     manifest: Manifest | None = None if given.manifest is None else read_manifest(given.manifest)
     device = prepare_torch(RuntimeConfig(device=given.device), Arithmetic())
-    judge = Judge(
+    judge = FolderEvaluator(
         plugins=plugins,
         reader=plugins.make("video_readers", Part(use=given.reader)),
         real=given.real,

@@ -27,7 +27,7 @@ from hpdm_core.base.files import whole_or_absent
 from hpdm_core.base.randomness import generator
 from hpdm_core.config.schema import Arithmetic, Part
 from hpdm_core.metrics.corruptions import COARSEST, CORRUPTIONS, enlarged
-from hpdm_core.metrics.features import Slabs
+from hpdm_core.metrics.features import FeatureBuffer
 from hpdm_core.metrics.interface import data_facts
 from hpdm_core.pyramid import downsample
 
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.assembly.denoiser import Denoiser
     from hpdm_core.data.dataset import Clip, Split
-    from hpdm_core.metrics.distances.frechet import Features
-    from hpdm_core.metrics.interface import FeatureExtractor
+    from hpdm_core.metrics.interface import FeatureExtractor, Features
 
 __all__ = ["CellContext"]
 
@@ -147,7 +146,7 @@ class CellContext:
             raise TroubleError("samples: no folder was given; sample the cell first")
         folder = self.samples_folder
         count = self.assembly.config.evaluation.samples
-        extract, held = self.extractor(part).features, Slabs()
+        extract, held = self.extractor(part).features, FeatureBuffer()
 
         def work(batch: range) -> list[Features]:
             levels = range(self.assembly.config.model.levels)
@@ -218,7 +217,7 @@ class CellContext:
         self, part: Part, *, split: Split, count: int, corruption: str | None
     ) -> list[Features]:
         """Return the features per level, then the labels [count]."""
-        extract, held = self.extractor(part).features, Slabs()
+        extract, held = self.extractor(part).features, FeatureBuffer()
 
         def work(batch: range) -> tuple[list[int], list[Features]]:
             levels, drawn = self.reals(split, batch)

@@ -30,8 +30,8 @@ from hpdm_core.evaluation.folders.manifest import Entry, entry_of
 from hpdm_core.evaluation.folders.reading import ClipFacts, ValueRange, read_clip
 from hpdm_core.evaluation.folders.selection import Choice
 from hpdm_core.evaluation.folders.sources import content_hash
-from hpdm_core.metrics.distances.frechet import Features
-from hpdm_core.metrics.features import Slabs
+from hpdm_core.metrics.features import FeatureBuffer
+from hpdm_core.metrics.interface import Features
 from hpdm_core.metrics.protocols.records import Preparation
 
 __all__ = ["Extracted", "Extraction", "FeatureCache", "Task"]
@@ -150,7 +150,7 @@ class Extraction:
         if found is not None:
             return found
         total = len(wave)
-        held = Slabs()
+        held = FeatureBuffer()
         entries: list[Entry] = []
         facts: list[ClipFacts] = []
         rows: list[Features] = []
@@ -184,7 +184,9 @@ class Extraction:
     def _hashes(self, wave: Sequence[Choice]) -> list[str]:
         return distributed.spread(wave, _hash)
 
-    def _work(self, task: Task, choices: Sequence[Choice], hashes: Sequence[str], held: Slabs) -> _Made:
+    def _work(
+        self, task: Task, choices: Sequence[Choice], hashes: Sequence[str], held: FeatureBuffer
+    ) -> _Made:
         made = _Made([], [], [], {})
         for choice, content in zip(choices, hashes, strict=True):
             try:

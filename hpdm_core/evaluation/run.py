@@ -33,7 +33,7 @@ from hpdm_core.metrics.protocols.records import ProtocolRecord, SideRule, differ
 if TYPE_CHECKING:
     from hpdm_core.plugins import Plugins
 
-__all__ = ["Changes", "Evaluation", "Judge", "changed_record", "resolved_record"]
+__all__ = ["Changes", "Evaluation", "FolderEvaluator", "changed_record", "resolved_record"]
 
 FILES = ("weights", "mean")
 """Options of a detector that name files; their content is in what it says of itself."""
@@ -110,7 +110,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class FolderEvaluator:
     """Two folders and the machine's side of measuring them; `evaluate` measures by one protocol.
 
     ``replicates``: of the bootstrap, 0 for none. ``progress`` is told the side, clips done and clips in all.

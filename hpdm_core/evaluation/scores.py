@@ -10,10 +10,11 @@ import numpy as np
 
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.evaluation.extraction import Extracted
-from hpdm_core.metrics.distances.frechet import Features, distance_between, fit_gaussian, frechet_distance
+from hpdm_core.metrics.distances.frechet import distance_between, fit_gaussian, frechet_distance
 from hpdm_core.metrics.distances.inception_score import InceptionScore, inception_score
 from hpdm_core.metrics.distances.kernel import kernel_distance
 from hpdm_core.metrics.distances.uncertainty import GROUPS, bootstrap, default_counts, extrapolate
+from hpdm_core.metrics.interface import Features
 from hpdm_core.metrics.protocols.records import ProtocolRecord
 
 __all__ = ["distance_of", "measured", "warnings_about"]

@@ -26,7 +26,7 @@ from hpdm_core.evaluation.folders.selection import candidates, needed_frames, re
 from hpdm_core.evaluation.folders.sources import Video
 from hpdm_core.evaluation.run import resolved_record, title_of
 from hpdm_core.evaluation.scores import measured
-from hpdm_core.metrics.features import Slabs
+from hpdm_core.metrics.features import FeatureBuffer
 from hpdm_core.metrics.networks.weights import MissingWeights
 from hpdm_core.metrics.protocols.records import (
     ProtocolRecord,
@@ -39,8 +39,7 @@ from hpdm_core.metrics.protocols.records import (
 if TYPE_CHECKING:
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.config.schema import CellConfig
-    from hpdm_core.metrics.distances.frechet import Features
-    from hpdm_core.metrics.interface import EvaluationContext, FeatureExtractor, Need, Row
+    from hpdm_core.metrics.interface import EvaluationContext, FeatureExtractor, Features, Need, Row
     from hpdm_core.plugins import Plugins
 
 __all__ = ["ProtocolMetric", "lacking"]
@@ -226,7 +225,7 @@ class ProtocolMetric:
         rule, frames = fitted.record.fakes, fitted.record.frames
         taken = slice(0, frames * rule.stride, rule.stride)
         assert isinstance(rule.count, int), "fitted to the number of samples"
-        held = Slabs()
+        held = FeatureBuffer()
 
         def work(index: int) -> Features:
             video = context.samples(fitted.level, [index])[0, taken]
@@ -287,7 +286,7 @@ class ProtocolMetric:
         count = context.assembly.config.evaluation.reals
         name = context.assembly.config.data.dataset.use
         taken = slice(0, record.frames * rule.stride, rule.stride)
-        held = Slabs()
+        held = FeatureBuffer()
 
         def work(number: int) -> Features:
             levels, _ = context.reals("train", [number])

@@ -23,8 +23,9 @@ import numpy as np
 from hpdm_core.base import distributed
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import whole_or_absent
-from hpdm_core.metrics.distances.frechet import Features, frechet_distance
+from hpdm_core.metrics.distances.frechet import frechet_distance
 from hpdm_core.metrics.distances.metric import FeatureDistance
+from hpdm_core.metrics.interface import Features
 from hpdm_core.metrics.networks.weights import MissingWeights
 
 if TYPE_CHECKING:

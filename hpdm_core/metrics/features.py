@@ -17,10 +17,9 @@ from torch import Tensor
 from hpdm_core.base.errors import InputError
 
 if TYPE_CHECKING:
-    from hpdm_core.metrics.distances.frechet import Features
-    from hpdm_core.metrics.interface import FeatureExtractor
+    from hpdm_core.metrics.interface import FeatureExtractor, Features
 
-__all__ = ["Slabs", "extract"]
+__all__ = ["FeatureBuffer", "extract"]
 
 SLAB = 2**19  # numbers, 4 MiB
 
@@ -41,7 +40,7 @@ def extract(
     """
     if batch_size < 1:
         raise InputError(f"batch size: {batch_size} was given; allowed is 1 or more")
-    held = Slabs()
+    held = FeatureBuffer()
     found: list[Features] = []
     done = 0
     for batch in _batches(clips, batch_size):
@@ -54,7 +53,7 @@ def extract(
     return np.concatenate(found)
 
 
-class Slabs:
+class FeatureBuffer:
     """Keeps small arrays in few large pieces of memory.
 
     Kept where they were made, between the large tensors of one batch and the next, they would hold the heap

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hpdm_core.assembly.keys import keyed_section
 from hpdm_core.base.errors import InputError
 
@@ -25,12 +28,12 @@ if TYPE_CHECKING:
     from hpdm_core.config.content import Known
     from hpdm_core.config.schema import CellConfig, Part
     from hpdm_core.data.dataset import Clip, Split
-    from hpdm_core.metrics.distances.frechet import Features
     from hpdm_core.plugins import Plugins
 
 __all__ = [
     "EvaluationContext",
     "FeatureExtractor",
+    "Features",
     "Metric",
     "Need",
     "Row",
@@ -39,6 +42,9 @@ __all__ = [
     "data_facts",
     "resolution",
 ]
+
+Features = NDArray[np.float64]
+"""Features [n, d] of n videos, or what is made of them."""
 
 Need = Literal["configuration", "data", "training", "model", "samples"]
 """What a metric reads, and so what its key hangs on: how the cell is set up (nothing is trained for it), the

@@ -15,7 +15,7 @@ from hpdm_core.base.files import read_json, write_json
 from hpdm_core.store.lease import Process
 from hpdm_core.store.stages import Attempt
 
-__all__ = ["BEAT_SECONDS", "Heart", "Progress", "Reporter"]
+__all__ = ["BEAT_SECONDS", "JobHeartbeat", "Progress", "Reporter"]
 
 BEAT_SECONDS = 5.0
 SHOW_SECONDS = 1.0
@@ -60,7 +60,7 @@ class Reporter:
             self._forward(whole)
 
 
-class Heart:
+class JobHeartbeat:
     """Writes ``heartbeat.json`` into a job's folder while the block lasts, and says which process works there.
 
     A job that is requeued has one heart after the other; one whose folder names another process falls silent
@@ -81,7 +81,7 @@ class Heart:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "JobHeartbeat":
         write_json(self.folder / "worker.json", self._me, durable=False)
         for name in ("end.json", "error.json"):  # of the same job before it was requeued
             (self.folder / name).unlink(missing_ok=True)

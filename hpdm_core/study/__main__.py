@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import shlex
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from hpdm_core.base.errors import InputError, TroubleError, did_you_mean, report_errors
-from hpdm_core.base.files import disk_trouble, read_json
+from hpdm_core.base.files import read_json
 from hpdm_core.base.passwords import without_passwords
-from hpdm_core.study.backends.registry import BACKENDS, make_backend
+from hpdm_core.study.backends.registry import BACKENDS
+from hpdm_core.study.run import check_writable, run_study
 
 if TYPE_CHECKING:
-    from hpdm_core.cell import Cell
     from hpdm_core.study.plan.study_file import StudyConfig
 
 __all__ = ["build_parser", "main"]
@@ -170,113 +164,6 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def run_study(
-    study: StudyConfig,
-    results: Path,
-    *,
-    backend: str | None = None,
-    max_parallel: int | None = None,
-    retry_failed: bool = False,
-    evaluate_only: bool = False,
-    imports: Sequence[Path] = (),
-    again: str = "",
-    detach: bool = False,
-) -> int:
-    """Run ``study`` with its results under ``results`` and return the exit code.
-
-    ``detach`` (slurm) submits what may be submitted and returns.
-    """
-    from hpdm_core.evaluation.study_metric import lacking
-    from hpdm_core.study.backends.simulated import results_for
-    from hpdm_core.study.controller.controller import Controller
-    from hpdm_core.study.controller.display import make_display
-    from hpdm_core.study.ledger.storage import check_storage
-    from hpdm_core.study.plan.cells import cells_of, refuse_absent
-    from hpdm_core.study.plan.evaluate_only import only_evaluations
-    from hpdm_core.study.plan.import_cells import Importer
-    from hpdm_core.study.show.report import report
-    from hpdm_core.study.worker.run_cell import run_job
-
-    use, options = study.backend.use, study.backend.options
-    if backend is not None and backend != use:
-        use, options = backend, {}
-    controllers: list[Controller] = []
-    chosen = make_backend(use, options, work=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
-    chosen.check()
-    check_writable(results)
-    results = results_for(use, results.resolve())
-    check_storage(study.storage, results / study.name)
-    cells, others = cells_of(study, results / "store")
-    refuse_absent(cells)
-    importers = [Importer(folder) for folder in imports]
-
-    def take(cell: Cell) -> None:
-        for importer in importers:
-            importer.take(cell)
-
-    search = None
-    if study.search is not None:
-        from hpdm_core.study.search.search import Search
-
-        search = Search(study, store=results / "store", folder=results / study.name, seen=take)
-        cells, others = [], []
-    if evaluate_only:
-        cells, rest = only_evaluations(cells)
-        others = [*others, *rest]
-    console = Console()
-    for line in lacking(list(study.configs.values()), study.plugins):
-        console.print(line, markup=False, highlight=False)
-    controllers.append(
-        Controller(
-            cells,
-            others=others,
-            folder=results / study.name,
-            study=study.name,
-            backend=chosen,
-            display=make_display(console),
-            source=study_text(study, without_passwords(again)),
-            storage=study.storage,
-            retry_failed=retry_failed,
-            report=report,
-            planner=search,
-            again=without_passwords(again),
-            detach=detach,
-            prepare=_freezer(results / study.name, study) if use == "slurm" else None,
-            budget=study.budget,
-        )
-    )
-    before = (
-        signal.signal(signal.SIGTERM, _terminated),
-        signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        with disk_trouble(results):
-            for cell in cells if importers else ():
-                take(cell)
-        code = controllers[0].run()
-        for importer in importers:
-            for text in importer.lines():
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-        return code
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-
-
-def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what makes a spec run from a copy of the code, made when the first one is submitted."""
-    from hpdm_core.study.plan.freeze import Frozen, freeze
-
-    made: list[Frozen] = []
-
-    def prepare(spec: dict[str, Any]) -> dict[str, Any]:
-        if not made:
-            made.append(freeze(folder / "code", study.plugins))
-        return made[0].spec(spec)
-
-    return prepare
-
-
 def _look_or_cancel(study: StudyConfig, results: Path, *, cancel: bool) -> int:
     from hpdm_core.study.plan.cells import cells_of
     from hpdm_core.study.show.status import begun_cells, cancel_study, status_of
@@ -319,37 +206,6 @@ def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str])
     return 0
 
 
-def study_text(study: StudyConfig, command: str) -> str:
-    """Return what the study's folder keeps as study.yaml: the file with presets and flags worked in."""
-    data = {key: value for key, value in study.resolved.items() if key != "factors"}
-    data["arms"] = study.arms  # those of --arm and of factors too
-    data["baseline"] = study.baseline
-    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"# {command}\n{text}" if command else text
-
-
-def check_writable(folder: Path) -> None:
-    """Raise `InputError` when nothing can be written under ``folder``, `TroubleError` when there is no space
-    left; leaves nothing behind.
-    """
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    try:
-        # Asking for permissions is not enough: a file system may be read-only, and root is told yes.
-        Path(tempfile.mkdtemp(prefix=".hpdm-", dir=there)).rmdir()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TroubleError(
-                f"--results {folder}: {reason}; the work done is kept, free some space and give the same "
-                "command again"
-            ) from error
-        raise InputError(
-            f"--results {folder}: not writable ({there}: {reason}); allowed: a folder that you may write"
-        ) from error
-
-
 def _say(text: str) -> None:
     """Say on standard error what goes on."""
     print(text, file=sys.stderr, flush=True)
@@ -363,10 +219,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
     return number
-
-
-def _terminated(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
         "cannot allocate memory",
         "bad_alloc",
         "bad alloc",
-        "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its kin
+        "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its arm_keys
     )
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
         words in said for words in known

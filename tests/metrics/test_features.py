@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpdm_core.base.errors import InputError
-from hpdm_core.metrics.features import Slabs, extract
+from hpdm_core.metrics.features import FeatureBuffer, extract
 from hpdm_core.metrics.networks.random3d import Random3D
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_clip_is_named() -> None:
 
 def test_slabs_keep_copies_that_do_not_touch_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpdm_core.metrics.features.SLAB", 10)
-    held = Slabs()
+    held = FeatureBuffer()
     given = [
         torch.full(shape, float(number)) for number, shape in enumerate([(2, 3), (4,), (1, 5), (30,), (2,)])
     ]

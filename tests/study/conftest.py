@@ -19,6 +19,7 @@ from hpdm_core.store.stages import Stage, Store
 from hpdm_core.study.backends.inline import Inline, InlineOptions
 from hpdm_core.study.controller.controller import Controller
 from hpdm_core.study.controller.display import PlainDisplay
+from hpdm_core.study.controller.study_run import StudyRun
 
 
 @dataclass
@@ -146,15 +147,8 @@ def study(tmp_path: Path) -> Callable[..., Run]:
         text = io.StringIO()
         display = PlainDisplay(Console(file=text, width=200))
         used = backend or Inline(InlineOptions(), work=job or make_job(), tick=lambda: None)
-        controller = Controller(
-            cells,
-            folder=tmp_path / "tiny",
-            study="tiny",
-            backend=used,
-            display=display,
-            again="again",
-            **options,
-        )
+        asked = StudyRun(name="tiny", folder=tmp_path / "tiny", cells=cells, again="again", **options)  # type: ignore[arg-type]
+        controller = Controller(asked, backend=used, display=display)
         code = controller.run()
         return Run(code, text.getvalue(), [line for line in _logged(tmp_path) if line not in seen])
 

@@ -14,15 +14,15 @@ from hpdm_core.base.errors import TroubleError
 from hpdm_core.base.files import read_json, write_json
 from hpdm_core.config.study_keys import Budget
 from hpdm_core.store.lease import Process
-from hpdm_core.study.backends.interface import Job, Seen
+from hpdm_core.study.backends.interface import Job, SchedulerStatus
 from hpdm_core.study.controller.controller import CANCEL
 from hpdm_core.study.ledger import lock as locking
 
-ALIVE, DEAF = Seen(phase="alive"), Seen(phase="unknown", word="squeue: no answer")
+ALIVE, DEAF = SchedulerStatus(phase="alive"), SchedulerStatus(phase="unknown", word="squeue: no answer")
 
 
-def over(cause: Any = None, **more: Any) -> Seen:
-    return Seen(phase="over", cause=cause, **more)
+def over(cause: Any = None, **more: Any) -> SchedulerStatus:
+    return SchedulerStatus(phase="over", cause=cause, **more)
 
 
 class Script:
@@ -54,7 +54,7 @@ class Script:
 
     def check(self) -> None: ...
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         return self.slots - len(under_way)
 
     def interval(self, under_way: int) -> float:
@@ -67,14 +67,14 @@ class Script:
             self.jobs.append(job)
             self.specs.append(read_json(job.spec) or {})
 
-    def poll(self, jobs: Sequence[Job]) -> dict[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> dict[str, SchedulerStatus]:
         return {job.id: self._look(job) for job in jobs}
 
-    def _look(self, job: Job) -> Seen:
+    def _look(self, job: Job) -> SchedulerStatus:
         left = self._left.get(job.id, [over()])
         while callable(left[0]):
             left.pop(0)(job)
-        seen: Seen = left.pop(0) if len(left) > 1 else left[0]
+        seen: SchedulerStatus = left.pop(0) if len(left) > 1 else left[0]
         return seen
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:

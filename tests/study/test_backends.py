@@ -11,9 +11,9 @@ import pytest
 from hpdm_core.base.errors import InputError
 from hpdm_core.base.files import write_json
 from hpdm_core.config.study_keys import BACKENDS as NAMES_IN_FILES
-from hpdm_core.study.backends.interface import Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Job, SchedulerStatus, SystemClock
 from hpdm_core.study.backends.registry import BACKENDS, make_backend
-from hpdm_core.study.controller.router import Keepers, end_jobs
+from hpdm_core.study.controller.router import BackendRouter, end_jobs
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0) -> None:
@@ -79,9 +79,9 @@ def test_an_unknown_backend_gets_the_nearest_name() -> None:
 
 
 def test_max_parallel_overrides_the_slots(job: Job) -> None:
-    assert local(sleeper(), max_parallel=2).room([job]) == 1
-    assert local(sleeper(), slots=2, max_parallel=3).room([job]) == 2
-    assert local(sleeper(), slots=1).room([job]) == 0
+    assert local(sleeper(), max_parallel=2).free_slots([job]) == 1
+    assert local(sleeper(), slots=2, max_parallel=3).free_slots([job]) == 2
+    assert local(sleeper(), slots=1).free_slots([job]) == 0
 
 
 def test_inline_runs_at_once_and_passes_progress_on(job: Job) -> None:
@@ -102,7 +102,7 @@ def test_a_local_worker_outlives_its_controller_is_found_again_and_ended(job: Jo
     other = local(sleeper())
     assert not over(other, job)  # before the worker has said who it is: its launcher is known
     wait_for((job.folder / "worker.json").exists)
-    end_jobs(Keepers(other), [job], clock=SystemClock())
+    end_jobs(BackendRouter(other), [job], clock=SystemClock())
     assert over(backend, job) and over(other, job) and over(local(sleeper()), job)
     assert (job.folder / "unwound").exists()  # ended as Ctrl-C would, not shot
 
@@ -137,7 +137,7 @@ def test_a_worker_that_does_not_listen_is_shot(job: Job) -> None:
     backend = local(deaf())
     backend.submit([job])
     pid_of(job)
-    end_jobs(Keepers(backend), [job], clock=SystemClock(), grace=1.0)
+    end_jobs(BackendRouter(backend), [job], clock=SystemClock(), grace=1.0)
     wait_for(lambda: over(backend, job), seconds=5)
 
 
@@ -168,7 +168,7 @@ def test_a_worker_of_another_host_cannot_be_asked(job: Job) -> None:
 
 
 def test_a_job_that_was_never_started_is_over(job: Job) -> None:
-    assert local(sleeper()).poll([job])[job.id] == Seen(phase="over", cause="never started")
+    assert local(sleeper()).poll([job])[job.id] == SchedulerStatus(phase="over", cause="never started")
 
 
 def test_a_slot_has_its_cores(job: Job, tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_slot_has_its_cores(job: Job, tmp_path: Path) -> None:
 
 def test_no_further_cell_is_started_when_memory_is_short(job: Job) -> None:
     short = local(sleeper(), slots=2, min_free_gb=1e6)
-    assert short.room([]) == 2 and short.room([job]) == 0
-    assert local(sleeper(), slots=2, min_free_gb=0.001).room([job]) == 1
+    assert short.free_slots([]) == 2 and short.free_slots([job]) == 0
+    assert local(sleeper(), slots=2, min_free_gb=0.001).free_slots([job]) == 1
 
 
 @pytest.mark.parametrize(

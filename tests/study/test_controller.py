@@ -13,7 +13,7 @@ from hpdm_core.base.errors import TroubleError
 from hpdm_core.base.files import write_json
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.store.lease import Lease, Process
-from hpdm_core.study.backends.interface import Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Job, SchedulerStatus, SystemClock
 from hpdm_core.study.controller import controller as controller_module
 
 
@@ -74,7 +74,7 @@ class Threads:
 
     def check(self) -> None: ...
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         return 4 - len(under_way)
 
     def interval(self, under_way: int) -> float:
@@ -86,9 +86,11 @@ class Threads:
             self.threads[job.id] = threading.Thread(target=self.job, args=(str(job.spec),))
             self.threads[job.id].start()
 
-    def poll(self, jobs: Sequence[Job]) -> dict[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> dict[str, SchedulerStatus]:
         alive = {job.id: job.id in self.threads and self.threads[job.id].is_alive() for job in jobs}
-        return {identity: Seen(phase="alive" if each else "over") for identity, each in alive.items()}
+        return {
+            identity: SchedulerStatus(phase="alive" if each else "over") for identity, each in alive.items()
+        }
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         return True

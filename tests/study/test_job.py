@@ -11,7 +11,7 @@ import pytest
 from hpdm_core.base.files import read_json
 from hpdm_core.base.interruption import Interrupted
 from hpdm_core.store.failures import TimeLimit
-from hpdm_core.store.heartbeat import Heart, Reporter
+from hpdm_core.store.heartbeat import JobHeartbeat, Reporter
 from hpdm_core.study.worker.run_cell import _ended_in_order, _rank, run_job
 
 LONG = {"limit_seconds": 24 * 3600, "signal_seconds": 90}
@@ -37,7 +37,7 @@ def asked(folder: Path) -> str:
 def end(folder: Path, cell: Any, signum: int, slurm: dict[str, Any] | None, *, advances: bool = True) -> Any:
     """Ask a worker to end, and return its last word."""
     expected = pytest.raises((Interrupted, TimeLimit))
-    with Heart(folder) as heart, expected as raised, _ended_in_order(cell, heart, slurm):
+    with JobHeartbeat(folder) as heart, expected as raised, _ended_in_order(cell, heart, slurm):
         if advances:
             stage = cell.missing()[0].stage.folder
             (stage / "attempts" / "1" / "checkpoints" / "00000007").mkdir(parents=True)

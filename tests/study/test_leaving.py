@@ -16,7 +16,7 @@ import pytest
 from hpdm_core.base import interruption
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import read_json, write_json
-from hpdm_core.store.heartbeat import Heart
+from hpdm_core.store.heartbeat import JobHeartbeat
 from hpdm_core.store.lease import Process
 from hpdm_core.study.__main__ import main
 from hpdm_core.study.worker.run_cell import _cause
@@ -218,7 +218,7 @@ def test_a_heart_counts_and_an_older_one_falls_silent(
         return read_json(tmp_path / "heartbeat.json") or {}
 
     write_json(tmp_path / "error.json", {"message": "of the run before it was requeued"})
-    with Heart(tmp_path) as older:
+    with JobHeartbeat(tmp_path) as older:
         assert not (tmp_path / "error.json").exists()
         first = beat()["beat"]
         deadline = time.monotonic() + 5
@@ -226,7 +226,7 @@ def test_a_heart_counts_and_an_older_one_falls_silent(
             time.sleep(0.01)
         assert beat()["beat"] > first
         older.gpus = 2
-        with Heart(tmp_path) as newer:
+        with JobHeartbeat(tmp_path) as newer:
             newer.show({"step": 7})
             assert newer.mine() and not older.mine()
             older.show({"step": 3})
@@ -239,5 +239,5 @@ def test_a_heart_counts_and_an_older_one_falls_silent(
 
 def test_the_seconds_of_a_requeued_job_add_up(tmp_path: Path) -> None:
     write_json(tmp_path / "heartbeat.json", {"beat": 4, "seconds": 100.0})
-    with Heart(tmp_path):
+    with JobHeartbeat(tmp_path):
         assert (read_json(tmp_path / "heartbeat.json") or {})["seconds"] >= 100.0

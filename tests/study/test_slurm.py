@@ -156,7 +156,7 @@ def test_jobs_go_in_arrays_no_larger_than_the_cluster_lets(cluster: Cluster) -> 
     (cluster.folder / "array").write_text("3")
     backend = cluster.backend(max_pending=10)
     jobs = cluster.jobs(7)
-    assert backend.room(jobs) == 3
+    assert backend.free_slots(jobs) == 3
     backend.submit(jobs)
     arrays = [line for batch in cluster.batches() for line in batch.splitlines() if "--array" in line]
     assert arrays == ["#SBATCH --array=0-2%3", "#SBATCH --array=0-2%3"]
@@ -371,10 +371,10 @@ def test_a_full_queue_or_a_short_silence_is_waited_for(cluster: Cluster, message
     jobs = cluster.jobs(4)
     backend.submit(jobs)
     assert not any((job.folder / "job.json").exists() for job in jobs)
-    assert backend.room([]) == 0
+    assert backend.free_slots([]) == 0
     cluster.now += 60
     (cluster.folder / "bin" / "sbatch").write_text(before)
-    assert backend.room([]) == 64
+    assert backend.free_slots([]) == 64
     backend.submit(jobs)
     assert all(number_of(job) for job in jobs)
 

@@ -7,18 +7,22 @@ import pytest
 from hpdm_core.base.errors import DivergedError, TroubleError
 from hpdm_core.store.failures import TimeLimit, kind_of
 from hpdm_core.store.lease import LeaseLost
-from hpdm_core.study.backends.interface import Seen
+from hpdm_core.study.backends.interface import SchedulerStatus
 from hpdm_core.study.controller.states import SILENT_SECONDS, UNANSWERED_SECONDS, Evidence, judge
 
-WAITING, ALIVE, OVER = Seen(phase="waiting"), Seen(phase="alive"), Seen(phase="over")
-LOST = Seen(phase="over", cause="lost node", certain=False, word="NODE_FAIL")
-FORGOTTEN = Seen(phase="over", certain=False, word="not in the queue any more")
-DEAF = Seen(phase="unknown", word="squeue is not on this machine's PATH")
+WAITING, ALIVE, OVER = (
+    SchedulerStatus(phase="waiting"),
+    SchedulerStatus(phase="alive"),
+    SchedulerStatus(phase="over"),
+)
+LOST = SchedulerStatus(phase="over", cause="lost node", certain=False, word="NODE_FAIL")
+FORGOTTEN = SchedulerStatus(phase="over", certain=False, word="not in the queue any more")
+DEAF = SchedulerStatus(phase="unknown", word="squeue is not on this machine's PATH")
 LONG = SILENT_SECONDS + 1
 EVER = UNANSWERED_SECONDS + 1
 
 
-def case(seen: Seen, **facts: Any) -> Evidence:
+def case(seen: SchedulerStatus, **facts: Any) -> Evidence:
     return Evidence(**{"done": False, "seen": seen, **facts})
 
 
@@ -35,7 +39,11 @@ def case(seen: Seen, **facts: Any) -> Evidence:
         (case(OVER, error={"kind": "nonsense", "message": "x"}), "failed", True, "code error"),
         (case(OVER, error={"kind": "lost node", "message": "closed by peer"}), "failed", True, "lost node"),
         (
-            case(Seen(phase="over", cause="out of memory"), error={"kind": "lost node"}, started=True),
+            case(
+                SchedulerStatus(phase="over", cause="out of memory"),
+                error={"kind": "lost node"},
+                started=True,
+            ),
             "failed",
             True,
             "out of memory",
@@ -49,10 +57,25 @@ def case(seen: Seen, **facts: Any) -> Evidence:
         # Over.
         (case(OVER), "interrupted", True, "never started"),
         (case(OVER, started=True), "interrupted", True, "killed"),
-        (case(Seen(phase="over", cause="out of memory"), started=True), "failed", True, "out of memory"),
-        (case(Seen(phase="over", cause="time limit"), started=True), "failed", True, "time limit"),
-        (case(Seen(phase="over", cause="cancelled"), started=True), "cancelled", True, "cancelled"),
-        (case(Seen(phase="over", cause="preempted"), started=True), "interrupted", True, "preempted"),
+        (
+            case(SchedulerStatus(phase="over", cause="out of memory"), started=True),
+            "failed",
+            True,
+            "out of memory",
+        ),
+        (case(SchedulerStatus(phase="over", cause="time limit"), started=True), "failed", True, "time limit"),
+        (
+            case(SchedulerStatus(phase="over", cause="cancelled"), started=True),
+            "cancelled",
+            True,
+            "cancelled",
+        ),
+        (
+            case(SchedulerStatus(phase="over", cause="preempted"), started=True),
+            "interrupted",
+            True,
+            "preempted",
+        ),
         (case(OVER, started=True, ended={"cause": "preempted"}), "interrupted", True, "preempted"),
         # A node that went silent: its worker may live on.
         (case(LOST, started=True), "running", False, None),
@@ -74,13 +97,13 @@ def case(seen: Seen, **facts: Any) -> Evidence:
 def test_files_first_then_heartbeats_then_the_scheduler(
     evidence: Evidence, state: str, over: bool, cause: str | None
 ) -> None:
-    verdict = judge(evidence)
-    assert (verdict.state, verdict.over, verdict.cause) == (state, over, cause)
+    status = judge(evidence)
+    assert (status.state, status.over, status.cause) == (state, over, cause)
 
 
 def test_people_are_told_the_schedulers_word_and_the_signal() -> None:
-    assert "CONFIGURING" in judge(case(Seen(phase="waiting", word="CONFIGURING"))).reason
-    killed = judge(case(Seen(phase="over", word="FAILED", signal="SIGSEGV"), started=True)).reason
+    assert "CONFIGURING" in judge(case(SchedulerStatus(phase="waiting", word="CONFIGURING"))).reason
+    killed = judge(case(SchedulerStatus(phase="over", word="FAILED", signal="SIGSEGV"), started=True)).reason
     assert "SIGSEGV" in killed and "FAILED" in killed
     assert "squeue is not on this machine's PATH" in judge(case(DEAF, unanswered=EVER)).reason
 

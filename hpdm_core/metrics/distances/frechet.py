@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpdm_core.base.errors import TroubleError
+from hpdm_core.metrics.interface import Features
 
 __all__ = [
-    "Features",
     "Gaussian",
     "checked_features",
     "distance_between",
@@ -28,8 +27,6 @@ __all__ = [
     "frechet_distance",
     "frechet_from_moments",
 ]
-
-Features = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from hpdm_core.base.errors import TroubleError
-from hpdm_core.metrics.distances.frechet import Features
+from hpdm_core.metrics.interface import Features
 
 __all__ = ["SHUFFLE_SEED", "InceptionScore", "inception_score", "log_softmax"]
 

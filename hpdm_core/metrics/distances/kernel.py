@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hpdm_core.metrics.distances.frechet import Features, checked_features
+from hpdm_core.metrics.distances.frechet import checked_features
+from hpdm_core.metrics.interface import Features
 
 __all__ = ["kernel_distance"]
 

@@ -28,8 +28,7 @@ from hpdm_core.metrics.distances.projection import FEW, Projection, dimensions_u
 if TYPE_CHECKING:
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.config.schema import Part
-    from hpdm_core.metrics.distances.frechet import Features
-    from hpdm_core.metrics.interface import EvaluationContext, FeatureExtractor, Need, Row
+    from hpdm_core.metrics.interface import EvaluationContext, FeatureExtractor, Features, Need, Row
 
 __all__ = ["CONTROLS", "CorruptionCheck", "FeatureDistance", "floor_spread"]
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpdm_core.metrics.distances.frechet import Features
-from hpdm_core.metrics.interface import Scaling
+from hpdm_core.metrics.interface import Features, Scaling
 
 __all__ = ["FEW", "PER_DIRECTION", "Projection", "dimensions_used", "fit_projection"]
 

@@ -14,7 +14,7 @@ import torch
 
 from hpdm_core.base.errors import InputError
 from hpdm_core.base.randomness import generator
-from hpdm_core.metrics.distances.frechet import Features
+from hpdm_core.metrics.interface import Features
 
 __all__ = ["Extrapolation", "Interval", "at_counts", "bootstrap", "default_counts", "extrapolate"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from hpdm_core.study.backends.interface import Clock, Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
 
 __all__ = ["Inline", "InlineOptions", "Work"]
 
@@ -37,7 +37,7 @@ class Inline:
     def check(self) -> None:
         """Always possible."""
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         """One at a time."""
         return 1 - len(under_way)
 
@@ -51,9 +51,9 @@ class Inline:
             with contextlib.suppress(Exception):
                 self._work(str(job.spec), lambda progress: self._tick())
 
-    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """All are over."""
-        return {job.id: Seen(phase="over") for job in jobs}
+        return {job.id: SchedulerStatus(phase="over") for job in jobs}
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """Nothing to end."""

@@ -15,21 +15,21 @@ read once there is a newer one::
 
 **A backend** starts jobs, says what its scheduler knows of them, and ends them. It never decides a state: that
 is `hpdm_core.study.controller.states.judge`, from the files above, the results in the store and the backend's
-`Seen`. One object serves one controller; it may keep what it knows in memory, but must find any job again from
-``job.json`` alone, for the next controller. The controller's loop, in full::
+`SchedulerStatus`. One object serves one controller; it may keep what it knows in memory, but must find any job again
+from ``job.json`` alone, for the next controller. The controller's loop, in full::
 
     backend.check()                                   # before anything is written
     while work is left:
         seen = backend.poll(under_way)                # one call for all; at most one question to a scheduler
         ... judge each, settle what is over, retry by cause ...
-        free = backend.room(under_way)
+        free = backend.free_slots(under_way)
         backend.submit(next_jobs[:free])              # returns at once, or (inline) when they have ended
         backend.clock.sleep(backend.interval(len(under_way)))
 
 - ``submit`` writes ``job.json`` for each job that it started. When it raises `TroubleError`, jobs without
   ``job.json`` were not started, those with it were.
-- ``poll`` returns job id -> `Seen` for every job that it is asked for. It never raises and never blocks for
-  long: no answer is ``Seen(phase="unknown")``.
+- ``poll`` returns job id -> `SchedulerStatus` for every job that it is asked for. It never raises and never blocks for
+  long: no answer is ``SchedulerStatus(phase="unknown")``.
 - ``cancel`` asks jobs to end (with a checkpoint); ``now=True`` ends them whatever they do. It returns without
   waiting; a job that is over, or was never started, is nothing to complain about. True when the request was
   delivered.
@@ -48,14 +48,14 @@ from typing import Literal, Protocol
 
 from hpdm_core.store.failures import Cause
 
-__all__ = ["Backend", "Clock", "Job", "Phase", "Seen", "SystemClock"]
+__all__ = ["Backend", "Clock", "Job", "Phase", "SchedulerStatus", "SystemClock"]
 
 
 Phase = Literal["waiting", "alive", "over", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class SchedulerStatus:
     """What a scheduler says of an attempt.
 
     ``waiting``: it is to run, and no process of it does (pending, requeued, configuring). ``alive``: processes
@@ -133,7 +133,7 @@ class Backend(Protocol):
         """Raise `InputError` when this machine cannot run such jobs; starts and writes nothing."""
         ...
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         """Return how many more jobs may be submitted now, while ``under_way`` are."""
         ...
 
@@ -145,7 +145,7 @@ class Backend(Protocol):
         """Start the jobs. Raises `TroubleError` when the scheduler refuses."""
         ...
 
-    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """Return job id -> what the scheduler knows, for each of ``jobs``."""
         ...
 

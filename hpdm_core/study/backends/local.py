@@ -23,7 +23,7 @@ from hpdm_core.base.files import read_json, write_json
 from hpdm_core.store.lease import Process
 from hpdm_core.study.backends import local_parent as watch
 from hpdm_core.study.backends.inline import Work
-from hpdm_core.study.backends.interface import Clock, Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
 
 __all__ = ["Local", "LocalOptions"]
 
@@ -70,7 +70,7 @@ class Local:
                 f"most the {len(_cores())} cores that this process may use"
             )
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         """Return the free slots; none while the machine is short of memory, unless nothing runs."""
         free = self.slots - len(under_way)
         wanted = self._options.min_free_gb * GIB
@@ -118,24 +118,26 @@ class Local:
         write_json(job.folder / "job.json", {"launcher": shown, "slot": slot}, durable=False)
         self._held[job.id] = _Worker(job.folder, launcher, slot, submitted)
 
-    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """Look at the processes."""
         return {job.id: self._look(job) for job in jobs}
 
-    def _look(self, job: Job) -> Seen:
+    def _look(self, job: Job) -> SchedulerStatus:
         worker = self._worker(job)
         if worker is None:
-            return Seen(phase="over", cause="never started")
+            return SchedulerStatus(phase="over", cause="never started")
         away = worker.elsewhere()
         if away is not None:
-            return Seen(phase="unknown", word=f"{away} cannot be asked from here")
+            return SchedulerStatus(phase="unknown", word=f"{away} cannot be asked from here")
         if worker.alive():
-            return Seen(phase="alive")
+            return SchedulerStatus(phase="alive")
         self._held.pop(job.id, None)
         said = read_json(job.folder / "exit.json") or {}
         held = said.get("memory_bytes")
         detail = f"its {held / GIB:.2f} GiB were more than memory_gb" if held else ""
-        return Seen(phase="over", cause=said.get("cause"), signal=said.get("signal", ""), detail=detail)
+        return SchedulerStatus(
+            phase="over", cause=said.get("cause"), signal=said.get("signal", ""), detail=detail
+        )
 
     def _worker(self, job: Job) -> "_Worker | None":
         """Return the job's processes, also those that an earlier controller started."""

@@ -27,7 +27,7 @@ from hpdm_core.config.schema import Part
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.store.failures import Cause
 from hpdm_core.store.stages import Store
-from hpdm_core.study.backends.interface import Clock, Job, Seen
+from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus
 
 __all__ = ["Simulated", "SimulatedOptions", "Toy", "VirtualClock", "fate", "results_for"]
 
@@ -163,7 +163,7 @@ class Simulated:
     def check(self) -> None:
         """Always possible."""
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         """Slots that are free."""
         return self._options.slots - len(under_way)
 
@@ -181,7 +181,7 @@ class Simulated:
             self._running[job.id] = _Running(job, now, now + seconds, cause)
         self._count(*started)
 
-    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """Let what ended since the last look have ended; jobs of another process are over."""
         started = time.perf_counter(), time.process_time()
         self.polls += 1
@@ -201,27 +201,27 @@ class Simulated:
                 running.over, running.cause = True, "cancelled"
         return True
 
-    def _seen(self, job: Job) -> Seen:
+    def _seen(self, job: Job) -> SchedulerStatus:
         running = self._running.get(job.id)
         if running is None:
-            return Seen(phase="over", word="of another process", cause="killed")
+            return SchedulerStatus(phase="over", word="of another process", cause="killed")
         if running.over:
-            return Seen(phase="over", cause=running.cause)
+            return SchedulerStatus(phase="over", cause=running.cause)
         now = self.clock.monotonic()
         if now - running.beaten >= BEAT_SECONDS:
             self._beat(running, now)
         if now < running.ends:
-            return Seen(phase="alive")
+            return SchedulerStatus(phase="alive")
         running.over = True
         if running.cause is None:
             self._toy.finish(self._spec(running), number=job.number, seconds=running.ends - running.begun)
             running.spec = {}  # thousands are kept, of whom nothing is asked any more
-            return Seen(phase="over")
+            return SchedulerStatus(phase="over")
         if running.cause in WRITTEN:
             error = {"kind": running.cause, "class": "Simulated", "message": f"simulated: {running.cause}"}
             write_json(job.folder / "error.json", error, durable=False)
-            return Seen(phase="over")
-        return Seen(phase="over", cause=running.cause, word="SIMULATED")
+            return SchedulerStatus(phase="over")
+        return SchedulerStatus(phase="over", cause=running.cause, word="SIMULATED")
 
     def _beat(self, running: _Running, now: float) -> None:
         running.beat, running.beaten = running.beat + 1, now

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import read_json, write_json
 from hpdm_core.study.backends.inline import Work
-from hpdm_core.study.backends.interface import Clock, Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
 from hpdm_core.study.backends.slurm_queue import Queue, chunks, outside, run
 
 __all__ = ["Slurm", "SlurmOptions", "minutes"]
@@ -153,7 +153,7 @@ class Slurm:
             said = problem.removeprefix("sinfo: ")
             raise InputError(f"backend: 'slurm' finds no controller: sinfo says: {said}")
 
-    def room(self, under_way: Sequence[Job]) -> int:
+    def free_slots(self, under_way: Sequence[Job]) -> int:
         """Return how many more jobs stay within ``max_pending``; none for a while after a passing refusal."""
         if self.clock.monotonic() < self._not_before:
             return 0
@@ -263,13 +263,13 @@ class Slurm:
 
     # Looking and ending
 
-    def poll(self, jobs: Sequence[Job]) -> Mapping[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """Ask the cluster, at most every few seconds."""
         numbers: dict[str, str] = {}
-        found: dict[str, Seen] = {}
+        found: dict[str, SchedulerStatus] = {}
         for job in jobs:
             number = self._number(job)
-            if isinstance(number, Seen):
+            if isinstance(number, SchedulerStatus):
                 found[job.id] = number
             else:
                 numbers[job.id] = number
@@ -279,37 +279,37 @@ class Slurm:
                 found[job.id] = _explained(job, numbers[job.id], seen[numbers[job.id]])
         return found
 
-    def _number(self, job: Job) -> str | Seen:
+    def _number(self, job: Job) -> str | SchedulerStatus:
         """Return the job's number, also when its folder has vanished meanwhile; or what that it has none means."""
         if job.id not in self._numbers:
             found = self._find(job)
-            if isinstance(found, Seen):
+            if isinstance(found, SchedulerStatus):
                 return found
             self._numbers[job.id] = found
         return self._numbers[job.id]
 
-    def _find(self, job: Job) -> str | Seen:
+    def _find(self, job: Job) -> str | SchedulerStatus:
         data = read_json(job.folder / "job.json")
         if data is None:
-            return Seen(phase="over", cause="never started")
+            return SchedulerStatus(phase="over", cause="never started")
         if data.get("slurm"):
             return str(data["slurm"])
         lines = self.queue.find(str(data.get("name")))
         if lines is None:
-            return Seen(phase="unknown", word=self.queue.problem)
+            return SchedulerStatus(phase="unknown", word=self.queue.problem)
         index = data.get("index")
         for number in lines:
             if (index is None and "_" not in number) or number.endswith(f"_{index}"):
                 with contextlib.suppress(OSError):  # whoever only looks may not write
                     write_json(job.folder / "job.json", {**data, "slurm": number}, durable=False)
                 return number
-        return Seen(phase="over", cause="never started", word="it never reached the queue")
+        return SchedulerStatus(phase="over", cause="never started", word="it never reached the queue")
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """Take the jobs out of the queue; SLURM gives those that run KillWait seconds, or none."""
         found = [self._number(job) for job in jobs]
         numbers = [number for number in found if isinstance(number, str)]
-        delivered = not any(isinstance(each, Seen) and each.phase == "unknown" for each in found)
+        delivered = not any(isinstance(each, SchedulerStatus) and each.phase == "unknown" for each in found)
         for some in chunks(numbers):
             if now:
                 run(["scancel", "--signal=KILL", *some])
@@ -319,7 +319,7 @@ class Slurm:
         return delivered
 
 
-def _explained(job: Job, number: str, seen: Seen) -> Seen:
+def _explained(job: Job, number: str, seen: SchedulerStatus) -> SchedulerStatus:
     """Add what only the step's daemon says, in the job's log: without control groups SLURM calls a job that it
     killed for its memory FAILED.
     """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpdm_core.store.failures import Cause
-from hpdm_core.study.backends.interface import Phase, Seen
+from hpdm_core.study.backends.interface import Phase, SchedulerStatus
 
 __all__ = ["Line", "Queue", "outside", "run", "seen_of"]
 
@@ -63,7 +63,7 @@ class Line:
     reason: str = ""
 
 
-def seen_of(line: Line) -> Seen:
+def seen_of(line: Line) -> SchedulerStatus:
     """Return what a line means."""
     state = line.state.split()[0].rstrip("+") if line.state else ""
     word = state if line.reason in ("", "None") else f"{state} ({line.reason})"
@@ -73,10 +73,12 @@ def seen_of(line: Line) -> Seen:
         cause = OVER[state]
         if line.reason == "OutOfMemory":
             cause = "out of memory"
-        return Seen(phase="over", word=word, cause=cause, certain=state not in UNCERTAIN, signal=killed)
+        return SchedulerStatus(
+            phase="over", word=word, cause=cause, certain=state not in UNCERTAIN, signal=killed
+        )
     if state not in ALIVE | WAITING:
-        return Seen(phase="unknown", word=word or "no state")
-    return Seen(phase=phase, word="" if state == "RUNNING" else word)
+        return SchedulerStatus(phase="unknown", word=word or "no state")
+    return SchedulerStatus(phase=phase, word="" if state == "RUNNING" else word)
 
 
 def _signal_name(number: int) -> str:
@@ -102,14 +104,14 @@ class Queue:
         self.problem = "never asked"
         """Why there is no answer."""
 
-    def look(self, numbers: Collection[str]) -> dict[str, Seen]:
+    def look(self, numbers: Collection[str]) -> dict[str, SchedulerStatus]:
         """Return what is known of the jobs ``numbers``."""
         # An answer from before a job was submitted says nothing of it.
         if not self._known.issuperset(numbers) or self._clock() - self._asked >= self.seconds:
             self.ask()
         self._known.update(numbers)
         if self._lines is None:
-            return {number: Seen(phase="unknown", word=self.problem) for number in numbers}
+            return {number: SchedulerStatus(phase="unknown", word=self.problem) for number in numbers}
         gone = [number for number in numbers if number not in self._lines and number not in self._over]
         if gone:
             self._over.update(self._account(gone))
@@ -119,7 +121,7 @@ class Queue:
             if line is not None:
                 found[number] = seen_of(line)
             else:  # forgotten, and nobody keeps accounts: files and heartbeats have to say
-                found[number] = Seen(phase="over", word="not in the queue any more", certain=False)
+                found[number] = SchedulerStatus(phase="over", word="not in the queue any more", certain=False)
         return found
 
     def find(self, name: str) -> dict[str, Line] | None:

@@ -9,28 +9,26 @@ be killed at any moment and started again, and adopts the jobs that outlived it.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from hpdm_core.base.errors import HpdmError, TroubleError
 from hpdm_core.base.files import read_json, write_bytes, write_json
-from hpdm_core.cell import Cell, Step
-from hpdm_core.config.study_keys import Budget
+from hpdm_core.cell import Step
 from hpdm_core.plugins.observers import Observers
 from hpdm_core.store.failures import Cause
 from hpdm_core.store.lease import LeaseLost
 from hpdm_core.store.provenance import versions
-from hpdm_core.study.backends.interface import Backend, Job, Seen
+from hpdm_core.study.backends.interface import Backend, Job, SchedulerStatus
 from hpdm_core.study.controller.budget import Spending
 from hpdm_core.study.controller.display import Display
 from hpdm_core.study.controller.first_state import blocked, plan
 from hpdm_core.study.controller.overview import Overview, detached, interrupted, shortfalls
 from hpdm_core.study.controller.planner import Planner
 from hpdm_core.study.controller.retries import Outcome, pause, refusal, smaller, told, try_again
-from hpdm_core.study.controller.router import Keepers, end_jobs, end_strangers
-from hpdm_core.study.controller.running import Attempts
-from hpdm_core.study.controller.states import OPEN, State, Verdict
+from hpdm_core.study.controller.router import BackendRouter, end_jobs, end_strangers
+from hpdm_core.study.controller.running import RunningJobs
+from hpdm_core.study.controller.states import OPEN, JobStatus, State
+from hpdm_core.study.controller.study_run import StudyRun
 from hpdm_core.study.controller.tasks import Task, shared_stages
 from hpdm_core.study.ledger.ledger import Ledger
 from hpdm_core.study.ledger.lock import folder_trouble, locked
@@ -42,53 +40,17 @@ CANCEL = "cancel.json"
 
 
 class Controller:
-    """Runs ``cells``, whose study has the folder ``folder``, through ``backend``, one writer at a time.
+    """Runs the cells of ``study`` through ``backend``, as the one writer of the study's folder."""
 
-    ``others`` are cells of the study that this command leaves alone (``--only``): their workers are not
-    ended. ``source`` is what the folder keeps as study.yaml; ``report`` is called with the folder at the end
-    and returns text to show; ``again`` is the command that goes on. ``detach`` submits what may be submitted
-    and returns. ``prepare`` changes a spec before it is submitted (frozen code). ``planner`` adds and ends
-    cells while the study runs.
-    """
-
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        *,
-        folder: Path,
-        study: str,
-        backend: Backend,
-        display: Display,
-        source: str = "",
-        storage: str | None = None,
-        others: Sequence[Cell] = (),
-        retry_failed: bool = False,
-        report: Callable[[Path], str] | None = None,
-        again: str = "",
-        detach: bool = False,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-        budget: Budget | None = None,
-        planner: Planner | None = None,
-    ) -> None:
-        self.folder = folder
+    def __init__(self, study: StudyRun, *, backend: Backend, display: Display) -> None:
         self.study = study
         self.backend = backend
         self.clock = backend.clock
         self.display = display
-        self.source = source
-        self.storage = storage
-        self.retry_failed = retry_failed
-        self.report = report
-        self.again = again
-        self.detach = detach
-        self.prepare = prepare
-        self.budget = budget or Budget()
-        self.planner = planner
-        self.tasks = [Task(cell, folder / "jobs" / cell.identity) for cell in cells]
-        self.others = list(others)
-        self.spending = Spending(self.budget)
-        self.keepers = Keepers(backend)
-        self.attempts = Attempts(self.keepers, clock=backend.clock, spending=self.spending)
+        self.tasks = [Task(cell, study.folder / "jobs" / cell.identity) for cell in study.cells]
+        self.spending = Spending(study.budget)
+        self.router = BackendRouter(backend)
+        self.running = RunningJobs(self.router, clock=backend.clock, spending=self.spending)
         self.trouble = False
         """Whether something went wrong that a person should look at, though the work went on."""
         self._planned: dict[Task, None] = {}
@@ -103,8 +65,8 @@ class Controller:
         Raises `TroubleError` when another controller works on the study, when the disk fails, and when the
         study's folder vanishes.
         """
-        lock = locked(self.folder, self.study, clock=self.clock, say=self.display.line)
-        with folder_trouble(self.folder), lock as self.lease, contextlib.ExitStack() as self.open:
+        lock = locked(self.study.folder, self.study.name, clock=self.clock, say=self.display.line)
+        with folder_trouble(self.study.folder), lock as self.lease, contextlib.ExitStack() as self.open:
             self._begin()
             try:
                 self._work_off()
@@ -112,7 +74,7 @@ class Controller:
                 self._end_workers()
                 self.overview.write_index(force=True)
                 self.display.close()
-                self._say(interrupted(self.tasks, self.again))
+                self._say(interrupted(self.tasks, self.study.again))
                 return 130
             except LeaseLost:  # whoever has taken over has the workers too
                 raise
@@ -123,32 +85,36 @@ class Controller:
                 self._show(force=True)
                 self.display.close()
             self.overview.write_index(force=True)
-            if self.detach and self.attempts.tasks:
-                self._say(detached(len(self.attempts.tasks), len(self._planned), self.again))
+            if self.study.detach and self.running.tasks:
+                self._say(detached(len(self.running.tasks), len(self._planned), self.study.again))
                 return 0
             self._finish()
         missed = any(task.state != "done" and task.cause != "pruned" for task in self.tasks)
-        missed |= self.planner is not None and any(state != "done" for _, state in self.planner.rows())
+        missed |= self.study.planner is not None and any(
+            state != "done" for _, state in self.study.planner.rows()
+        )
         return 1 if self.trouble or missed else 0
 
     def _begin(self) -> None:
-        folder = self.folder / "jobs"
-        self.ledger = Ledger(self.folder, study=self.study, storage=self.storage)
+        folder = self.study.folder / "jobs"
+        self.ledger = Ledger(self.study.folder, study=self.study.name, storage=self.study.storage)
         self.open.callback(self.ledger.close)
         for notice in self.ledger.notices:
             self.trouble = True
             self.display.line(notice)
-        write_bytes(self.folder / "study.yaml", self.source.encode())
-        if self.planner is not None:
-            self.planner.begin(self.ledger.storage)
-            self.tasks += [Task(cell, folder / cell.identity) for cell in self.planner.next(0)]
+        write_bytes(self.study.folder / "study.yaml", self.study.source.encode())
+        if self.study.planner is not None:
+            self.study.planner.begin(self.ledger.storage)
+            self.tasks += [Task(cell, folder / cell.identity) for cell in self.study.planner.next(0)]
         self._write_versions(self.tasks[:1])
-        (self.folder / CANCEL).unlink(missing_ok=True)
+        (self.study.folder / CANCEL).unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
-        self.overview = Overview(self.folder, self.tasks, others=self.others, display=self.display)
-        self.overview.listed = None if self.planner is None else self.planner.rows
-        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.others}
-        end_strangers(folder, wanted, self.keepers, clock=self.clock, say=self.display.line)
+        self.overview = Overview(
+            self.study.folder, self.tasks, others=self.study.others, display=self.display
+        )
+        self.overview.listed = None if self.study.planner is None else self.study.planner.rows
+        wanted = {task.cell.identity for task in self.tasks} | {cell.identity for cell in self.study.others}
+        end_strangers(folder, wanted, self.router, clock=self.clock, say=self.display.line)
         present = {path.name for path in folder.iterdir()}
         self.spending.take_up(folder)
         recorded = {identity for identity, state in self.ledger.states().items() if state == "done"}
@@ -161,16 +127,18 @@ class Controller:
         fresh = [task for task in self.tasks if task.cell.identity not in recorded]
         self.ledger.sync([(task.entry, task.state, task.work) for task in fresh])
         for task in self.tasks:
-            if self.planner is not None and task.state not in OPEN:
-                self.planner.settled(task.cell, task.state, task.cause)
+            if self.study.planner is not None and task.state not in OPEN:
+                self.study.planner.settled(task.cell, task.state, task.cause)
         self.overview.write_index(force=True)
 
     def _write_versions(self, tasks: Sequence[Task]) -> None:
         for task in tasks:  # the report tells older results from these
-            write_json(self.folder / "versions.json", {**versions(), "plugins": task.cell.plugins.versions()})
+            write_json(
+                self.study.folder / "versions.json", {**versions(), "plugins": task.cell.plugins.versions()}
+            )
 
     def _plan(self, task: Task, *, has_jobs: bool) -> None:
-        if plan(task, self.attempts, retry_failed=self.retry_failed, has_jobs=has_jobs):
+        if plan(task, self.running, retry_failed=self.study.retry_failed, has_jobs=has_jobs):
             self.display.line(f"{task.cell.name}: its job outlived the last controller and is adopted")
         if task.state == "planned":
             self._planned[task] = None
@@ -181,13 +149,13 @@ class Controller:
     def _work_off(self) -> None:
         self._show()
         while True:
-            if not self.folder.is_dir():
-                raise FileNotFoundError(2, "No such file or directory", str(self.folder))
+            if not self.study.folder.is_dir():
+                raise FileNotFoundError(2, "No such file or directory", str(self.study.folder))
             self.lease.check()
-            if (self.folder / CANCEL).exists():
+            if (self.study.folder / CANCEL).exists():
                 self._end_workers(cause="cancelled")
                 self.display.line("cancelled on request: what is done is kept, the same command goes on")
-                (self.folder / CANCEL).unlink(missing_ok=True)
+                (self.study.folder / CANCEL).unlink(missing_ok=True)
                 return
             with self.ledger.batch():
                 self._settle()
@@ -196,57 +164,57 @@ class Controller:
             self.overview.write_index()
             if self._nothing_left(started):
                 return
-            self.clock.sleep(self.backend.interval(len(self.attempts.tasks)))
+            self.clock.sleep(self.backend.interval(len(self.running.tasks)))
 
     def _nothing_left(self, started: bool) -> bool:
         stop = bool(self.spending.exhausted(self._failures))
-        if self.detach and (stop or not started):  # what waits for another cell is for the next command
+        if self.study.detach and (stop or not started):  # what waits for another cell is for the next command
             return True
-        coming = self._planned or (self.planner is not None and not self.planner.finished())
-        return not self.attempts.tasks and (stop or not coming)
+        coming = self._planned or (self.study.planner is not None and not self.study.planner.finished())
+        return not self.running.tasks and (stop or not coming)
 
     def _settle(self) -> None:
-        if not self.attempts.tasks:
+        if not self.running.tasks:
             return
-        seen = self.keepers.poll(self.attempts.jobs())
-        for identity, task in list(self.attempts.tasks.items()):
+        seen = self.router.poll(self.running.jobs())
+        for identity, task in list(self.running.tasks.items()):
             self._prune(task)
-            verdict = self.attempts.judged(task, seen[identity])
-            if verdict.over:
-                self._over(task, verdict, seen[identity])
-            elif verdict.state != task.state:
-                self._set(task, verdict.state, verdict.reason)
+            status = self.running.judged(task, seen[identity])
+            if status.over:
+                self._over(task, status, seen[identity])
+            elif status.state != task.state:
+                self._set(task, status.state, status.reason)
             else:
-                task.reason = verdict.reason
+                task.reason = status.reason
 
     def _prune(self, task: Task) -> None:
-        if self.planner is None or task.pruned or task.state != "running" or task.job is None:
+        if self.study.planner is None or task.pruned or task.state != "running" or task.job is None:
             return
-        reason = self.planner.ends(task.cell)
+        reason = self.study.planner.ends(task.cell)
         if reason is not None:
             task.pruned = reason
-            self.keepers.cancel([task.job])
+            self.router.cancel([task.job])
 
-    def _over(self, task: Task, verdict: Verdict, seen: Seen) -> None:
+    def _over(self, task: Task, status: JobStatus, seen: SchedulerStatus) -> None:
         """Settle an attempt, and decide whether the cell is tried again."""
         job, steps = task.job, task.cell.missing()
         assert job is not None, f"{task.cell.name} is under way"
         if seen.phase != "over":  # it has said all, and does not go
-            self.keepers.cancel([job], now=True)
-        verdict, outcome = self.attempts.settle(task, verdict, steps)
-        if verdict.state == "done":
+            self.router.cancel([job], now=True)
+        status, outcome = self.running.settle(task, status, steps)
+        if status.state == "done":
             self._set(task, "done", settled=True)
             return
         task.outcomes.append(outcome)
-        if verdict.cause != "pruned" and try_again(task.outcomes):
-            short = verdict.cause == "out of memory"
+        if status.cause != "pruned" and try_again(task.outcomes):
+            short = status.cause == "out of memory"
             less = smaller(read_json(job.spec) or {}, outcome.stage) if short else {}
             # Cancel what may still run; without an answer and without certainty nothing is started again.
-            if less is not None and (self.keepers.cancel([job]) or (seen.phase == "over" and seen.certain)):
+            if less is not None and (self.router.cancel([job]) or (seen.phase == "over" and seen.certain)):
                 self._retry(task, outcome, less)
                 return
-        reason = verdict.reason if verdict.cause == "pruned" else verdict.reason + refusal(task.outcomes)
-        self._set(task, verdict.state, reason, verdict.cause, settled=True)
+        reason = status.reason if status.cause == "pruned" else status.reason + refusal(task.outcomes)
+        self._set(task, status.state, reason, status.cause, settled=True)
 
     def _retry(self, task: Task, outcome: Outcome, less: Mapping[str, int]) -> None:
         self._set(task, "interrupted", outcome.reason, outcome.cause)
@@ -261,14 +229,14 @@ class Controller:
     # Starting
 
     def _launch(self) -> bool:
-        if self.planner is not None:
-            self._add_cells(self.planner)
-        if self.spending.over_hours() and self.attempts.tasks:
+        if self.study.planner is not None:
+            self._add_cells(self.study.planner)
+        if self.spending.over_hours() and self.running.tasks:
             self._end_workers()
         if self.spending.exhausted(self._failures):
             return False
-        room = self.backend.room(self.attempts.jobs())
-        busy = frozenset().union(*(task.shared for task in self.attempts.tasks.values()))
+        room = self.backend.free_slots(self.running.jobs())
+        busy = frozenset().union(*(task.shared for task in self.running.tasks.values()))
         now = self.clock.monotonic()
         chosen: list[Task] = []
         with self.ledger.batch():
@@ -286,13 +254,13 @@ class Controller:
         return bool(chosen)
 
     def _add_cells(self, planner: Planner) -> None:
-        free = self.backend.room(self.attempts.jobs()) - len(self._planned)
+        free = self.backend.free_slots(self.running.jobs()) - len(self._planned)
         known = {task.cell.identity for task in self.tasks} if free > 0 else set()
         for cell in planner.next(free) if free > 0 else ():
             if cell.identity in known:
                 continue
             known.add(cell.identity)
-            task = Task(cell, self.folder / "jobs" / cell.identity)
+            task = Task(cell, self.study.folder / "jobs" / cell.identity)
             self._write_versions([task] if not self.tasks else [])
             self.tasks.append(task)
             self._plan(task, has_jobs=task.folder.is_dir())
@@ -315,8 +283,8 @@ class Controller:
 
     def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
         """Write the spec of a new attempt."""
-        task.take_up(self.prepare)
-        self.attempts.add(task, steps)
+        task.take_up(self.study.prepare)
+        self.running.add(task, steps)
         self._set(task, "running" if self.backend.attached else "queued")
 
     def _submit(self, tasks: Sequence[Task]) -> None:
@@ -331,13 +299,13 @@ class Controller:
         finally:
             for job, task in jobs.items():
                 if not self.backend.attached and not (job.folder / "job.json").exists():
-                    self.attempts.drop(task)  # the scheduler has taken fewer; its turn comes
+                    self.running.drop(task)  # the scheduler has taken fewer; its turn comes
                     shutil.rmtree(job.folder, ignore_errors=True)
                     task.numbers -= 1
                     task.state = "planned"
                     self._planned[task] = None
         if problem is not None:
-            if self.backend.attached or not self.attempts.tasks:
+            if self.backend.attached or not self.running.tasks:
                 raise problem
             self._refused(problem)  # what is under way goes on
         elif refused := getattr(self.backend, "refused", ""):
@@ -359,29 +327,29 @@ class Controller:
         if settled:
             task.cell.forget()
         self.overview.changed(task)
-        if settled and self.planner is not None:
-            self.planner.settled(task.cell, state, cause)
+        if settled and self.study.planner is not None:
+            self.study.planner.settled(task.cell, state, cause)
 
     def tick(self) -> None:
         """Show where everything is; an inline backend calls it while it works."""
         self._show()
 
     def _show(self, *, force: bool = False) -> None:
-        progress = dict(self.attempts.progress)
+        progress = dict(self.running.progress)
         if self.backend.attached:
-            for task in self.attempts.tasks.values():
+            for task in self.running.tasks.values():
                 progress[task] = task.stage_progress()
-        slots = len(self.attempts.tasks) + max(0, self.backend.room(self.attempts.jobs()))
+        slots = len(self.running.tasks) + max(0, self.backend.free_slots(self.running.jobs()))
         self.overview.show(progress, slots=slots, now=self.clock.monotonic(), force=force)
 
     # After
 
     def _end_workers(self, *, silently: bool = False, cause: Cause | None = None) -> None:
-        jobs = [] if self.backend.attached else self.attempts.jobs()
+        jobs = [] if self.backend.attached else self.running.jobs()
         if jobs:
             self.display.line("ending the workers ...")
-        end_jobs(self.keepers, jobs, clock=self.clock)
-        for task in list(self.attempts.tasks.values()):
+        end_jobs(self.router, jobs, clock=self.clock)
+        for task in list(self.running.tasks.values()):
             if silently:
                 task.state = "interrupted"
                 continue
@@ -389,9 +357,9 @@ class Controller:
             state: State = "done" if not steps else "cancelled" if cause == "cancelled" else "interrupted"
             reason = "" if not steps else cause or "ended by this command"
             with contextlib.suppress(OSError):
-                verdict = Verdict(state=state, over=True, cause=cause or "killed", reason=reason)
-                self.attempts.record(task, verdict, steps)
-            self.attempts.drop(task)
+                status = JobStatus(state=state, over=True, cause=cause or "killed", reason=reason)
+                self.running.record(task, status, steps)
+            self.running.drop(task)
             self._set(task, state, "" if state == "done" else reason, cause, settled=True)
 
     def _say(self, lines: Sequence[str]) -> None:
@@ -404,11 +372,11 @@ class Controller:
         if stop and any(task.state != "done" for task in self.tasks):
             self.trouble = True
             self.display.line(stop)
-        if self.report is not None:
+        if self.study.report is not None:
             try:
-                self.display.line(self.report(self.folder))
+                self.display.line(self.study.report(self.study.folder))
             except HpdmError as error:
                 self.trouble = True
                 self._say([f"error: report: {message}" for message in error.messages])
         if self.tasks:
-            Observers(self.tasks[0].cell.plugins, None).study_finished(self.folder)
+            Observers(self.tasks[0].cell.plugins, None).study_finished(self.study.folder)

@@ -6,7 +6,7 @@ from hpdm_core.base.files import read_json
 from hpdm_core.cell import Step
 from hpdm_core.store.failures import Cause
 from hpdm_core.study.controller.retries import Outcome, smaller, try_again
-from hpdm_core.study.controller.running import Attempts
+from hpdm_core.study.controller.running import RunningJobs
 from hpdm_core.study.controller.tasks import Task, jobs_in
 
 __all__ = ["blocked", "plan"]
@@ -17,7 +17,7 @@ BLOCKING = ("code error", "diverged", "full disk")
 """Failures of a shared stage that would be those of every cell that needs it."""
 
 
-def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) -> bool:
+def plan(task: Task, attempts: RunningJobs, *, retry_failed: bool, has_jobs: bool) -> bool:
     """Bring ``task`` to its first state in this command; return whether a job of an earlier one was adopted."""
     jobs = jobs_in(task.folder, task.cell.identity) if has_jobs else []
     task.numbers = jobs[-1].number if jobs else 0
@@ -31,7 +31,7 @@ def plan(task: Task, attempts: Attempts, *, retry_failed: bool, has_jobs: bool) 
     spec = (read_json(jobs[-1].spec) if jobs else None) or {}
     task.smaller = dict(spec.get("smaller", {}))
     if jobs and Outcome.read(jobs[-1]) is None:
-        seen = attempts.keepers.poll([jobs[-1]])[jobs[-1].id]
+        seen = attempts.router.poll([jobs[-1]])[jobs[-1].id]
         task.outcomes, task.job = found, jobs[-1]
         if seen.phase != "over" or not seen.certain:
             task.state = "queued"

@@ -4,13 +4,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from hpdm_core.base.files import read_json
-from hpdm_core.study.backends.interface import Backend, Clock, Job, Seen
+from hpdm_core.study.backends.interface import Backend, Clock, Job, SchedulerStatus
 from hpdm_core.study.backends.local import Local, LocalOptions
 from hpdm_core.study.backends.slurm import Slurm, SlurmOptions
 from hpdm_core.study.controller.retries import Outcome
 from hpdm_core.study.controller.tasks import jobs_in
 
-__all__ = ["Keepers", "end_jobs", "end_strangers"]
+__all__ = ["BackendRouter", "end_jobs", "end_strangers"]
 
 GRACE_SECONDS = 8.0
 SLURM_GRACE_SECONDS = 40.0
@@ -30,7 +30,7 @@ MAKERS: Mapping[str, Callable[[], Backend]] = {
 KINDS: Mapping[str, type[Backend]] = {"launcher": Local, "slurm": Slurm}
 
 
-class Keepers:
+class BackendRouter:
     """``backend`` for its own jobs, and others for jobs that an earlier command started otherwise."""
 
     def __init__(self, backend: Backend) -> None:
@@ -59,60 +59,60 @@ class Keepers:
                 return [(self._backend, list(jobs))]
         groups: dict[int, tuple[Backend, list[Job]]] = {}
         for job in jobs:
-            keeper = self.of(job)
-            groups.setdefault(id(keeper), (keeper, []))[1].append(job)
+            backend = self.of(job)
+            groups.setdefault(id(backend), (backend, []))[1].append(job)
         return list(groups.values())
 
-    def poll(self, jobs: Sequence[Job]) -> dict[str, Seen]:
+    def poll(self, jobs: Sequence[Job]) -> dict[str, SchedulerStatus]:
         """Return job id -> what its scheduler knows."""
-        found: dict[str, Seen] = {}
-        for keeper, some in self._grouped(jobs):
-            found.update(keeper.poll(some))
+        found: dict[str, SchedulerStatus] = {}
+        for backend, some in self._grouped(jobs):
+            found.update(backend.poll(some))
         return found
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
         """End the jobs; return whether every request was delivered."""
-        delivered = [keeper.cancel(some, now=now) for keeper, some in self._grouped(jobs)]
+        delivered = [backend.cancel(some, now=now) for backend, some in self._grouped(jobs)]
         return all(delivered)
 
 
-def end_jobs(keepers: Keepers, jobs: Sequence[Job], *, clock: Clock, grace: float | None = None) -> None:
+def end_jobs(router: BackendRouter, jobs: Sequence[Job], *, clock: Clock, grace: float | None = None) -> None:
     """End jobs: first as Ctrl-C would, and after ``grace`` seconds, or at a second Ctrl-C, for good."""
     left = list(jobs)
     if not left:
         return
     if grace is None:
-        clustered = any(isinstance(keepers.of(job), Slurm) for job in left)
+        clustered = any(isinstance(router.of(job), Slurm) for job in left)
         grace = SLURM_GRACE_SECONDS if clustered else GRACE_SECONDS
     try:
-        keepers.cancel(left)
-        left = _wait(keepers, left, clock, grace)
+        router.cancel(left)
+        left = _wait(router, left, clock, grace)
     except KeyboardInterrupt:
         pass
     if left:
-        keepers.cancel(left, now=True)
-        _wait(keepers, left, clock, grace)
+        router.cancel(left, now=True)
+        _wait(router, left, clock, grace)
 
 
 def end_strangers(
-    jobs: Path, wanted: Collection[str], keepers: Keepers, *, clock: Clock, say: Callable[[str], None]
+    jobs: Path, wanted: Collection[str], router: BackendRouter, *, clock: Clock, say: Callable[[str], None]
 ) -> None:
     """End what runs below the folder ``jobs`` for cells that are not among the ``wanted``."""
     folders = [path for path in jobs.iterdir() if path.name not in wanted]
     newest = [job for path in folders for job in jobs_in(path, path.name)[-1:]]
     candidates = [job for job in newest if Outcome.read(job) is None]
-    seen = keepers.poll(candidates) if candidates else {}
+    seen = router.poll(candidates) if candidates else {}
     running = [job for job in candidates if seen[job.id].phase != "over"]
     if running:
         say(f"ending {len(running)} workers of cells that the study no longer has")
-        end_jobs(keepers, running, clock=clock)
+        end_jobs(router, running, clock=clock)
 
 
-def _wait(keepers: Keepers, jobs: Sequence[Job], clock: Clock, seconds: float) -> list[Job]:
+def _wait(router: BackendRouter, jobs: Sequence[Job], clock: Clock, seconds: float) -> list[Job]:
     deadline = clock.monotonic() + seconds
     left = list(jobs)
     while left and clock.monotonic() < deadline:
         clock.sleep(POLL_SECONDS)
-        seen = keepers.poll(left)
+        seen = router.poll(left)
         left = [job for job in left if seen[job.id].phase != "over"]
     return left

@@ -8,14 +8,14 @@ from hpdm_core.base.files import read_json, write_json
 from hpdm_core.cell import Step
 from hpdm_core.cell.mark import mark_of
 from hpdm_core.store.lease import Watch
-from hpdm_core.study.backends.interface import Clock, Job, Seen
+from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus
 from hpdm_core.study.controller.budget import Spending
 from hpdm_core.study.controller.retries import Outcome
-from hpdm_core.study.controller.router import Keepers
-from hpdm_core.study.controller.states import Evidence, Verdict, judge
+from hpdm_core.study.controller.router import BackendRouter
+from hpdm_core.study.controller.states import Evidence, JobStatus, judge
 from hpdm_core.study.controller.tasks import Task, last_lines, shared_stages
 
-__all__ = ["Attempts"]
+__all__ = ["RunningJobs"]
 
 LOW_DISK_BYTES = 1 << 20
 FULL_DISK = "the disk is full; free some space and give the same command again"
@@ -23,11 +23,11 @@ LINGER_SECONDS = 30.0
 """A worker whose heart stopped so long ago, and which is still there, has its files looked at."""
 
 
-class Attempts:
+class RunningJobs:
     """Attempts under way, by job id. Liveness is judged on ``clock``; heartbeats are counted in ``spending``."""
 
-    def __init__(self, keepers: Keepers, *, clock: Clock, spending: Spending) -> None:
-        self.keepers = keepers
+    def __init__(self, router: BackendRouter, *, clock: Clock, spending: Spending) -> None:
+        self.router = router
         self.clock = clock
         self.spending = spending
         self.tasks: dict[str, Task] = {}
@@ -56,7 +56,7 @@ class Attempts:
         self.progress.pop(task, None)
         task.job = None
 
-    def judged(self, task: Task, seen: Seen) -> Verdict:
+    def judged(self, task: Task, seen: SchedulerStatus) -> JobStatus:
         """Return what the attempt of ``task`` is, given what its scheduler says."""
         assert task.job is not None, f"{task.cell.name} has a job"
         now = self.clock.monotonic()
@@ -75,7 +75,7 @@ class Attempts:
             error = None  # requeued: what it wrote before is of its run before
         return judge(Evidence(done=done, error=error, unanswered=unanswered, seen=seen, **files))
 
-    def ended_unseen(self, task: Task, steps: Sequence[Step], seen: Seen) -> Verdict:
+    def ended_unseen(self, task: Task, steps: Sequence[Step], seen: SchedulerStatus) -> JobStatus:
         """Return what an attempt came to that ended while there was no controller."""
         return judge(Evidence(done=False, error=task.error(steps), seen=seen, **self._files(task)))
 
@@ -90,28 +90,28 @@ class Attempts:
         silent = self._watch.silent(job.id, None if beat is None else (beat.get("born"), beat.get("beat")))
         return {"started": beat is not None, "silent": silent, "ended": read_json(job.folder / "end.json")}
 
-    def settle(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> tuple[Verdict, Outcome]:
+    def settle(self, task: Task, status: JobStatus, steps: Sequence[Step]) -> tuple[JobStatus, Outcome]:
         """Close the attempt of ``task``, with ``steps`` still missing; return what it came to in the end."""
-        if task.pruned and verdict.state != "done":
-            verdict = Verdict(state="cancelled", over=True, cause="pruned", reason=task.pruned)
-        if verdict.cause == "killed":
+        if task.pruned and status.state != "done":
+            status = JobStatus(state="cancelled", over=True, cause="pruned", reason=task.pruned)
+        if status.cause == "killed":
             task.tail = last_lines(task.log, task.job)
             if shutil.disk_usage(task.folder).free < LOW_DISK_BYTES:
-                verdict = Verdict(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
+                status = JobStatus(state="interrupted", over=True, cause="full disk", reason=FULL_DISK)
         task.seconds = self.clock.monotonic() - task.started
-        outcome = self.record(task, verdict, steps)
+        outcome = self.record(task, status, steps)
         self.drop(task)
-        return verdict, outcome
+        return status, outcome
 
-    def record(self, task: Task, verdict: Verdict, steps: Sequence[Step]) -> Outcome:
+    def record(self, task: Task, status: JobStatus, steps: Sequence[Step]) -> Outcome:
         """Write what became of the attempt into its folder."""
         job = task.job
         assert job is not None, f"{task.cell.name} has a job"
         said = (task.error(steps) or {}).get("stage")
         outcome = Outcome(
-            state=verdict.state,
-            cause=verdict.cause,
-            reason=verdict.reason,
+            state=status.state,
+            cause=status.cause,
+            reason=status.reason,
             begun=task.begun or list((read_json(job.spec) or {}).get("begun", [])),
             reached=mark_of(task.cell) if steps else [],
             # Killed without a word it was at the first stage that is missing: they are done in order.

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hpdm_core.store.failures import FAILURES, Cause
-from hpdm_core.study.backends.interface import Seen
+from hpdm_core.study.backends.interface import SchedulerStatus
 
-__all__ = ["CLOSED", "OPEN", "Evidence", "State", "Verdict", "judge"]
+__all__ = ["CLOSED", "OPEN", "Evidence", "JobStatus", "State", "judge"]
 
 State = Literal["planned", "queued", "running", "interrupted", "done", "failed", "cancelled"]
 
@@ -51,11 +51,11 @@ class Evidence:
     """Seconds, on our own clock, since its counter last moved or since it was first looked at."""
     unanswered: float = 0.0
     """Seconds, on our own clock, for which the scheduler has not answered."""
-    seen: Seen
+    seen: SchedulerStatus
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class JobStatus:
     """What an attempt is. ``over``: it is settled, and nothing of it is to be waited for."""
 
     state: State
@@ -64,35 +64,35 @@ class Verdict:
     reason: str = ""
 
 
-def judge(evidence: Evidence) -> Verdict:
+def judge(evidence: Evidence) -> JobStatus:
     """Return what `evidence` says."""
     seen = evidence.seen
     if evidence.done:
-        return Verdict(state="done", over=True)
+        return JobStatus(state="done", over=True)
     kind = str((evidence.error or {}).get("kind", "code error"))
     # Of several processes one saw that another was gone: the scheduler may know why.
     explained = kind == "lost node" and seen.phase == "over" and seen.cause is not None
     if evidence.error is not None and not explained:
         cause: Cause = kind if kind in get_args(Cause) else "code error"  # type: ignore[assignment]
         reason = str(evidence.error.get("message", "unknown error"))
-        return Verdict(state="failed", over=True, cause=cause, reason=reason)
+        return JobStatus(state="failed", over=True, cause=cause, reason=reason)
     if seen.phase == "waiting":
-        return Verdict(state="interrupted" if evidence.started else "queued", reason=seen.word)
+        return JobStatus(state="interrupted" if evidence.started else "queued", reason=seen.word)
     if seen.phase == "alive":
-        return Verdict(state="running" if evidence.started else "queued", reason=seen.word)
+        return JobStatus(state="running" if evidence.started else "queued", reason=seen.word)
     recent = evidence.ended is None and evidence.silent < SILENT_SECONDS
     beats = evidence.started and recent
     if seen.phase == "over":
         if not seen.certain and recent:  # it may live on, or come back
-            return Verdict(state="running" if evidence.started else "queued", reason=seen.word)
+            return JobStatus(state="running" if evidence.started else "queued", reason=seen.word)
         return _ended(evidence)
     # No answer. A beating worker is at work; a silent one, or a job that waits, is given time.
     if evidence.ended is not None and not evidence.ended.get("requeued"):
         return _ended(evidence)
     if beats or evidence.unanswered < UNANSWERED_SECONDS:
-        return Verdict(state="running" if evidence.started else "queued", reason=seen.word)
+        return JobStatus(state="running" if evidence.started else "queued", reason=seen.word)
     minutes = f"{evidence.unanswered / 60:.0f} min"
-    return Verdict(
+    return JobStatus(
         state="failed",
         over=True,
         cause="lost node",
@@ -100,7 +100,7 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
-def _ended(evidence: Evidence) -> Verdict:
+def _ended(evidence: Evidence) -> JobStatus:
     """What an attempt without results and without an error is, once it is over."""
     seen, ended = evidence.seen, evidence.ended or {}
     said = ended.get("cause")
@@ -124,4 +124,4 @@ def _ended(evidence: Evidence) -> Verdict:
     if seen.detail:
         reason += f": {seen.detail}"
     state: State = "failed" if cause in FAILURES else "cancelled" if cause == "cancelled" else "interrupted"
-    return Verdict(state=state, over=True, cause=cause, reason=reason)
+    return JobStatus(state=state, over=True, cause=cause, reason=reason)

@@ -36,7 +36,7 @@ def _nothing_to_vary(arm: str, values: Mapping[str, Any]) -> CellConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A validated study. ``configs`` holds each arm's cell; `hpdm_core.study.plan.design` adds the seeds."""
+    """A validated study. ``configs`` holds each arm's cell; `hpdm_core.study.plan.cells` adds the seeds."""
 
     name: str
     file: Path

@@ -15,12 +15,12 @@ from hpdm_core.base.files import read_json, write_json
 from hpdm_core.cell import Cell
 from hpdm_core.store.lease import Lease
 from hpdm_core.study.backends.inline import Inline, InlineOptions
-from hpdm_core.study.backends.interface import Job, Seen, SystemClock
+from hpdm_core.study.backends.interface import Job, SchedulerStatus, SystemClock
 from hpdm_core.study.controller.controller import CANCEL
 from hpdm_core.study.controller.display import loss_text, seconds_left, span, step_text
 from hpdm_core.study.controller.overview import summary
 from hpdm_core.study.controller.retries import Outcome
-from hpdm_core.study.controller.router import Keepers, end_jobs
+from hpdm_core.study.controller.router import BackendRouter, end_jobs
 from hpdm_core.study.controller.states import Evidence, State, judge
 from hpdm_core.study.controller.tasks import Task, jobs_in
 from hpdm_core.study.ledger.lock import LOCK, locked
@@ -88,12 +88,12 @@ def _standings(cells: Sequence[Cell], folder: Path) -> list[Standing]:
     jobs = {cell.identity: jobs_in(folder / "jobs" / cell.identity, cell.identity) for cell in cells}
     latest = [made[-1] for made in jobs.values() if made]
     open_jobs = [job for job in latest if Outcome.read(job) is None]
-    keepers = _keepers()
-    seen = keepers.poll(open_jobs) if open_jobs else {}
+    router = _keepers()
+    seen = router.poll(open_jobs) if open_jobs else {}
     return [_standing(cell, folder, jobs[cell.identity], seen) for cell in cells]
 
 
-def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, Seen]) -> Standing:
+def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, SchedulerStatus]) -> Standing:
     steps = cell.missing()
     count = len(jobs)
     if not steps:
@@ -111,7 +111,7 @@ def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, 
     beat = read_json(job.folder / "heartbeat.json")
     look = seen[job.id].phase == "over"
     task = Task(cell, folder / "jobs" / cell.identity, job=job)
-    verdict = judge(
+    status = judge(
         Evidence(
             done=False,
             started=beat is not None,
@@ -120,12 +120,12 @@ def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, 
             seen=seen[job.id],
         )
     )
-    return Standing(state=verdict.state, reason=verdict.reason, attempts=count, progress=beat)
+    return Standing(state=status.state, reason=status.reason, attempts=count, progress=beat)
 
 
-def _keepers() -> Keepers:
+def _keepers() -> BackendRouter:
     """Schedulers are found by what each job notes of itself; nothing is started."""
-    return Keepers(Inline(InlineOptions(), work=lambda path: None, tick=lambda: None))
+    return BackendRouter(Inline(InlineOptions(), work=lambda path: None, tick=lambda: None))
 
 
 def cancel_study(study: str, folder: Path, *, say: Callable[[str], None]) -> int:
@@ -166,10 +166,10 @@ def _end_all(folder: Path) -> int:
     jobs = [job for job in jobs if Outcome.read(job) is None]
     if not jobs:
         return 0
-    keepers = _keepers()
-    seen = keepers.poll(jobs)
+    router = _keepers()
+    seen = router.poll(jobs)
     running = [job for job in jobs if seen[job.id].phase != "over"]
-    end_jobs(keepers, running, clock=SystemClock())
+    end_jobs(router, running, clock=SystemClock())
     for job in running:
         outcome = Outcome(state="cancelled", cause="cancelled", reason="cancelled", begun=[], reached=[])
         write_json(job.folder / "outcome.json", outcome.to_json(), durable=False)

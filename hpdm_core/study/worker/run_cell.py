@@ -20,7 +20,7 @@ from hpdm_core.base.files import read_json, write_json
 from hpdm_core.cell import Cell
 from hpdm_core.cell.mark import mark_of
 from hpdm_core.store.failures import Cause, TimeLimit
-from hpdm_core.store.heartbeat import Heart, Progress
+from hpdm_core.store.heartbeat import JobHeartbeat, Progress
 from hpdm_core.store.stages import describe
 
 __all__ = ["run_job"]
@@ -38,7 +38,7 @@ def run_job(path: str, progress: Progress | None = None) -> None:
     """
     spec_file = Path(path)
     first = _rank() == 0
-    heart = Heart(spec_file.parent) if progress is None and first else None
+    heart = JobHeartbeat(spec_file.parent) if progress is None and first else None
     cell: Cell | None = None
     with interruption.watched(), heart or contextlib.nullcontext():
         try:
@@ -92,7 +92,9 @@ def _together(cell: Cell) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_in_order(cell: Cell, heart: Heart | None, slurm: Mapping[str, Any] | None) -> Iterator[None]:
+def _ended_in_order(
+    cell: Cell, heart: JobHeartbeat | None, slurm: Mapping[str, Any] | None
+) -> Iterator[None]:
     """Say why the work ended when it was asked to, and go back into the queue where that is due."""
     begun = mark_of(cell) if heart is not None else None
     try:

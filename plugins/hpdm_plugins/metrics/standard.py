@@ -6,11 +6,12 @@ from pydantic import Field
 
 from hpdm_core.config.schema import Later, Part
 from hpdm_core.hookspecs import Register, hookimpl
-from hpdm_core.metrics.distances.frechet import Features, frechet_distance
+from hpdm_core.metrics.distances.frechet import frechet_distance
 from hpdm_core.metrics.distances.kernel import kernel_distance
 from hpdm_core.metrics.distances.metric import CorruptionCheck, FeatureDistance
 from hpdm_core.metrics.efficiency import Efficiency
 from hpdm_core.metrics.held_out_loss import SIGMAS, HeldOutLoss
+from hpdm_core.metrics.interface import Features
 from hpdm_core.metrics.throughput import Throughput
 
 __all__ = ["register_metrics"]
