@@ -24,6 +24,7 @@ import yaml
 from tabulate import tabulate
 
 from hpdm_core.study import __main__ as command
+from hpdm_core.study import run
 from hpdm_core.study.backends.simulated import Simulated
 from hpdm_core.study.ledger.ledger import Ledger
 
@@ -51,14 +52,14 @@ def study_of(cells: int, *, failures: float, slots: int, storage: str | None) ->
 def measure(cells: int, *, failures: float, slots: int, storage: str | None = None) -> dict[str, Any]:
     """Run the study and run it again; return figures, times in seconds."""
     backends: list[Simulated] = []
-    make = command.make_backend
+    make = run.make_backend
 
     def watched(*arguments: Any, **options: Any) -> Any:
         made = make(*arguments, **options)
         backends.append(made)  # type: ignore[arg-type]
         return made
 
-    command.make_backend = watched
+    run.make_backend = watched
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -73,7 +74,7 @@ def measure(cells: int, *, failures: float, slots: int, storage: str | None = No
             records = len(ledger.records())
             ledger.close()
     finally:
-        command.make_backend = make
+        run.make_backend = make
     simulating, polls = backends[0].seconds, backends[0].polls
     own = first - simulating
     return {

@@ -124,6 +124,11 @@ def register_optimizers(register: Register) -> None:
 
 
 @hookspec
+def register_backends(register: Register) -> None:
+    """backend: ``factory(runner: JobRunner, *, ...) -> Backend``, where cells run."""
+
+
+@hookspec
 def before_cell_started(cell: CellInfo) -> None:
     """Before the first stage of a cell."""
 

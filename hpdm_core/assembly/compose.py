@@ -199,7 +199,7 @@ def load_cell(
 
     composed = compose(source, sets=sets, plugins=plugins)
     layers = composed.layers
-    keys, problems = check_top_level(layers, extra=("seed",))
+    keys, problems = check_top_level(layers, backends=composed.plugins.models("backends"), extra=("seed",))
     if "seed" not in layers.data and keys is not None:
         layers.data["seed"] = keys.seeds[0]
     config, more = validate_cell(layers, composed.plugins)

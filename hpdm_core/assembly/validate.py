@@ -97,6 +97,8 @@ def _ordered(problems: list[Problem]) -> list[Problem]:
 def _places(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Yield the path and family of every part of a cell, given or left to its default."""
     for family in FAMILIES.values():
+        if not family.of_cell:
+            continue
         section, _, name = family.path.partition(".")
         inside = data.get(section, {})
         if not isinstance(inside, Mapping) or (section not in data and _required(section)):

@@ -14,9 +14,8 @@ from hpdm_core.config.problems import Problem, check
 from hpdm_core.config.schema import CellConfig, Frozen, Part
 from hpdm_core.config.search import SearchKeys
 
-__all__ = ["BACKENDS", "RESERVED", "SECTIONS", "Budget", "StudyKeys", "check_top_level", "is_reserved"]
+__all__ = ["RESERVED", "SECTIONS", "Budget", "StudyKeys", "check_top_level", "is_reserved"]
 
-BACKENDS = ("inline", "local", "slurm", "simulated")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 RESERVED = "'store' is where all studies keep their work; choose another name"
 SECTIONS = tuple(name for name in CellConfig.model_fields if name != "seed")
@@ -58,9 +57,12 @@ class StudyKeys(Frozen):
 
 
 def check_top_level(
-    layers: Layers, *, extra: Collection[str] = (), backends: Mapping[str, type[BaseModel]] | None = None
+    layers: Layers, *, backends: Mapping[str, type[BaseModel]], extra: Collection[str] = ()
 ) -> tuple[StudyKeys | None, list[str]]:
-    """Validate the keys that are no section of a cell; unknown ones get the nearest name. Returns lines."""
+    """Validate the keys that are no section of a cell; unknown ones get the nearest name. Returns lines.
+
+    ``backends``: the options of each backend that plugins bring.
+    """
     own = {key: value for key, value in layers.data.items() if key in StudyKeys.model_fields}
     keys, problems = check(StudyKeys, own)
     allowed = sorted({*StudyKeys.model_fields, *SECTIONS, "extends", "plugins", *extra})
@@ -85,8 +87,8 @@ def is_reserved(name: str) -> bool:
     return name.casefold() == "store"
 
 
-def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None) -> list[Problem]:
-    known = tuple(backends) if backends is not None else BACKENDS
+def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]]) -> list[Problem]:
+    known = tuple(backends)
     if part.use not in known:
         nearest = did_you_mean(part.use, known)
         return [
@@ -94,7 +96,7 @@ def _backend_problems(part: Part, backends: Mapping[str, type[BaseModel]] | None
                 ("backend", "use"), f"unknown backend '{part.use}'{nearest}; backends: {', '.join(known)}"
             )
         ]
-    found = check(backends[part.use], part.options)[1] if backends is not None else []
+    _, found = check(backends[part.use], part.options)
     return [Problem(("backend", *each.path), f"{each.message} (option of '{part.use}')") for each in found]
 
 

@@ -20,6 +20,11 @@ class Family:
     optional: tuple[str, ...] = ()
 
     @property
+    def of_cell(self) -> bool:
+        """Whether the part belongs to a cell; a backend is a study's."""
+        return "." in self.path
+
+    @property
     def hook(self) -> str:
         """The name of the hook that fills this family."""
         return f"register_{self.name}"
@@ -50,5 +55,6 @@ FAMILIES: dict[str, Family] = {
         Family(name="feature_extractors", path="evaluation.metrics.*.extractor", positional=()),
         Family(name="metrics", path="evaluation.metrics.*", positional=()),
         Family(name="optimizers", path="training.optimizer", positional=("named_parameters", "lr")),
+        Family(name="backends", path="backend", positional=("runner",)),
     )
 }

@@ -106,6 +106,10 @@ class Plugins:
         """Return the pydantic model of the options of a part."""
         return self.get(family, key).options
 
+    def models(self, family: str) -> dict[str, type[BaseModel]]:
+        """Return key -> the pydantic model of the part's options, of every part of ``family``."""
+        return {key: self.options(family, key) for key in self.keys(family)}
+
     def check(self, family: str, part: Part, path: KeyPath = ()) -> tuple[Part, list[Problem]]:
         """Return ``part`` with its options validated and every default filled in, and what is wrong with it.
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, create_model
 from hpdm_core.config.schema import Part
 from hpdm_core.plugins.families import FAMILIES, Family
 
-__all__ = ["FactoryError", "described", "handed", "named_family", "options_model", "parts_of"]
+__all__ = ["FactoryError", "described", "handed", "named_family", "options_from", "options_model", "parts_of"]
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -67,6 +67,36 @@ def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type
     except PydanticUserError as error:
         reason = str(error).splitlines()[0]
         raise FactoryError(f"an option has a type that a study file cannot hold: {reason}") from error
+
+
+def options_from(
+    model: type[BaseModel], *positional: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a factory that takes ``**options``: its options are the fields of ``model``, with their limits.
+
+    For a part whose options are a model already. ``positional``: what the factory is handed (`Family.positional`).
+    """
+
+    def mark(factory: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in positional]
+        for name, field in model.model_fields.items():
+            annotation: Any = field.annotation
+            for mark in field.metadata:
+                annotation = Annotated[annotation, mark]
+            default = (
+                inspect.Parameter.empty
+                if field.is_required()
+                else field.get_default(call_default_factory=True)
+            )
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                )
+            )
+        factory.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return factory
+
+    return mark
 
 
 def handed(factory: Callable[..., Any], positional: Sequence[Any]) -> Sequence[Any]:

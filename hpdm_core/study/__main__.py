@@ -8,18 +8,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpdm_core.base.errors import InputError, TroubleError, did_you_mean, report_errors
+from hpdm_core.base.errors import InputError, TroubleError, report_errors
 from hpdm_core.base.files import read_json
 from hpdm_core.base.passwords import without_passwords
-from hpdm_core.study.backends.registry import BACKENDS
-from hpdm_core.study.run import check_writable, run_study
+from hpdm_core.study.run import backend_part, check_writable, run_study
 
 if TYPE_CHECKING:
+    from hpdm_core.study.backends.interface import Backend
     from hpdm_core.study.plan.study_file import StudyConfig
 
 __all__ = ["build_parser", "main"]
@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where results go (default: results)",
     )
-    parser.add_argument("--backend", metavar="NAME", help=f"where cells run: {', '.join(BACKENDS)}")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="where cells run: inline, local, slurm, simulated, or another that a plugin brings",
+    )
     parser.add_argument(
         "--max-parallel", type=_positive, metavar="N", help="how many cells may be under way at a time"
     )
@@ -101,28 +105,29 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 all cells done, 1 trouble, 130 after Ctrl-C."""
     given = build_parser().parse_args(arguments)
-    if given.backend is not None and given.backend not in BACKENDS:
-        raise InputError(
-            f"--backend {given.backend}: unknown '{given.backend}'{did_you_mean(given.backend, BACKENDS)}; "
-            f"allowed: {', '.join(BACKENDS)}"
-        )
     if given.dry_run:
         with _nothing_collected():
             _say(f"reading {given.file}")  # before torch is loaded, which takes seconds
             study = _study(given)
+            backend_part(study, given.backend)
             from hpdm_core.study.show.dry_run import describe_study
 
             print(describe_study(study, given.results, say=_say))
         return 0
     study = _study(given)
-    words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
-    if given.status or given.cancel:
-        from hpdm_core.study.backends.simulated import results_for
+    from hpdm_core.study.backends.interface import JobRunner
+    from hpdm_core.study.backends.registry import asking_backends, make_backend, results_of
+    from hpdm_core.study.worker.run_cell import run_job
 
-        results = results_for(given.backend or study.backend.use, given.results.resolve())
-        return _look_or_cancel(study, results, cancel=given.cancel)
-    if given.detach and (given.backend or study.backend.use) != "slurm":
-        return _detached(study, given.results.resolve(), given.backend or study.backend.use, words)
+    words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
+    other = asking_backends(study.plugins)
+    part = backend_part(study, given.backend)
+    backend = make_backend(study.plugins, part, JobRunner(work=run_job))
+    results = results_of(backend, given.results.resolve())
+    if given.status or given.cancel:
+        return _look_or_cancel(study, results, other, cancel=given.cancel)
+    if given.detach and not backend.queued:
+        return _detached(study, results, part.use, words, attached=backend.attached)
     again = shlex.join(["python", "-m", "hpdm_core.study", *words])
     return run_study(
         study,
@@ -146,7 +151,6 @@ def _study(given: argparse.Namespace) -> StudyConfig:
         arms=given.arms,
         only=given.only,
         plugins=given.plugins,
-        backends=BACKENDS,
     )
 
 
@@ -164,22 +168,24 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def _look_or_cancel(study: StudyConfig, results: Path, *, cancel: bool) -> int:
+def _look_or_cancel(
+    study: StudyConfig, results: Path, other: Callable[[str], Backend], *, cancel: bool
+) -> int:
     from hpdm_core.study.plan.cells import cells_of
     from hpdm_core.study.show.status import begun_cells, cancel_study, status_of
 
     folder = results / study.name
     if cancel:
-        return cancel_study(study.name, folder, say=print)
+        return cancel_study(study.name, folder, other=other, say=print)
     cells = cells_of(study, results / "store")[0] if study.search is None else begun_cells(folder)
-    print(status_of(cells, folder))
+    print(status_of(cells, folder, other))
     return 0
 
 
-def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str]) -> int:
+def _detached(study: StudyConfig, results: Path, use: str, words: Sequence[str], *, attached: bool) -> int:
     """Start the command again without a terminal, since on this machine somebody must hand out the slots."""
-    if use == "inline":
-        raise InputError("--detach: the backend 'inline' runs in this very process; allowed: local, slurm")
+    if attached:
+        raise InputError(f"--detach: the backend '{use}' runs in this very process; allowed: local, slurm")
     check_writable(results)
     from hpdm_core.study.ledger.lock import LOCK
 

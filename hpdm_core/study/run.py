@@ -12,16 +12,30 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from hpdm_core.base.errors import InputError, TroubleError
+from hpdm_core.base.errors import InputError, TroubleError, did_you_mean
 from hpdm_core.base.files import disk_trouble
 from hpdm_core.base.passwords import without_passwords
-from hpdm_core.study.backends.registry import make_backend
+from hpdm_core.config.schema import Part
+from hpdm_core.study.backends.interface import JobRunner
+from hpdm_core.study.backends.registry import asking_backends, make_backend, results_of
 
 if TYPE_CHECKING:
     from hpdm_core.cell import Cell
     from hpdm_core.study.plan.study_file import StudyConfig
 
-__all__ = ["check_writable", "run_study", "study_text"]
+__all__ = ["backend_part", "check_writable", "run_study", "study_text"]
+
+
+def backend_part(study: StudyConfig, name: str | None) -> Part:
+    """Return the backend that ``--backend NAME`` asks for, the study's own without it. Raises `InputError`."""
+    if name is None or name == study.backend.use:
+        return study.backend
+    known = study.plugins.keys("backends")
+    if name not in known:
+        raise InputError(
+            f"--backend {name}: unknown '{name}'{did_you_mean(name, known)}; allowed: {', '.join(known)}"
+        )
+    return Part(use=name)
 
 
 def run_study(
@@ -38,10 +52,9 @@ def run_study(
 ) -> int:
     """Run ``study`` with its results under ``results`` and return the exit code.
 
-    ``detach`` (slurm) submits what may be submitted and returns.
+    ``detach`` (a backend with a queue of its own) submits what may be submitted and returns.
     """
     from hpdm_core.evaluation.study_metric import lacking
-    from hpdm_core.study.backends.simulated import results_for
     from hpdm_core.study.controller.controller import Controller
     from hpdm_core.study.controller.display import make_display
     from hpdm_core.study.controller.study_run import StudyRun
@@ -52,14 +65,13 @@ def run_study(
     from hpdm_core.study.show.report import report
     from hpdm_core.study.worker.run_cell import run_job
 
-    use, options = study.backend.use, study.backend.options
-    if backend is not None and backend != use:
-        use, options = backend, {}
+    part = backend_part(study, backend)
     controllers: list[Controller] = []
-    chosen = make_backend(use, options, work=run_job, tick=lambda: controllers[0].tick(), slots=max_parallel)
+    runner = JobRunner(work=run_job, tick=lambda: controllers[0].tick())
+    chosen = make_backend(study.plugins, part, runner, slots=max_parallel)
     chosen.check()
     check_writable(results)
-    results = results_for(use, results.resolve())
+    results = results_of(chosen, results.resolve())
     check_storage(study.storage, results / study.name)
     cells, others = cells_of(study, results / "store")
     refuse_absent(cells)
@@ -88,6 +100,8 @@ def run_study(
                 folder=results / study.name,
                 cells=cells,
                 others=others,
+                backend=part.use,
+                other_backend=asking_backends(study.plugins),
                 source=study_text(study, without_passwords(again)),
                 storage=study.storage,
                 retry_failed=retry_failed,
@@ -95,7 +109,7 @@ def run_study(
                 planner=search,
                 again=without_passwords(again),
                 detach=detach,
-                prepare=_freezer(results / study.name, study) if use == "slurm" else None,
+                prepare=_freezer(results / study.name, study) if chosen.queued else None,
                 budget=study.budget,
             ),
             backend=chosen,

@@ -22,6 +22,7 @@ import torch
 from hpdm_core.base.errors import InputError, did_you_mean
 from hpdm_core.plugins import Plugins
 from hpdm_core.testing.backbone import BackboneCases
+from hpdm_core.testing.backends import BackendCases
 from hpdm_core.testing.case import Case, describe_failure
 from hpdm_core.testing.data import DatasetCases, VideoReaderCases
 from hpdm_core.testing.diffusion import NoiseSamplerCases, NoiseScalingCases, ObjectiveCases
@@ -34,6 +35,7 @@ from hpdm_core.testing.solver import SolverCases
 __all__ = [
     "CASES",
     "BackboneCases",
+    "BackendCases",
     "Case",
     "ComputationAllocationCases",
     "ContextFusionCases",
@@ -66,6 +68,7 @@ CASES: dict[str, type[Case]] = {
         FeatureExtractorCases,
         MetricCases,
         OptimizerCases,
+        BackendCases,
     )
 }
 """The conformance class of each family."""

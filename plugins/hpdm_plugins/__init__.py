@@ -6,6 +6,7 @@ Each submodule is a plugin of its own and imports none of the others; ``presets`
 __all__ = ["PLUGIN_MODULES"]
 
 PLUGIN_MODULES = (
+    "study.backends",
     "model.fusions",
     "model.allocations",
     "diffusion.coordinates",

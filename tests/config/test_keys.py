@@ -145,7 +145,9 @@ def test_a_cell_survives_its_trip_through_json(folder) -> None:
 def test_every_family_with_a_place_is_among_the_parts(folder) -> None:
     config = load_cell("base.yaml", sets=["evaluation.metrics=[throughput]"]).config
     families = [family for family, _ in parts_in(config, *CellConfig.model_fields)]
-    assert sorted(families) == sorted(set(FAMILIES) - {"feature_extractors"})
+    of_cells = {family.name for family in FAMILIES.values() if family.of_cell}
+    assert sorted(families) == sorted(of_cells - {"feature_extractors"})
+    assert set(FAMILIES) - of_cells == {"backends"}
 
 
 def test_the_data_key_follows_the_dataset_and_its_plugin_file_alone(folder) -> None:

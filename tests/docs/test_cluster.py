@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from hpdm_core.study.backends.local import LocalOptions
-from hpdm_core.study.backends.registry import BACKENDS
 from hpdm_core.study.backends.slurm import SlurmOptions
 from hpdm_core.study.controller.states import State
 from hpdm_core.study.plan.study_file import load_study
@@ -42,7 +41,7 @@ def test_every_state_is_explained():
 def test_the_study_file_is_one(tmp_path):
     (text,) = blocks("yaml")
     (tmp_path / "on_a_cluster.yaml").write_text(text)
-    study = load_study(tmp_path / "on_a_cluster.yaml", backends=BACKENDS)
+    study = load_study(tmp_path / "on_a_cluster.yaml")
     options = SlurmOptions.model_validate(study.backend.options)
     assert options.time == 12 * 60 and options.gpus == 1 and study.budget.max_gpu_hours == 500
     assert study.name == yaml.safe_load(text)["name"]

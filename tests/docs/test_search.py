@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.config.search import PRUNERS, SAMPLERS, SearchKeys, Watching
-from hpdm_core.study.backends.registry import BACKENDS
 from hpdm_core.study.plan.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -83,13 +82,13 @@ def test_the_tables_name_what_there_is():
 def test_a_dry_run_says_what_the_search_adds(tmp_path):
     from hpdm_core.study.show.dry_run import describe_study
 
-    study = load_study(ROOT / "studies" / "search_example.yaml", backends=BACKENDS)
+    study = load_study(ROOT / "studies" / "search_example.yaml")
     said = describe_study(study, tmp_path)
     assert "search: before that, 8 proposals of each arm with 1 seeds, 16 cells at most" in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_example_is_a_search_of_equal_arms():
-    study = load_study(ROOT / "studies" / "search_example.yaml", backends=BACKENDS)
+    study = load_study(ROOT / "studies" / "search_example.yaml")
     assert study.search is not None and study.search.budget == 8
     assert set(study.seeds).isdisjoint(study.search.seeds)

@@ -17,11 +17,10 @@ from typing import Any
 
 import yaml
 
-from hpdm_core.study.__main__ import run_study
-from hpdm_core.study.backends.registry import BACKENDS
 from hpdm_core.study.backends.simulated import FINISHED
 from hpdm_core.study.ledger.ledger import Ledger
 from hpdm_core.study.plan.study_file import StudyConfig, load_study
+from hpdm_core.study.run import run_study
 from hpdm_core.study.show import report as reporting
 
 STUDY = {
@@ -61,7 +60,7 @@ def main() -> None:
     file, results, log = folder / "killed.yaml", folder / "results", folder / "log"
     cells = 10 * kills + 40
     file.write_text(yaml.safe_dump({**STUDY, "storage": storage, "seeds": list(range(cells))}))
-    study = load_study(file, backends=BACKENDS)
+    study = load_study(file)
     home = results / "simulated" / "killed"
     found: dict[str, Any] = {"kills": 0, "unreadable": [], "ahead": [], "done": [], "cells": cells}
 

@@ -16,10 +16,14 @@ from rich.console import Console
 from hpdm_core.hookspecs import hookimpl
 from hpdm_core.plugins import build_plugins
 from hpdm_core.store.stages import Stage, Store
-from hpdm_core.study.backends.inline import Inline, InlineOptions
+from hpdm_core.study.backends.inline import Inline
+from hpdm_core.study.backends.interface import JobRunner
+from hpdm_core.study.backends.registry import asking_backends
 from hpdm_core.study.controller.controller import Controller
 from hpdm_core.study.controller.display import PlainDisplay
 from hpdm_core.study.controller.study_run import StudyRun
+
+PLUGINS = build_plugins()
 
 
 @dataclass
@@ -146,8 +150,16 @@ def study(tmp_path: Path) -> Callable[..., Run]:
         seen = _logged(tmp_path)
         text = io.StringIO()
         display = PlainDisplay(Console(file=text, width=200))
-        used = backend or Inline(InlineOptions(), work=job or make_job(), tick=lambda: None)
-        asked = StudyRun(name="tiny", folder=tmp_path / "tiny", cells=cells, again="again", **options)  # type: ignore[arg-type]
+        used = backend or Inline(JobRunner(work=job or make_job()))
+        asked = StudyRun(
+            name="tiny",
+            folder=tmp_path / "tiny",
+            cells=cells,
+            again="again",
+            backend="inline",
+            other_backend=asking_backends(PLUGINS),
+            **options,
+        )  # type: ignore[arg-type]
         controller = Controller(asked, backend=used, display=display)
         code = controller.run()
         return Run(code, text.getvalue(), [line for line in _logged(tmp_path) if line not in seen])

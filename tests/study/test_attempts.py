@@ -32,7 +32,8 @@ class Script:
     is called with the job, and the next is seen.
     """
 
-    attached = False
+    attached = queued = made_up = False
+    grace = 8.0
 
     def __init__(self, *acts: Sequence[Any], slots: int = 4, gpus: int = 0, delivered: bool = True) -> None:
         self.clock = self

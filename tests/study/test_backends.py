@@ -10,10 +10,13 @@ import pytest
 
 from hpdm_core.base.errors import InputError
 from hpdm_core.base.files import write_json
-from hpdm_core.config.study_keys import BACKENDS as NAMES_IN_FILES
-from hpdm_core.study.backends.interface import Job, SchedulerStatus, SystemClock
-from hpdm_core.study.backends.registry import BACKENDS, make_backend
+from hpdm_core.config.schema import Part
+from hpdm_core.plugins import build_plugins
+from hpdm_core.study.backends.interface import Job, JobRunner, SchedulerStatus, SystemClock
+from hpdm_core.study.backends.registry import make_backend
 from hpdm_core.study.controller.router import BackendRouter, end_jobs
+
+PLUGINS = build_plugins()
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0) -> None:
@@ -57,7 +60,11 @@ def job(tmp_path: Path) -> Job:
 
 def local(work: Callable[..., None], **options: Any) -> Any:
     slots = options.pop("max_parallel", None)
-    return make_backend("local", options, work=work, tick=lambda: None, slots=slots)
+    return make_backend(PLUGINS, Part(use="local", options=options), JobRunner(work=work), slots=slots)
+
+
+def routed(backend: Any, name: str = "local") -> BackendRouter:
+    return BackendRouter(backend, name=name, other=lambda other: pytest.fail(f"{other} is built"))
 
 
 def over(backend: Any, job: Job) -> bool:
@@ -69,13 +76,9 @@ def pid_of(job: Job) -> int:
     return int(json.loads((job.folder / "worker.json").read_text())["pid"])
 
 
-def test_the_names_are_those_of_study_files() -> None:
-    assert tuple(BACKENDS) == NAMES_IN_FILES
-
-
 def test_an_unknown_backend_gets_the_nearest_name() -> None:
-    with pytest.raises(InputError, match=r"unknown 'slrum' - did you mean 'slurm'"):
-        make_backend("slrum", {}, work=sleeper(), tick=lambda: None)
+    with pytest.raises(InputError, match=r"unknown part 'slrum' of backends - did you mean 'slurm'"):
+        make_backend(PLUGINS, Part(use="slrum"), JobRunner(work=sleeper()))
 
 
 def test_max_parallel_overrides_the_slots(job: Job) -> None:
@@ -91,7 +94,9 @@ def test_inline_runs_at_once_and_passes_progress_on(job: Job) -> None:
         progress({"step": 1})
         raise RuntimeError("in its files already")
 
-    backend = make_backend("inline", {}, work=work, tick=lambda: ticks.append("tick"))
+    backend = make_backend(
+        PLUGINS, Part(use="inline"), JobRunner(work=work, tick=lambda: ticks.append("tick"))
+    )
     backend.submit([job])
     assert ticks == ["tick"] and over(backend, job)
 
@@ -102,7 +107,7 @@ def test_a_local_worker_outlives_its_controller_is_found_again_and_ended(job: Jo
     other = local(sleeper())
     assert not over(other, job)  # before the worker has said who it is: its launcher is known
     wait_for((job.folder / "worker.json").exists)
-    end_jobs(BackendRouter(other), [job], clock=SystemClock())
+    end_jobs(routed(other), [job], clock=SystemClock())
     assert over(backend, job) and over(other, job) and over(local(sleeper()), job)
     assert (job.folder / "unwound").exists()  # ended as Ctrl-C would, not shot
 
@@ -137,7 +142,7 @@ def test_a_worker_that_does_not_listen_is_shot(job: Job) -> None:
     backend = local(deaf())
     backend.submit([job])
     pid_of(job)
-    end_jobs(BackendRouter(backend), [job], clock=SystemClock(), grace=1.0)
+    end_jobs(routed(backend), [job], clock=SystemClock(), grace=1.0)
     wait_for(lambda: over(backend, job), seconds=5)
 
 

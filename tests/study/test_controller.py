@@ -64,7 +64,8 @@ def test_two_cells_of_one_model_train_it_once(study: Any, cell: Any) -> None:
 class Threads:
     """A backend whose jobs all run at once, as far as the controller lets them."""
 
-    attached = False
+    attached = queued = made_up = False
+    grace = 8.0
     gpus = 0
 
     def __init__(self, job: Any) -> None:

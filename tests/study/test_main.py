@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpdm_core.base.errors import InputError, report_errors
-from hpdm_core.study.__main__ import build_parser, main, study_text
+from hpdm_core.study.__main__ import build_parser, main
 from hpdm_core.study.plan.study_file import load_study
+from hpdm_core.study.run import study_text
 
 
 def test_the_flags_are_a_promise() -> None:

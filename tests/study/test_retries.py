@@ -180,7 +180,6 @@ def test_failures_are_counted() -> None:
     ],
 )
 def test_wrong_keys_are_told_with_the_nearest(tiny: Path, given: str, said: str) -> None:
-    from hpdm_core.study.backends.registry import BACKENDS
 
     with pytest.raises(InputError, match=said):
-        load_study(tiny, sets=[given], backends=BACKENDS)
+        load_study(tiny, sets=[given])

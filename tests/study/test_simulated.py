@@ -13,7 +13,6 @@ import yaml
 
 from hpdm_core.base.errors import InputError
 from hpdm_core.study.__main__ import main
-from hpdm_core.study.backends.registry import BACKENDS
 from hpdm_core.study.backends.simulated import FINISHED, SimulatedOptions, Toy, VirtualClock, fate
 from hpdm_core.study.ledger.ledger import Ledger
 from hpdm_core.study.plan.study_file import load_study
@@ -60,7 +59,7 @@ def destiny(cell: str, options: SimulatedOptions) -> tuple[str, int]:
 def check_every_cell(file: Path, results: Path, *, cells: int) -> Counter[str]:
     """Every cell is in its right state in the ledger, in index.csv and in the store, and no work was done twice."""
     home = results / "simulated" / "many"
-    options = SimulatedOptions.model_validate(load_study(file, backends=BACKENDS).backend.options)
+    options = SimulatedOptions.model_validate(load_study(file).backend.options)
     ledger = Ledger(home, study="many")
     states = ledger.states()
     records = Counter(record["cell"] for record in ledger.records())
@@ -131,7 +130,7 @@ def test_time_passes_when_it_is_waited_for() -> None:
 )
 def test_wrong_options_are_lines(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError) as error:
-        load_study(study(tmp_path, cells=1, **options), backends=BACKENDS)
+        load_study(study(tmp_path, cells=1, **options))
     assert any(said in line for line in error.value.messages), error.value.messages
 
 

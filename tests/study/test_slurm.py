@@ -10,10 +10,14 @@ import pytest
 
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import read_json, write_json
-from hpdm_core.study.backends.interface import Job
+from hpdm_core.config.schema import Part
+from hpdm_core.plugins import build_plugins
+from hpdm_core.study.backends.interface import Job, JobRunner
 from hpdm_core.study.backends.registry import make_backend
 from hpdm_core.study.backends.slurm import SlurmOptions
 from hpdm_core.study.backends.slurm_queue import Line, outside, seen_of
+
+PLUGINS = build_plugins()
 
 SHIMS = {
     "sinfo": "exit 0",
@@ -59,7 +63,7 @@ class Cluster:
         (self.folder / "queue").write_text("".join(line + "\n" for line in lines))
 
     def backend(self, **options: Any) -> Any:
-        made: Any = make_backend("slurm", options, work=work, tick=lambda: None)
+        made: Any = make_backend(PLUGINS, Part(use="slurm", options=options), JobRunner(work=work))
         made.clock = self
         made.queue._clock = self.monotonic
         return made
@@ -335,7 +339,7 @@ def test_an_allocation_around_the_controller_does_not_leak_into_jobs(
 def test_without_slurm_the_backend_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="needs the commands sinfo and sbatch"):
-        make_backend("slurm", {}, work=work, tick=lambda: None).check()
+        make_backend(PLUGINS, Part(use="slurm"), JobRunner(work=work)).check()
 
 
 def refuse(cluster: Cluster, command: str, message: str) -> None:

@@ -1,38 +1,32 @@
 """The backend inline: cells one after another in the controller's own process."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
+from hpdm_core.study.backends.interface import (
+    GRACE_SECONDS,
+    Clock,
+    Job,
+    JobRunner,
+    SchedulerStatus,
+    SystemClock,
+)
 
-from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
-
-__all__ = ["Inline", "InlineOptions", "Work"]
-
-Work = Callable[..., None]
-"""`hpdm_core.study.worker.run_cell.run_job`: takes a spec file's path and, in this process, a function to call with
-progress.
-"""
-
-
-class InlineOptions(BaseModel):
-    """Options of the backend inline: none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["Inline"]
 
 
 class Inline:
-    """Runs a job to its end when it is submitted. ``tick`` is called about every second meanwhile."""
+    """Runs a job to its end when it is submitted. ``runner.tick`` is called about every second meanwhile."""
 
     attached = True
+    queued = False
+    made_up = False
+    grace = GRACE_SECONDS
 
-    def __init__(
-        self, options: InlineOptions, *, work: Work, tick: Callable[[], None], clock: Clock | None = None
-    ) -> None:
+    def __init__(self, runner: JobRunner, *, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
         self.gpus = 0
-        self._work = work
-        self._tick = tick
+        self._runner = runner
 
     def check(self) -> None:
         """Always possible."""
@@ -49,7 +43,7 @@ class Inline:
         """Run the jobs to their end. What they raise is in their files already."""
         for job in jobs:
             with contextlib.suppress(Exception):
-                self._work(str(job.spec), lambda progress: self._tick())
+                self._runner.work(str(job.spec), lambda progress: self._runner.tick())
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
         """All are over."""

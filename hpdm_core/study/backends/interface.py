@@ -40,7 +40,7 @@ virtual clock runs a study of days in seconds. Heartbeats of jobs are judged on 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,22 @@ from typing import Literal, Protocol
 
 from hpdm_core.store.failures import Cause
 
-__all__ = ["Backend", "Clock", "Job", "Phase", "SchedulerStatus", "SystemClock"]
+__all__ = [
+    "GRACE_SECONDS",
+    "Backend",
+    "Clock",
+    "Job",
+    "JobRunner",
+    "Phase",
+    "SchedulerStatus",
+    "SystemClock",
+    "Work",
+]
+
+Work = Callable[..., None]
+"""`hpdm_core.study.worker.run_cell.run_job`: takes a spec file's path and, in this process, a function to call with
+progress.
+"""
 
 
 Phase = Literal["waiting", "alive", "over", "unknown"]
@@ -120,6 +135,24 @@ class Job:
         return self.folder / "spec.json"
 
 
+GRACE_SECONDS = 8.0
+"""For `Backend.grace`, where a job is a process of this machine."""
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRunner:
+    """What a backend is handed: how one job is run."""
+
+    work: Work
+    """Runs the job whose spec file it is given. A function of a module: another process imports it by its name."""
+    tick: Callable[[], None] = _nothing
+    """Called about every second by a backend that runs jobs in this process."""
+
+
 class Backend(Protocol):
     """Starts jobs; see the module's text."""
 
@@ -128,6 +161,13 @@ class Backend(Protocol):
     """GPUs that one job holds."""
     attached: bool
     """Whether jobs end with this process (inline)."""
+    queued: bool
+    """Whether a scheduler of its own keeps the jobs: a command may submit them and go (``--detach``), and each job
+    runs from a copy of the code, as it was when it was submitted."""
+    made_up: bool
+    """Whether results are made up: they go into a folder of their own, never beside real ones."""
+    grace: float
+    """Seconds that a job which is asked to end gets to save its work."""
 
     def check(self) -> None:
         """Raise `InputError` when this machine cannot run such jobs; starts and writes nothing."""

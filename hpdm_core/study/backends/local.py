@@ -22,8 +22,14 @@ from hpdm_core.base.errors import InputError
 from hpdm_core.base.files import read_json, write_json
 from hpdm_core.store.lease import Process
 from hpdm_core.study.backends import local_parent as watch
-from hpdm_core.study.backends.inline import Work
-from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
+from hpdm_core.study.backends.interface import (
+    GRACE_SECONDS,
+    Clock,
+    Job,
+    JobRunner,
+    SchedulerStatus,
+    SystemClock,
+)
 
 __all__ = ["Local", "LocalOptions"]
 
@@ -52,13 +58,16 @@ class Local:
     """Processes of this machine: submitit's, behind our own slots."""
 
     attached = False
+    queued = False
+    made_up = False
+    grace = GRACE_SECONDS
 
-    def __init__(self, options: LocalOptions, *, work: Work, clock: Clock | None = None) -> None:
+    def __init__(self, runner: JobRunner, options: LocalOptions, *, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
         self.gpus = 1 if options.gpus else 0
         self.slots = options.slots
         self._options = options
-        self._work = work
+        self._work = runner.work
         self._held: dict[str, _Worker] = {}
 
     def check(self) -> None:

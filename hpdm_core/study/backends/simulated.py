@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hpdm_core.base.canonical import canonical_json
 from hpdm_core.base.errors import did_you_mean
@@ -27,9 +27,9 @@ from hpdm_core.config.schema import Part
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.store.failures import Cause
 from hpdm_core.store.stages import Store
-from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus
+from hpdm_core.study.backends.interface import GRACE_SECONDS, Clock, Job, SchedulerStatus
 
-__all__ = ["Simulated", "SimulatedOptions", "Toy", "VirtualClock", "fate", "results_for"]
+__all__ = ["Simulated", "SimulatedOptions", "Toy", "VirtualClock", "fate"]
 
 WRITTEN: tuple[Cause, ...] = ("code error", "diverged")
 """Failures that a worker writes down itself; of the others the scheduler knows."""
@@ -55,6 +55,17 @@ class Axis(_Frozen):
     log: bool = False
 
 
+def _known(failures: dict[str, float]) -> dict[str, float]:
+    for name in failures:
+        if name not in CAUSES:
+            raise ValueError(
+                f"unknown class '{name}'{did_you_mean(name, CAUSES)}; classes: {', '.join(CAUSES)}"
+            )
+    if sum(failures.values()) > 1:
+        raise ValueError(f"should sum to 1 at most, sum to {sum(failures.values()):g}")
+    return failures
+
+
 class SimulatedOptions(_Frozen):
     """Options of the backend simulated."""
 
@@ -66,7 +77,9 @@ class SimulatedOptions(_Frozen):
     """Standard deviation of the duration's logarithm."""
     interval: Annotated[float, Field(gt=0)] = 30.0
     """Virtual seconds between two looks of the controller."""
-    failures: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    failures: Annotated[dict[str, Annotated[float, Field(ge=0, le=1)]], AfterValidator(_known)] = Field(
+        default_factory=dict
+    )
     """Class of failure -> its probability at each attempt."""
     seed: int = 0
     toy: dict[str, Axis] = Field(default_factory=dict)
@@ -75,23 +88,6 @@ class SimulatedOptions(_Frozen):
     """Standard deviation of the objective between seeds."""
     curve: bool = False
     """Whether running cells write metrics.jsonl, for pruners."""
-
-    @field_validator("failures")
-    @classmethod
-    def _known(cls, failures: dict[str, float]) -> dict[str, float]:
-        for name in failures:
-            if name not in CAUSES:
-                raise ValueError(
-                    f"unknown class '{name}'{did_you_mean(name, CAUSES)}; classes: {', '.join(CAUSES)}"
-                )
-        if sum(failures.values()) > 1:
-            raise ValueError(f"should sum to 1 at most, sum to {sum(failures.values()):g}")
-        return failures
-
-
-def results_for(backend: str, results: Path) -> Path:
-    """Return where the results of ``backend`` go under the folder ``results``: made-up ones apart from real ones."""
-    return results / "simulated" if backend == "simulated" else results
 
 
 class VirtualClock:
@@ -149,10 +145,14 @@ class Simulated:
     """
 
     attached = False
+    queued = False
+    made_up = True
+    grace = GRACE_SECONDS
 
     def __init__(self, options: SimulatedOptions, *, clock: VirtualClock | None = None) -> None:
         self.clock: Clock = clock or VirtualClock()
         self.gpus = 1
+        self.slots = options.slots
         self.seconds = 0.0
         self.busy = 0.0
         self.polls = 0
@@ -165,7 +165,7 @@ class Simulated:
 
     def free_slots(self, under_way: Sequence[Job]) -> int:
         """Slots that are free."""
-        return self._options.slots - len(under_way)
+        return self.slots - len(under_way)
 
     def interval(self, under_way: int) -> float:
         """Virtual seconds."""

@@ -20,8 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import read_json, write_json
-from hpdm_core.study.backends.inline import Work
-from hpdm_core.study.backends.interface import Clock, Job, SchedulerStatus, SystemClock
+from hpdm_core.study.backends.interface import Clock, Job, JobRunner, SchedulerStatus, SystemClock
 from hpdm_core.study.backends.slurm_queue import Queue, chunks, outside, run
 
 __all__ = ["Slurm", "SlurmOptions", "minutes"]
@@ -126,14 +125,18 @@ class Slurm:
     """Jobs of a SLURM cluster."""
 
     attached = False
+    queued = True
+    made_up = False
+    grace = 40.0
+    """SLURM itself gives a job KillWait seconds (30 where nobody changed it) to save its work."""
 
-    def __init__(self, options: SlurmOptions, *, work: Work, clock: Clock | None = None) -> None:
+    def __init__(self, runner: JobRunner, options: SlurmOptions, *, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
         self.gpus = options.gpus
         self.slots = options.max_pending
         self.queue = Queue(clock=self.clock.monotonic)
         self._options = options
-        self._work = work
+        self._work = runner.work
         self._numbers: dict[str, str] = {}
         self.refused = ""
         """Why the cluster took fewer jobs than it was given, the last time; empty when that was said before."""

@@ -49,7 +49,7 @@ class Controller:
         self.display = display
         self.tasks = [Task(cell, study.folder / "jobs" / cell.identity) for cell in study.cells]
         self.spending = Spending(study.budget)
-        self.router = BackendRouter(backend)
+        self.router = BackendRouter(backend, name=study.backend, other=study.other_backend)
         self.running = RunningJobs(self.router, clock=backend.clock, spending=self.spending)
         self.trouble = False
         """Whether something went wrong that a person should look at, though the work went on."""
@@ -283,7 +283,8 @@ class Controller:
 
     def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
         """Write the spec of a new attempt."""
-        task.take_up(self.study.prepare)
+        job = task.take_up(self.study.prepare, backend=self.study.backend)
+        self.router.own(job)
         self.running.add(task, steps)
         self._set(task, "running" if self.backend.attached else "queued")
 

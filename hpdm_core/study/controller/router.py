@@ -1,62 +1,49 @@
 """Jobs that another controller started, perhaps through another backend: each is asked through its own."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hpdm_core.base.files import read_json
 from hpdm_core.study.backends.interface import Backend, Clock, Job, SchedulerStatus
-from hpdm_core.study.backends.local import Local, LocalOptions
-from hpdm_core.study.backends.slurm import Slurm, SlurmOptions
 from hpdm_core.study.controller.retries import Outcome
 from hpdm_core.study.controller.tasks import jobs_in
 
 __all__ = ["BackendRouter", "end_jobs", "end_strangers"]
 
-GRACE_SECONDS = 8.0
-SLURM_GRACE_SECONDS = 40.0
-"""SLURM itself gives a job KillWait seconds (30 where nobody changed it) to save its work."""
 POLL_SECONDS = 0.05
 
-
-def _no_work(path: str) -> None:
-    raise AssertionError(f"{path}: nothing is started through another backend")
-
-
-MAKERS: Mapping[str, Callable[[], Backend]] = {
-    "launcher": lambda: Local(LocalOptions(), work=_no_work),
-    "slurm": lambda: Slurm(SlurmOptions(), work=_no_work),
-}
-"""What a job.json holds -> a backend that understands it."""
-KINDS: Mapping[str, type[Backend]] = {"launcher": Local, "slurm": Slurm}
+LEGACY = {"launcher": "local", "slurm": "slurm"}
+"""What job.json held -> the backend, for jobs whose spec does not name it: those of versions before 2026-11-27."""
 
 
 class BackendRouter:
-    """``backend`` for its own jobs, and others for jobs that an earlier command started otherwise."""
+    """The backend ``name`` for its own jobs, and others, built by ``other``, for jobs that an earlier command started
+    through them.
+    """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, name: str, other: Callable[[str], Backend]) -> None:
         self._backend = backend
+        self._name = name
+        self._make = other
         self._others: dict[str, Backend] = {}
-        self._kinds: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+
+    def own(self, job: Job) -> None:
+        """Take note that ``job`` is started through this command's backend."""
+        self._names[job.id] = self._name
 
     def of(self, job: Job) -> Backend:
-        """Return the backend that can find ``job``."""
-        kind = self._kinds.get(job.id)
-        if kind is None:
-            data = read_json(job.folder / "job.json")
-            kind = next((name for name in KINDS if name in (data or {})), "")
-            if data is not None:  # it is written once, by the backend that starts the job
-                self._kinds[job.id] = kind
-        if not kind or isinstance(self._backend, KINDS[kind]):
+        """Return the backend that can find ``job``. Raises `InputError` where no plugin brings it."""
+        if job.id not in self._names:
+            self._names[job.id] = _named(job) or self._name
+        name = self._names[job.id]
+        if name == self._name:
             return self._backend
-        if kind not in self._others:
-            self._others[kind] = MAKERS[kind]()
-        return self._others[kind]
+        if name not in self._others:
+            self._others[name] = self._make(name)
+        return self._others[name]
 
     def _grouped(self, jobs: Sequence[Job]) -> list[tuple[Backend, list[Job]]]:
-        if type(self._backend) not in KINDS.values() and not self._others:
-            foreign = [job for job in jobs if self.of(job) is not self._backend]
-            if not foreign:
-                return [(self._backend, list(jobs))]
         groups: dict[int, tuple[Backend, list[Job]]] = {}
         for job in jobs:
             backend = self.of(job)
@@ -82,8 +69,7 @@ def end_jobs(router: BackendRouter, jobs: Sequence[Job], *, clock: Clock, grace:
     if not left:
         return
     if grace is None:
-        clustered = any(isinstance(router.of(job), Slurm) for job in left)
-        grace = SLURM_GRACE_SECONDS if clustered else GRACE_SECONDS
+        grace = max(router.of(job).grace for job in left)
     try:
         router.cancel(left)
         left = _wait(router, left, clock, grace)
@@ -106,6 +92,15 @@ def end_strangers(
     if running:
         say(f"ending {len(running)} workers of cells that the study no longer has")
         end_jobs(router, running, clock=clock)
+
+
+def _named(job: Job) -> str:
+    """Return the name of the backend that ``job`` was given to, as far as its files say."""
+    spec = read_json(job.spec) or {}
+    if "backend" in spec:
+        return str(spec["backend"])
+    noted = read_json(job.folder / "job.json") or {}
+    return next((name for key, name in LEGACY.items() if key in noted), "")
 
 
 def _wait(router: BackendRouter, jobs: Sequence[Job], clock: Clock, seconds: float) -> list[Job]:

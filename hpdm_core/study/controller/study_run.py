@@ -9,6 +9,7 @@ from typing import Any
 
 from hpdm_core.cell import Cell
 from hpdm_core.config.study_keys import Budget
+from hpdm_core.study.backends.interface import Backend
 from hpdm_core.study.controller.planner import Planner
 
 __all__ = ["StudyRun"]
@@ -24,6 +25,10 @@ class StudyRun:
     """What is to be run."""
     others: Sequence[Cell] = ()
     """Cells of the study that this command leaves alone (``--only``): their workers are not ended."""
+    backend: str
+    """The name of the backend, which each job's spec keeps."""
+    other_backend: Callable[[str], Backend]
+    """Builds a backend by its name, to ask for jobs that an earlier command started through it."""
     source: str = ""
     """What the folder keeps as study.yaml."""
     storage: str | None = None

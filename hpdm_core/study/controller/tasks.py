@@ -78,8 +78,8 @@ class Task:
             return 0.0
         return float(sum(result.get("wall_seconds", 0.0) for result in self.cell.results().values()))
 
-    def take_up(self, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None) -> None:
-        """Begin another attempt: write its spec, which ``prepare`` may change."""
+    def take_up(self, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None, *, backend: str) -> Job:
+        """Begin another job for ``backend``: write its spec, which ``prepare`` may change, and return it."""
         number = self.numbers + 1
         job = Job(cell=self.cell.identity, number=number, folder=self.folder / str(number))
         spec = with_runtime(self.cell.spec(), self.smaller)
@@ -88,8 +88,11 @@ class Task:
         self.begun = mark_of(self.cell)
         self.folder.mkdir(exist_ok=True)
         job.folder.mkdir()
-        write_json(job.spec, {**spec, "attempt": job.id, "begun": self.begun}, durable=False)
+        write_json(
+            job.spec, {**spec, "attempt": job.id, "backend": backend, "begun": self.begun}, durable=False
+        )
         self.job, self.numbers = job, number
+        return job
 
     def note(self, steps: Sequence[Step]) -> None:
         """Take the newest attempts at the missing ``steps`` for what was there before."""

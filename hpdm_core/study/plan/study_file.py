@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from hpdm_core.assembly.compose import compose, dotted_overrides
 from hpdm_core.assembly.validate import validate_cell
 from hpdm_core.base.canonical import canonical_json
@@ -66,7 +64,6 @@ def load_study(
     arms: Sequence[str] = (),
     only: Sequence[str] = (),
     plugins: Sequence[str] = (),
-    backends: Mapping[str, type[BaseModel]] | None = None,
 ) -> StudyConfig:
     """Read and check a study file and the flags that change it.
 
@@ -75,7 +72,7 @@ def load_study(
     """
     composed = compose(path, sets=sets, plugins=plugins, allow_preset=False)
     layers = composed.layers
-    keys, problems = check_top_level(layers, backends=backends)
+    keys, problems = check_top_level(layers, backends=composed.plugins.models("backends"))
     if keys is None:
         # The sections can be checked all the same, so that every problem of the file shows at once.
         raise InputError(*problems, *validate_cell(layers, composed.plugins)[1])

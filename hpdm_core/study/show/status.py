@@ -14,8 +14,7 @@ from hpdm_core.base.errors import HpdmError, TroubleError
 from hpdm_core.base.files import read_json, write_json
 from hpdm_core.cell import Cell
 from hpdm_core.store.lease import Lease
-from hpdm_core.study.backends.inline import Inline, InlineOptions
-from hpdm_core.study.backends.interface import Job, SchedulerStatus, SystemClock
+from hpdm_core.study.backends.interface import Backend, Job, SchedulerStatus, SystemClock
 from hpdm_core.study.controller.controller import CANCEL
 from hpdm_core.study.controller.display import loss_text, seconds_left, span, step_text
 from hpdm_core.study.controller.overview import summary
@@ -41,9 +40,12 @@ class Standing:
     progress: Mapping[str, Any] | None = None
 
 
-def status_of(cells: Sequence[Cell], folder: Path) -> str:
-    """Return a table of ``cells``, whose study has the folder ``folder``. Reads only."""
-    found = _standings(cells, folder)
+def status_of(cells: Sequence[Cell], folder: Path, other: Callable[[str], Backend]) -> str:
+    """Return a table of ``cells``, whose study has the folder ``folder``. Reads only.
+
+    ``other`` builds a backend by its name, to ask for its jobs.
+    """
+    found = _standings(cells, folder, _router(other))
     rows = []
     for cell, standing in zip(cells, found, strict=True):
         shown = standing.progress if standing.state in ("running", "interrupted") else None
@@ -84,11 +86,10 @@ def begun_cells(folder: Path) -> list[Cell]:
     return [cell for _, cell in sorted(found, key=lambda each: each[0])]
 
 
-def _standings(cells: Sequence[Cell], folder: Path) -> list[Standing]:
+def _standings(cells: Sequence[Cell], folder: Path, router: BackendRouter) -> list[Standing]:
     jobs = {cell.identity: jobs_in(folder / "jobs" / cell.identity, cell.identity) for cell in cells}
     latest = [made[-1] for made in jobs.values() if made]
     open_jobs = [job for job in latest if Outcome.read(job) is None]
-    router = _keepers()
     seen = router.poll(open_jobs) if open_jobs else {}
     return [_standing(cell, folder, jobs[cell.identity], seen) for cell in cells]
 
@@ -123,12 +124,14 @@ def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, 
     return Standing(state=status.state, reason=status.reason, attempts=count, progress=beat)
 
 
-def _keepers() -> BackendRouter:
+def _router(other: Callable[[str], Backend]) -> BackendRouter:
     """Schedulers are found by what each job notes of itself; nothing is started."""
-    return BackendRouter(Inline(InlineOptions(), work=lambda path: None, tick=lambda: None))
+    return BackendRouter(other("inline"), name="inline", other=other)
 
 
-def cancel_study(study: str, folder: Path, *, say: Callable[[str], None]) -> int:
+def cancel_study(
+    study: str, folder: Path, *, other: Callable[[str], Backend], say: Callable[[str], None]
+) -> int:
     """End everything that runs or waits for ``study`` and return 0.
 
     A controller that is at work is asked to do it; without one it is done here, under its lock. Raises
@@ -154,19 +157,18 @@ def cancel_study(study: str, folder: Path, *, say: Callable[[str], None]) -> int
         say(f"study '{study}' is cancelled")
         return 0
     with locked(folder, study, clock=SystemClock(), say=say):
-        count = _end_all(folder)
+        count = _end_all(folder, _router(other))
         with contextlib.suppress(FileNotFoundError):
             (folder / CANCEL).unlink()
     say(f"study '{study}': {count} jobs cancelled; what is done is kept, the same command goes on")
     return 0
 
 
-def _end_all(folder: Path) -> int:
+def _end_all(folder: Path, router: BackendRouter) -> int:
     jobs = [job for path in sorted((folder / "jobs").glob("*")) for job in jobs_in(path, path.name)[-1:]]
     jobs = [job for job in jobs if Outcome.read(job) is None]
     if not jobs:
         return 0
-    router = _keepers()
     seen = router.poll(jobs)
     running = [job for job in jobs if seen[job.id].phase != "over"]
     end_jobs(router, running, clock=SystemClock())
