@@ -7,7 +7,7 @@ presets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from hpdm_core.plugins import Plugins, build_plugins
 if TYPE_CHECKING:
     from hpdm_core.assembly.assembly import Assembly
 
-__all__ = ["Composed", "compose", "dotted_overrides", "load_cell", "presets"]
+__all__ = ["Composed", "compose", "dotted_overrides", "load_cell", "presets", "studies"]
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -38,8 +38,17 @@ class Composed:
 
 def presets(plugins: Plugins) -> dict[str, Path]:
     """Return the presets that plugins ship: name -> file."""
+    return _shipped(plugins.preset_folders)
+
+
+def studies(plugins: Plugins) -> dict[str, Path]:
+    """Return the studies that plugins ship: name -> file. Ours are in the wheel; in a clone they lie in studies/."""
+    return _shipped(plugins.study_folders)
+
+
+def _shipped(folders: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for folder in plugins.preset_folders:
+    for folder in folders:
         for file in sorted(folder.iterdir()):
             if file.suffix in SUFFIXES:
                 found.setdefault(file.stem, file)
@@ -131,8 +140,9 @@ def compose(
 ) -> Composed:
     """Merge ``source`` (a file, a preset's name, or a mapping) with what it extends and with ``sets``.
 
-    A set is ``a.b.c=value`` or an Override. Paths in ``plugins`` and in ``sets`` are relative to the
-    working folder, those in a file to the file. Raises InputError.
+    With ``allow_preset=False`` a name is that of a study which a plugin ships. A set is ``a.b.c=value`` or an Override.
+    Paths in ``plugins`` and in ``sets`` are relative to the working folder, those in a file to the file. Raises
+    InputError.
     """
     overrides = [parse_set(each) if isinstance(each, str) else each for each in sets]
     chain = _Chain(plugins)
@@ -146,6 +156,13 @@ def compose(
         word = isinstance(source, str) and not source.endswith(SUFFIXES) and "/" not in source
         if allow_preset and word and not Path(source).is_file():
             file, shown = chain.find(str(source), Path.cwd(), str(source)), ""
+        elif word and not Path(source).is_file() and (shipped := studies(chain.plugins)):
+            if source not in shipped:
+                raise InputError(
+                    f"{source}: no such file, and no study of this name{did_you_mean(str(source), shipped)}; "
+                    f"studies: {', '.join(sorted(shipped))}"
+                )
+            file, shown = shipped[str(source)], ""
         else:
             file, shown = Path(source).expanduser(), str(source)
         document = chain.add_file(file, shown or str(file))

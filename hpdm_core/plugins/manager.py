@@ -67,6 +67,8 @@ class Plugins:
         """Every plugin found, in order of registration, skipped ones among them."""
         self.preset_folders: tuple[Path, ...] = ()
         """The ``presets`` folders of plugins that are packages."""
+        self.study_folders: tuple[Path, ...] = ()
+        """Their ``studies`` folders."""
         self.protocol_folders: tuple[Path, ...] = ()
         """Their ``protocols`` folders (`hpdm_core.metrics.protocols.records`)."""
         self.trained_folders: tuple[Path, ...] = ()
@@ -322,6 +324,7 @@ def build_plugins(names: Sequence[str] = (), *, objects: Sequence[Any] = ()) -> 
     if problems:
         raise InputError(*problems)
     plugins.preset_folders = _folders([*found, *asked], "presets")
+    plugins.study_folders = _folders([*found, *asked], "studies")
     plugins.protocol_folders = _folders([*found, *asked], "protocols")
     plugins.trained_folders = _folders([*found, *asked], "trained")
     return plugins
