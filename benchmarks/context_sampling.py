@@ -1,11 +1,11 @@
-"""How fast is the separable context sampling, against grid_sample on the permuted view of the same tokens?
+"""How fast is the separable context sampling, compared with grid_sample on a permuted view of the same tokens?
 
     python benchmarks/context_sampling.py [--threads 2] [--repeats 10] [--json]
 
-Forward and backward for channels-last tokens [2, 16^3, 1024], a child of half the parent's extent and one of
-a quarter (the two sources of level 2 in the paper's setup). The two take turns, so that other work on the
-machine slows both. Prints a table, or one JSON line with machine and versions. Values are compared first; a
-disagreement beyond 1e-5 (values) or 1e-4 (gradients) is an error.
+Times the forward and backward pass for channels-last tokens [2, 16^3, 1024], with a child of half the parent's extent
+and one of a quarter (the two sources of level 2 in the paper's setup). The two implementations take turns, so that
+other work on the machine slows both. Prints a table, or one JSON line with machine and versions. Outputs are compared
+first; a difference above 1e-5 (values) or 1e-4 (gradients) is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Sampling = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 def by_grid_sample(tokens: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """The library's way: a full sampling grid, (w, h, f) order, on channels brought to the front."""
+    """Use PyTorch's grid_sample: a full sampling grid in (w, h, f) order, on channels permuted to the front."""
     f, h, w = positions
     shape = (tokens.shape[0], f.shape[1], h.shape[1], w.shape[1])
     grid = torch.stack(
@@ -51,7 +51,7 @@ def by_grid_sample(tokens: Tensor, positions: Sequence[Tensor]) -> Tensor:
 
 
 def separable(tokens: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Ours."""
+    """Use HPDM's separable sampling."""
     return sample_tokens(tokens, (SIDE, SIDE, SIDE), positions)
 
 
@@ -76,7 +76,7 @@ def run(sample: Sampling, tokens: Tensor, positions: Sequence[Tensor], upstream:
 
 
 def compare(extent: float, repeats: int) -> dict[str, float]:
-    """Time both ways for a child of ``extent`` times the parent; median milliseconds and speed-up."""
+    """Time both implementations for a child of ``extent`` times the parent; return median milliseconds and speed-up."""
     start = torch.Generator().manual_seed(0)
     tokens = torch.randn(BATCH, SIDE**3, WIDTH, generator=start)
     upstream = torch.randn(BATCH, SIDE**3, WIDTH, generator=start)
@@ -118,7 +118,7 @@ def measure(threads: int, repeats: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """Return the processor's name, if the system provides it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a device file
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

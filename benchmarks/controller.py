@@ -1,9 +1,10 @@
-"""What the controller costs: a study of thousands of simulated cells, per cell and per poll, and a second run of it.
+"""How much time does the controller take, per cell and per poll, in a study of thousands of simulated cells?
 
     python benchmarks/controller.py [--cells 10000] [--failures 0.05] [--slots 256] [--storage URL] [--json]
 
 Controller time is the time of the whole command (reading the study, planning, polling, settling, the ledger, index.csv,
-the report) without what the simulated backend takes for itself: writing results that workers would have written.
+the report) without the time of the simulated backend, which writes the results that workers would write. The command is
+then run a second time, on the finished study.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from hpdm_core.study.backends.simulated import Simulated
 from hpdm_core.study.ledger.ledger import Ledger
 
 SHARES = {"lost node": 0.3, "preempted": 0.2, "out of memory": 0.2, "code error": 0.2, "diverged": 0.1}
-"""How failures are distributed."""
+"""Class of failure -> its share of all failures."""
 
 
 def study_of(cells: int, *, failures: float, slots: int, storage: str | None) -> dict[str, Any]:
-    """Return a study file's data: two arms, as many seeds as it takes, one metric."""
+    """Return a study file's data: two arms, as many seeds as needed for ``cells``, one metric."""
     return {
         "name": "scale",
         "extends": "tiny_clips",
@@ -50,7 +51,7 @@ def study_of(cells: int, *, failures: float, slots: int, storage: str | None) ->
 
 
 def measure(cells: int, *, failures: float, slots: int, storage: str | None = None) -> dict[str, Any]:
-    """Run the study and run it again; return figures, times in seconds."""
+    """Run the study twice; return figures, with times in seconds."""
     backends: list[Simulated] = []
     make = run.make_backend
 
@@ -94,14 +95,14 @@ def measure(cells: int, *, failures: float, slots: int, storage: str | None = No
 
 
 def _timed(arguments: Sequence[str]) -> tuple[float, float]:
-    """Return the seconds, and the processor's seconds, that a command takes."""
+    """Return the wall-clock seconds and the CPU seconds that a command takes."""
     begin = time.perf_counter(), time.process_time()
     command.main(arguments)
     return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
 
 def _timed_process(arguments: Sequence[str]) -> tuple[float, float]:
-    """The same of a command in a process of its own, its start among it."""
+    """The same for a command in its own process, including the process's start."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command_line = [sys.executable, "-m", "hpdm_core.study", *arguments]
     subprocess.run(command_line, check=False, stdout=subprocess.DEVNULL)
@@ -115,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cells", type=int, default=10_000)
-    parser.add_argument("--failures", type=float, default=0.05, help="share of attempts that fail")
+    parser.add_argument("--failures", type=float, default=0.05, help="share of jobs that fail")
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--storage", help="URL of the ledger's storage; a journal file without it")
     parser.add_argument(
-        "--json", action="store_true", help="print JSON, the study's own words on standard error"
+        "--json", action="store_true", help="print JSON; the study's output goes to standard error"
     )
     given = parser.parse_args(arguments)
     begin = sys.stdout

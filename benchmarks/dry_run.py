@@ -1,10 +1,10 @@
-"""What does a dry run cost, in processor time, beside importing torch alone?
+"""How much CPU time does a dry run take, compared with importing torch alone?
 
     python benchmarks/dry_run.py [--file studies/dcf_ablation.yaml] [--rounds 5] [--json]
 
-The study at its own size and at the paper's (``extends=ucf101_hpdm_s``), and ``import torch``, take turns, each in a
-process of its own. Processor time (user and system) is the least of the rounds: other work on a machine only adds.
-`first line`: seconds until the command says something.
+The dry run of the study at its own size and at the paper's (``extends=ucf101_hpdm_s``), and ``import torch``, take
+turns, each in its own process. CPU time (user and system) is the minimum over rounds, since other work on the machine
+can only add to it. `first line`: seconds until the command prints its first line.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PAPER = ["--set", "extends=ucf101_hpdm_s"]
 
 
 def spent(command: Sequence[str]) -> tuple[float, float]:
-    """Return the processor seconds that a command takes, and the seconds until its first line on standard error."""
+    """Return the CPU seconds that a command takes, and the seconds until its first line on standard error."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begun = time.perf_counter()
-    # Python's own cache of compiled modules is used, as on any machine, whatever this process was told.
+    # Let Python use its cache of compiled modules, as it does by default, whatever the settings of this process.
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with subprocess.Popen(
         command, env=usual, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -46,7 +46,7 @@ def spent(command: Sequence[str]) -> tuple[float, float]:
 
 
 def measure(file: Path, rounds: int) -> dict[str, Any]:
-    """Return the least processor time of each command."""
+    """Return the minimal CPU time of each command."""
     dry = [sys.executable, "-m", "hpdm_core.study", str(file), "--dry-run"]
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],

@@ -3,12 +3,12 @@
     python benchmarks/efficiency.py [--cell efficiency_small] [--set KEY=VALUE ...] [--video 16,64,64]
     [--patch 4,16,16] [--batch 4] [--steps 5] [--rounds 3] [--memory GIB] [--json]
 
-Three networks of the same widths: `full` (one level whose patch is the whole video: RIN), `hpdm` (patches,
-every block on every level) and `hpdm_adaptive` (blocks on as many levels as the allocation `linear` says).
-Each is measured in a process of its own with an allocator that keeps what is freed, in turns over several
-rounds. Speed is the trainer's own step, self-conditioning, optimizer and weight average in it, making batches
-not; memory is what the process grew by (CPU) or what PyTorch had allocated (CUDA). Tokens and FLOPs per video
-stand beside. Ratios are medians of the rounds' ratios.
+Compares three networks of the same widths: `full` (one level whose patch is the whole video: RIN), `hpdm` (patches,
+every block on every level) and `hpdm_adaptive` (blocks on levels by the allocation `linear`). They are measured in
+turns over several rounds, each in its own process with an allocator that keeps freed memory. Speed is that of the
+trainer's step, including self-conditioning, optimizer and weight average, without making batches. Memory is the growth
+of the process (CPU) or the memory that PyTorch had allocated (CUDA). Tokens and FLOPs per video are printed too. Ratios
+are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def assemble(given: argparse.Namespace) -> dict[str, Assembly]:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Probe the three in turns."""
+    """Probe the three networks in turns."""
     assemblies = assemble(given)
     memory = None if given.memory is None else int(given.memory * 2**30)
     probes: dict[str, list[Probe]] = {arm: [] for arm in ARMS}
@@ -89,13 +89,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def median(values: Any) -> float | None:
-    """Return the median, None of nothing."""
+    """Return the median, or None for no values."""
     found = list(values)
     return statistics.median(found) if found else None
 
 
 def ratio(slow: list[Probe], fast: list[Probe]) -> float | None:
-    """Return the median over rounds of how many times faster the second is."""
+    """Return the median over rounds of the second's speed over the first's."""
     pairs = zip(slow, fast, strict=True)
     return median(a.seconds / b.seconds for a, b in pairs if a.seconds and b.seconds)
 
@@ -115,9 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patch", default="4,16,16", metavar="F,H,W")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, per probe")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per probe")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=float, metavar="GIB", help="limit of each process")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory limit of each process")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)
     result = measure(given)

@@ -1,12 +1,12 @@
-"""Does measuring keep to its memory, and where does its time go?
+"""How much memory and time does measuring take?
 
     python benchmarks/evaluate.py [--threads 1] [--clips 2048] [--i3d-clips 64] [--part NAME ...] [--json]
 
-Each part runs in a process of its own, so that its peak memory is its own:
+Each part runs in its own process, so that its peak memory can be measured:
 
-- `random3d`: synthetic clips of 16x64x64, streamed. Wanted: under 2 GB, whatever their number.
-- `i3d`: random weights, clips of 16x64x64. Wanted: the peak at all clips is that at half of them, and at least
-  90 % of the time is spent inside the network (a profile by torch.profiler for one clip goes with it).
+- `random3d`: streamed synthetic clips of 16x64x64. Target: under 2 GB for any number of clips.
+- `i3d`: random weights, clips of 16x64x64. Target: peak memory does not grow from half of the clips to all, and at
+  least 90 % of the time is spent inside the network (the profile of one clip by torch.profiler is printed too).
 - `distances`: the Frechet distance, the kernel distance and the Inception Score on given features.
 
 Prints a table, or one JSON line with machine and versions.
@@ -48,7 +48,7 @@ from hpdm_plugins.data.synthetic import Synthetic
 
 SIZE = ClipShape(16, 64, 64)
 MEMORY_LIMIT = 2e9  # bytes
-FLAT = 1.02  # peak at all clips over that at half of them
+FLAT = 1.02  # limit of the peak at all clips over that at half of them
 NETWORK_SHARE = 0.9
 
 
@@ -83,7 +83,7 @@ class Watch:
 
 
 def measured(extractor: Any, count: int, batch: int) -> dict[str, Any]:
-    """Stream ``count`` clips through ``extractor``; memory is read at half of them and at the end."""
+    """Stream ``count`` clips through ``extractor``; return speed, and memory after half of them and at the end."""
     peaks: dict[int, int] = {}
 
     def note(done: int) -> None:

@@ -1,14 +1,14 @@
-"""Everything that only a GPU can tell, in one command, most valuable first.
+"""All checks and measurements that need a GPU, in one command, in order of importance.
 
     python benchmarks/gpu.py [--minutes 8] [--plan] [--only c,d] [--more] [--out FOLDER]
     python benchmarks/gpu.py --rehearse
 
-Each task runs in a process of its own with a time limit of its own; one that fails, or runs out of time, is a row
-of the table, and the rest goes on. What is found is written at once into results/published/gpu/<card>/:
-results.jsonl (a line per row, of all runs) and table.md (of each row the newest). Nothing is fetched.
+Each task runs in its own process with its own time limit. A task that fails or runs out of time becomes a row of the
+table, and the others go on. Results are written immediately to results/published/gpu/<card>/: results.jsonl (a line per
+row, of all runs) and table.md (the newest of each row). Nothing is downloaded.
 
---rehearse runs every task at a toy size on the CPU, on a machine without a GPU too, and writes into a temporary
-folder. Without it, and without CUDA, the command says so and ends with code 2. The code is 1 when a check failed.
+--rehearse runs every task at a toy size on the CPU, also without a GPU, and writes to a temporary folder. Without
+--rehearse and without CUDA, the command says so and exits with code 2. The exit code is 1 when a check failed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from hpdm_core.base.files import write_bytes  # noqa: E402
 from hpdm_core.store.provenance import git_commit  # noqa: E402
 
 LEAST = 15.0
-"""Seconds below which a task is not begun."""
+"""A task is not started with fewer seconds left than this."""
 SPARE = 5.0
-"""Seconds kept for the table."""
+"""Seconds reserved for writing the table."""
 PATIENCE = 10
-"""By how much a rehearsal's limits are longer: a CPU may have other work."""
+"""Factor by which the time limits of a rehearsal are longer: the CPU may be busy with other work."""
 
 PARTS = {
     "a": "Correctness: the CPU in float64 against CUDA",
@@ -63,8 +63,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Task:
-    """``name``: one of `gpu_parts.TASKS`, and after a colon what tells it from its like; ``expected`` and
-    ``limit``: seconds; ``more``: only with ``--more``; ``toy``: whether it is rehearsed (one of its like is enough).
+    """``name``: one of `gpu_parts.TASKS`, with a variant after a colon; ``expected`` and ``limit``: seconds; ``more``:
+    only with ``--more``; ``toy``: whether it is part of a rehearsal, which needs one variant only.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def part(self) -> str:
-        """The letter of its part."""
+        """The letter of the part that it belongs to."""
         return self.name[0]
 
 
@@ -113,11 +113,11 @@ PLAN = (
     _train("hpdm_m", "bf16", 120, compile=True, more=True, toy=False),
     Task("d.sampling:bf16", 45, 120, {"precision": "bf16"}, more=True, toy=False),
 )
-"""In the order of value: what would be missed most comes first."""
+"""In order of importance."""
 
 
 def chosen(given: argparse.Namespace) -> list[Task]:
-    """Return the tasks that were asked for."""
+    """Return the tasks selected by the options."""
     letters = list(PARTS) if given.only is None else [each.strip() for each in given.only.split(",")]
     unknown = [each for each in letters if each not in PARTS]
     if unknown:
@@ -129,7 +129,7 @@ def chosen(given: argparse.Namespace) -> list[Task]:
 
 
 def show_plan(tasks: Sequence[Task]) -> None:
-    """Print the parts, and the tasks with the minutes that they are expected to take and may take."""
+    """Print the parts, and the tasks with their expected minutes and their limits."""
     total = 0.0
     print(f"{'task':<40}{'expected':>12}{'limit':>10}{'until':>10}   (minutes)")
     for task in tasks:
@@ -141,7 +141,7 @@ def show_plan(tasks: Sequence[Task]) -> None:
 
 
 def run_all(tasks: Sequence[Task], given: argparse.Namespace, out: Path, device: str) -> bool:
-    """Run the tasks one after the other; return whether no check failed."""
+    """Run the tasks one after the other; return whether all checks passed."""
     begun = time.time()
     patience = PATIENCE if given.rehearse else 1
     end = begun + 60 * given.minutes * patience - SPARE
@@ -176,8 +176,8 @@ def run_all(tasks: Sequence[Task], given: argparse.Namespace, out: Path, device:
 
 
 def _run_one(job: gpu_parts.Job, log: Path, *, rehearse: bool) -> str | None:
-    """Run a task in a process of its own; return how it ended where it could not say so itself."""
-    # A fork shares what is imported, which a rehearsal has no time to import again; CUDA does not survive one.
+    """Run a task in its own process; return why it ended, if it could not record that itself."""
+    # A rehearsal forks, to save the time of imports; CUDA does not work in a forked process.
     context = multiprocessing.get_context("fork" if rehearse else "spawn")
     process = context.Process(target=gpu_parts.run, args=(job, log), name=job.task)
     process.start()
@@ -185,7 +185,7 @@ def _run_one(job: gpu_parts.Job, log: Path, *, rehearse: bool) -> str | None:
     late = process.is_alive()
     if process.pid is not None and (late or process.exitcode != 0):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(process.pid) == process.pid:  # it has made its own group by now
+            if os.getpgid(process.pid) == process.pid:  # it has started its own process group
                 os.killpg(process.pid, signal.SIGKILL)
     if late:
         process.kill()
@@ -202,8 +202,8 @@ def _run_one(job: gpu_parts.Job, log: Path, *, rehearse: bool) -> str | None:
 
 
 def _prepare_to_fork() -> None:
-    """Load what torch's optimizers load when the first is built, which takes seconds, once for all the tasks; and
-    let no task look for garbage in what was loaded.
+    """Import once, for all tasks, what torch's optimizers import when the first is built, which takes seconds; and
+    exclude loaded objects from garbage collection in the tasks.
     """
     importlib.import_module("torch._dynamo")
     gc.collect()
@@ -220,7 +220,7 @@ def _about(device: str) -> dict[str, Any]:
 
 
 def _card() -> tuple[str, str]:
-    """Return the name and the driver of the first card; asked of its own tool, so that CUDA stays untouched."""
+    """Return the name and the driver of the first card from nvidia-smi, without initialising CUDA."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         shown = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -231,7 +231,7 @@ def _card() -> tuple[str, str]:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    """Return the rows that were written, of all runs; a line that was cut off is left out."""
+    """Return the written rows of all runs, without truncated lines."""
     rows = []
     with contextlib.suppress(OSError):
         for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
@@ -243,7 +243,7 @@ def _rows(out: Path) -> list[dict[str, Any]]:
 
 
 def _write_table(out: Path, about: Mapping[str, Any]) -> None:
-    """Write the newest row of each name, part by part; a task that ran again has its newest run's rows alone."""
+    """Write the table, part by part: of each task the rows of its newest run, of each name the newest row."""
     rows = _rows(out)
     newest = {row["task"]: row["run"] for row in rows if row["name"] != "not run"}
     shown = [row for row in rows if newest.get(row["task"], row["run"]) == row["run"]]
@@ -253,8 +253,8 @@ def _write_table(out: Path, about: Mapping[str, Any]) -> None:
         f"Driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, Python {about['python']}, "
         f"commit {about['commit']}. Written by `python benchmarks/gpu.py`.",
         "",
-        "Differences are norms of the difference over the norm of the expected, which is float64 on the CPU unless "
-        "the row says otherwise. Times are medians after a warm-up.",
+        "Differences are norms of the difference over the norm of the expected value, which is float64 on the CPU "
+        "unless the row says otherwise. Times are medians after a warm-up.",
     ]
     for letter, title in PARTS.items():
         mine = [row for row in shown if row["task"].startswith(letter)]
@@ -292,12 +292,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all tasks together (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all tasks together (default: 8)")
     parser.add_argument("--plan", action="store_true", help="print the tasks and their minutes, run nothing")
     parser.add_argument("--only", metavar="PARTS", help="letters of parts, such as c,d")
-    parser.add_argument("--more", action="store_true", help="the other models and precisions too")
+    parser.add_argument("--more", action="store_true", help="also run the other models and precisions")
     parser.add_argument(
-        "--rehearse", action="store_true", help="toy sizes on the CPU, into a temporary folder"
+        "--rehearse", action="store_true", help="run at toy sizes on the CPU, write to a temporary folder"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="instead of results/published/gpu/<card>")
     given = parser.parse_args(arguments)

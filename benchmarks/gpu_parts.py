@@ -1,7 +1,7 @@
-"""What `benchmarks/gpu.py` measures: one function per task, run in a process of its own. Imported by it.
+"""The tasks of `benchmarks/gpu.py`, which imports this module: one function per task, each run in its own process.
 
-A task says what it finds row by row, as soon as it finds it (`Job.say`), so that what is finished stands when
-time runs out. At a toy size (``Job.toy``) every task runs on a CPU, where its numbers mean nothing.
+A task writes each row as soon as it has the result (`Job.say`), so that finished rows are kept when time runs out. At a
+toy size (``Job.toy``) every task runs on a CPU; the numbers are then meaningless.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ __all__ = ["TASKS", "Job", "append", "run"]
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 5e-2}
-"""Largest relative norm of a difference from float64, of a whole loss, gradient or denoised tile: fp32 well under
-1e-4; tf32 near 3e-4 and bf16 near 4e-3 per matrix product, of which some dozen follow one another here."""
+"""Largest allowed relative norm of the difference from float64, for a loss, gradient or denoised tile. fp32: well under
+1e-4. tf32 has about 3e-4 and bf16 about 4e-3 per matrix product, and here some dozen follow one another."""
 SETS = (*PRESET_SETS, "diffusion.noise_scaling={use: exponential, first: 4.0, ratio: 2.0}")
 NARROW = (
     "model.video=[8, 16, 16]",
@@ -90,19 +90,19 @@ SINGLE = (
 
 
 def precision_sets(precision: str, attention: str | None = None) -> list[str]:
-    """Return the overrides that choose the arithmetic of training and sampling; ``attention`` None: as the rest."""
+    """Return overrides for the precision of training and sampling; ``attention`` None: the same precision."""
     chosen = {"precision": precision, "attention": attention or "null"}
     return [f"{stage}.{name}={value}" for stage in ("training", "sampling") for name, value in chosen.items()]
 
 
 def named(precision: str, attention: str | None) -> str:
-    """Return an arithmetic as people are shown it."""
+    """Return the displayed name of a precision."""
     return precision if attention is None else f"{precision}, attention {attention}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One task of one run: where it runs, until when (`time.time`), and where its rows go."""
+    """One task of one run: its device, its deadline (`time.time`), and the folder of its rows."""
 
     task: str
     options: Mapping[str, Any]
@@ -123,16 +123,16 @@ class Job:
         note: str = "",
         **more: Any,
     ) -> None:
-        """Write one row. With ``limit`` the value has to lie below it; ``ok`` says of anything else whether it
-        is as it should be; ``more`` goes into the JSON line alone.
+        """Write one row. With ``limit``, the check passes if the value is at most ``limit``; otherwise ``ok`` says
+        whether it passed. ``more`` is written to the JSON line only.
         """
         if limit is not None:
-            ok = isinstance(value, float) and value <= limit  # not of NaN
+            ok = isinstance(value, float) and value <= limit  # False for NaN
         row = {"task": self.task, "name": name, "value": value, "unit": unit}
         append(self.out, {"run": self.stamp, **row, "limit": limit, "ok": ok, "note": note, **more})
 
     def cell(self, source: str, *sets: str) -> Assembly:
-        """Return a cell on this job's device; at a toy size a narrow one, whatever the preset."""
+        """Return a cell on this job's device; at a toy size a narrow one for any preset."""
         narrow = NARROW if self.toy else ()
         return load_cell(source, sets=[*SETS, f"runtime.device={self.device}", *narrow, *sets])
 
@@ -143,7 +143,7 @@ class Job:
 
 
 def append(folder: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to ``results.jsonl`` in one write: it is whole or absent, whoever is killed."""
+    """Add a line to ``results.jsonl`` in a single write, so that it is complete or absent also after a kill."""
     line = json.dumps(row, allow_nan=True, default=str) + "\n"
     target = os.open(folder / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -154,8 +154,8 @@ def append(folder: Path, row: Mapping[str, Any]) -> None:
 
 
 def run(job: Job, log: Path) -> None:
-    """Run a task in this process, which is its own: output into ``log``, an error as a row and exit code 1."""
-    os.setsid()  # a group of its own, so that what it starts ends with it
+    """Run a task in this process, made for it: output goes to ``log``; an error gives a row and exit code 1."""
+    os.setsid()  # its own process group, so that its child processes are killed with it
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -177,7 +177,7 @@ def run(job: Job, log: Path) -> None:
 
 
 def lively(model: HPDM) -> HPDM:
-    """Move all weights off their start, so that no path is silent."""
+    """Add noise to all weights, so that none of them is zero as after initialisation."""
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -186,7 +186,7 @@ def lively(model: HPDM) -> HPDM:
 
 
 def apart(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """Return the norm of the difference over the norm of what is expected, in float64; NaN if a value is."""
+    """Return the norm of the difference over the norm of ``expected``, in float64; NaN if any value is NaN."""
     mine, theirs = (
         torch.cat([each.detach().double().cpu().flatten() for each in _listed(given)])
         for given in (found, expected)
@@ -199,7 +199,7 @@ def _listed(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in the memory that the next tensors get: what is not written shows."""
+    """Leave NaN in the memory that the next tensors get, so that uninitialised values show."""
     if device.type == "cuda":
         held = [torch.full((2**26,), math.nan, device=device) for _ in range(8)]
         held += [torch.full((2**size,), math.nan, device=device) for size in range(8, 20)]
@@ -208,7 +208,7 @@ def poison(device: torch.device) -> None:
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """Within the block float32 matrix products and convolutions on CUDA are float32, or TF32."""
+    """Within the block, float32 matrix products and convolutions on CUDA use float32 or TF32, by ``precision``."""
     before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -226,7 +226,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device, *, rounds: int, warm: int = 3) -> float:
-    """Return the median seconds of ``work`` after a warm-up, by events on CUDA."""
+    """Return the median seconds of ``work`` after a warm-up; on CUDA measured by events."""
     for _ in range(warm):
         work()
     times = []
@@ -246,12 +246,12 @@ def seconds(work: Callable[[], Any], device: torch.device, *, rounds: int, warm:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that were allocated since the last reset, None on a CPU."""
+    """Return the peak of allocated bytes since the last reset, None on a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds any more, and count the peak anew."""
+    """Free unused memory and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -266,7 +266,7 @@ def gib(size: int | None) -> float | None:
 
 
 def network(job: Job) -> None:
-    """CPU in float64 against the device: loss, gradients, optimizer, contexts, tile."""
+    """Compare the device with the CPU in float64: loss, gradients, optimizer, contexts, tile."""
     assembly = job.cell("hpdm_s", *(() if job.toy else MIDDLE), "training.batch=3")
     device = prepare_torch(assembly.config.runtime, assembly.config.training)
     batch = _random_batch(assembly, 1)
@@ -355,7 +355,7 @@ def _moved(
 
 
 def metrics(job: Job) -> None:
-    """I3D and random3d on the device against the CPU, and a Frechet distance of their features."""
+    """Compare I3D and random3d on the device with the CPU, and a Frechet distance of their features."""
     device = torch.device(job.device)
     frames, side, clips = (3, 32, 1) if job.toy else (16, SIDE, 2)
     drawn = torch.Generator().manual_seed(0)
@@ -389,7 +389,9 @@ def metrics(job: Job) -> None:
 
 
 def same(job: Job) -> None:
-    """A run that is killed and goes on, and sampling with contexts cached, in host memory, and not at all."""
+    """Compare a resumed run with an uninterrupted one, and sampling with contexts on the device, on the host, and
+    uncached.
+    """
     sets = (
         *precision_sets("fp32"),
         "training.batch=4",
@@ -445,7 +447,7 @@ def _bits(equal: bool) -> str:
 
 
 def compiled(job: Job) -> None:
-    """The compiled joint loss against the loss as it is."""
+    """Compare the compiled joint loss with the eager one."""
     assembly = job.cell(
         "hpdm_s", *(SINGLE if job.toy else MIDDLE), *precision_sets("fp32"), "training.batch=3"
     )
@@ -455,11 +457,11 @@ def compiled(job: Job) -> None:
         job.say("compiler", problem, ok=job.toy)
         return
     model = lively(assembly.build_model(device=device))
-    _ = assembly.objective, assembly.noise_sampler, assembly.sigma_in  # as the trainer builds them, before
+    _ = assembly.objective, assembly.noise_sampler, assembly.sigma_in  # as the trainer does before compiling
     batch = _random_batch(assembly, 1).to(device)
     backend = (
         "eager" if job.toy else "inductor"
-    )  # a graph is made, and no code: that takes a CPU half a minute
+    )  # traces the graph without generating code, which would take half a minute on a CPU
     function = torch.compile(joint_loss, fullgraph=True, backend=backend)
     results = []
     for each in (joint_loss, function):
@@ -526,12 +528,12 @@ def ceilings(job: Job) -> None:
         title = f"attention, {name}, {precision}"
         note = f"{queries} queries, {keys} keys, {heads} heads of {width}, batch {batch}"
         job.say(f"{title}, forward", flops / alone / 1e12, "TFLOP/s", note=note)
-        # Backward: five products for the forward pass's two; the recomputed ones of fused kernels among them.
+        # Backward: five matrix products against two in the forward pass, including recomputation in fused kernels.
         job.say(f"{title}, forward and backward", 3.5 * flops / whole / 1e12, "TFLOP/s", note=note)
 
 
 def peers(job: Job) -> None:
-    """`benchmarks/peers.py`, where it and the peer are there."""
+    """Run `benchmarks/peers.py`, if the script and the peer are installed."""
     script = ROOT / "benchmarks" / "peers.py"
     if not script.exists():
         job.say("RIN block against its peer", "benchmarks/peers.py is not there")
@@ -572,7 +574,7 @@ def _last(text: str) -> str:
 
 @dataclass
 class Measured:
-    """A network's training on this device: at its largest batch, and the memory of one video."""
+    """Measurements of a network's training: at the largest batch that fits, and the memory for one video."""
 
     trainer: Trainer
     batch: int
@@ -589,13 +591,13 @@ class Measured:
 
 
 def training(job: Job) -> None:
-    """Speed, shares, utilisation and memory of one model at one precision, its micro-batch searched."""
+    """Speed, shares, utilisation and memory of one model at one precision, with the largest micro-batch that fits."""
     model, precision = job.options["model"], job.options["precision"]
     use_compiler = bool(job.options.get("compile")) and not job.toy
     sets = precision_sets(precision)
     found = _train(job, model, sets)
     if found is not None and use_compiler:
-        # Not searched again: each batch size would be compiled anew.
+        # Do not search the batch size again: each would be compiled separately.
         batch, device, eager = found.batch, found.trainer.device, found.rate
         del found
         release(device)
@@ -634,7 +636,7 @@ def training(job: Job) -> None:
 
 
 def resolution(job: Job) -> None:
-    """HPDM-L in patches beside the same network at full resolution: the two ratios of Table 1."""
+    """Compare HPDM-L in patches with the same network at full resolution: the two ratios of Table 1."""
     whole = [] if job.toy else ["model.video=[64, 256, 256]"]
     video = "[8, 16, 16]" if job.toy else "[64, 256, 256]"
     arms = {
@@ -669,14 +671,14 @@ def resolution(job: Job) -> None:
 
 def _batch_of(job: Job, model: str, sets: Sequence[str], videos: int) -> Batch:
     batch = _random_batch(job.cell(model, *sets, f"training.batch={videos}"), 1)
-    # As many rows as expected, whatever was drawn.
+    # Fix the number of self-conditioned rows to its expected value.
     return replace(batch, conditioned=torch.arange(math.ceil(0.9 * videos)))
 
 
 def _train(
     job: Job, model: str, sets: Sequence[str], *, most: int = 256, only: int | None = None
 ) -> Measured | None:
-    """Find the largest micro-batch, or take the ``only`` one, and time steps of it; None where it does not fit."""
+    """Find the largest micro-batch that fits, or use ``only``, and time its steps; None if not even one video fits."""
     trainer = Trainer(job.cell(model, *sets, "training.self_conditioning=0.9"))
     device = trainer.device
     memory = None if device.type == "cpu" else int(0.95 * torch.cuda.mem_get_info(device)[1])
@@ -687,8 +689,8 @@ def _train(
         try:
             batch = _batch_of(job, model, sets, videos)
             begun = time.perf_counter()
-            trainer._step(batch)
-            trainer._step(batch)  # the first one makes the moments
+            trainer.step(batch)
+            trainer.step(batch)  # the first step allocates the optimizer's moments
             firsts.append(time.perf_counter() - begun)
             return Probe("ok", videos, seconds=firsts[-1], peak=peak_memory(device) or 0)
         except (MemoryError, RuntimeError) as error:
@@ -714,7 +716,7 @@ def _train(
     clock, times = Clock(device), []
     for number in range(1 + (1 if job.toy else 5)):
         clock.lap()
-        trainer._step(batch)
+        trainer.step(batch)
         if number:
             times.append(clock.lap())
         if job.left < 4 * (times[-1] if times else 1):
@@ -733,7 +735,7 @@ def _train(
 
 
 def _staged(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Return the seconds of a step's stages: one step that waits for the device at each change."""
+    """Return the seconds of each stage of one step, which waits for the device between stages."""
     clock, spent = Clock(trainer.device), dict.fromkeys(STAGES, 0.0)
     loss, clip, update = trainer.joint_loss, trainer.strategy.clip, trainer.average.update
 
@@ -759,7 +761,7 @@ def _staged(trainer: Trainer, batch: Batch) -> dict[str, float]:
         clock.lap()
         moved = batch.to(trainer.device, trainer.dtype)
         spent["data to device"] += clock.lap()
-        trainer._step(moved)
+        trainer.step(moved)
         spent["rest"] += clock.lap()
     finally:
         trainer.joint_loss = loss
@@ -786,7 +788,7 @@ def _ceiling(device: torch.device, dtype: torch.dtype, precision: str, *, toy: b
 
 
 def sampling(job: Job) -> None:
-    """Seconds per video of HPDM-S with h/w overlap, contexts cached and not."""
+    """Seconds per video of HPDM-S with h/w overlap, with and without cached contexts."""
     precision = precision_sets(job.options.get("precision", "tf32"))
     solver = "sampling.solver={use: edm, steps: [128, 64, 32], order: [2, 1, 1], churn: [40.0, 0.0, 0.0]}"
     sets = [*precision, f"sampling.overlap={'[]' if job.toy else '[h,w]'}", "runtime.tile_batch=64"]
@@ -804,7 +806,7 @@ def sampling(job: Job) -> None:
         release(device)
         videos[way], once, each = _timed_sample(cell, model, device)
         calls = [full.solver.calls(level) for level in levels]
-        # Uncached, what is made once is made at each call and is in the time of each.
+        # Without the cache, contexts are computed in each call and are part of its time.
         whole[way] = [once[level] + calls[level] * each[level] for level in levels]
         for level in levels:
             tiles = len(full.pyramid.tiles(level, full.config.sampling.overlap))
@@ -824,7 +826,7 @@ def sampling(job: Job) -> None:
 def _timed_sample(
     cell: Assembly, model: HPDM, device: torch.device
 ) -> tuple[list[Tensor], list[float], list[float]]:
-    """Sample one video; return its levels, and per level the seconds before its first call and of a call."""
+    """Sample one video; return its levels, and for each level the seconds before its first call and per call."""
     levels = cell.pyramid.levels
     stamps: list[list[float]] = [[] for _ in range(levels)]
     begun = [0.0] * levels
@@ -853,7 +855,7 @@ def _timed_sample(
 
 
 def _ideal_gains(job: Job, sets: Sequence[str], full: Assembly) -> dict[str, float]:
-    """Return the gains of caching if nothing but matrix products took time: FLOPs of both ways."""
+    """Return the speed-ups by caching if only matrix products took time: ratios of FLOPs."""
     finest = full.pyramid.levels - 1
 
     def flops(last: int, *, cached: bool) -> int:
@@ -865,7 +867,7 @@ def _ideal_gains(job: Job, sets: Sequence[str], full: Assembly) -> dict[str, flo
         )
         return cost.sampling_flops(cell, cached=cached)
 
-    # What one more call of the finest level takes, and what is made once where it is kept.
+    # FLOPs of one more call at the finest level, and of what is computed once with the cache.
     kept, fresh = (flops(2, cached=cached) - flops(1, cached=cached) for cached in (True, False))
     calls = full.solver.calls(finest)
     return {
@@ -878,7 +880,7 @@ def _ideal_gains(job: Job, sets: Sequence[str], full: Assembly) -> dict[str, flo
 
 
 def quality(job: Job) -> None:
-    """Train what fits into the time on clips that need no files, sample it, and leave a video and a sheet."""
+    """Train on the built-in sample clips for most of the time left, sample, and write a video and a contact sheet."""
     share = min(180.0, 0.7 * job.left)
     base = [
         "data.dataset={use: sample_clips, crop: centre, flip: false}",
@@ -908,7 +910,7 @@ def quality(job: Job) -> None:
     with tempfile.TemporaryDirectory() as name:
         try:
             pace = _pace(cell(8 if job.toy else 60, workers))
-        except (OSError, RuntimeError) as error:  # no room for processes to share memory, say
+        except (OSError, RuntimeError) as error:  # for example too little shared memory
             job.say("worker processes", f"{type(error).__name__}: {error}"[:200], note="goes on without")
             workers = 0
             pace = _pace(cell(8, workers))
@@ -962,7 +964,7 @@ TOY_QUALITY = (
 
 
 def _pace(assembly: Assembly) -> float:
-    """Return the seconds of a step, batches made as they are while training."""
+    """Return the seconds of a step, including making batches as in training."""
     trainer = Trainer(assembly)
     trainer.run()
     settled = trainer.durations[len(trainer.durations) // 2 :]
@@ -980,7 +982,7 @@ def tests(job: Job) -> None:
     line = re.sub(r"^=+ | =+$", "", _last(done.stdout)) or _last(done.stderr)
     for failed in re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.MULTILINE):
         job.say("failed test", failed[:300], ok=False)
-    ok = done.returncode == 0 and ("passed" in line or job.toy)  # all skipped is no success on a card
+    ok = done.returncode == 0 and ("passed" in line or job.toy)  # all skipped fails on a card
     job.say("tests/gpu", line, ok=ok)
 
 
@@ -997,4 +999,4 @@ TASKS: dict[str, Callable[[Job], None]] = {
     "e.quality": quality,
     "f.tests": tests,
 }
-"""By name; what follows a colon in a job's task tells jobs of one function apart."""
+"""Name -> function; a job's task may add a variant after a colon."""

@@ -1,16 +1,16 @@
-"""How fast do clips come from video files, and does a training step wait for them?
+"""How fast are clips loaded from video files, and does a training step wait for them?
 
     python benchmarks/loader.py [--size 64x240x320] [--seconds 3] [--files 8] [--workers 2] [--step-ms 100]
     [--json]
 
-Writes two folders of videos, 150 frames of 240 x 320 pixels: H.264 with a key frame every 12 frames, and
-MPEG-4 in AVI like UCF-101's files. One core draws clips from each, one after the other, and cuts a patch of
-three levels out of each, as training does: `cold` decodes every clip (the dataset's own memory of frames is
-off), `cached` finds its frames in the clip cache on disk (`runtime.clip_cache`) after one round that filled
-it. `patches` is that cutting alone, out of a decoded clip: `whole first` brings the whole clip to float32
-before, `as cut` only what is cut out. Then a trainer that takes `--step-ms` for a step of `--batch` clips
-asks for batches made here, by a thread, and by `--workers` processes: `wait` is what a step waits for its
-batch, the first ones left out.
+Writes two folders of videos with 150 frames of 240 x 320 pixels: H.264 with a key frame every 12 frames, and MPEG-4 in
+AVI like UCF-101's files. One core draws clips from each folder, one after the other, and cuts a patch of each of three
+levels out of every clip, as in training. `cold` decodes every clip (the dataset's in-memory cache of frames is off);
+`cached` reads frames from the clip cache on disk (`runtime.clip_cache`) after one round that filled it. `patches` times
+the cutting alone, from a decoded clip: `whole first` converts the whole clip to float32 before cutting, `as cut` only
+the cut-out pixels. Then a simulated trainer that takes `--step-ms` for a step of `--batch` clips asks for batches made
+in its own process, by a thread, and by `--workers` processes: `wait` is the time that a step waits for its batch,
+without the first steps.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def write_folder(root: Path, codec: str, files: int) -> Path:
 
 
 def pyramid_of(shape: ClipShape) -> Pyramid:
-    """Three levels, each twice as fine as the last."""
+    """Return a pyramid of three levels, each twice as fine as the one before."""
     video = (shape.frames, shape.height, shape.width)
     frames, height, width = (size // 4 for size in video)
     return Pyramid(video=video, patch=(frames, height, width), token=(1, 1, 1), levels=3)
 
 
 def cut(pixels: Tensor, pyramid: Pyramid) -> list[Tensor]:
-    """Return a patch of every level, out of its middle."""
+    """Return the centre patch of every level."""
     made = []
     for level in range(pyramid.levels):
         f, h, w = (
@@ -89,7 +89,7 @@ def cut(pixels: Tensor, pyramid: Pyramid) -> list[Tensor]:
 
 
 def draws(dataset: ClipDataset, pyramid: Pyramid, seconds: float) -> dict[str, float]:
-    """Draw and cut for ``seconds``; return clips per second of processor time and of the clock."""
+    """Draw and cut clips for ``seconds``; return clips per second of CPU time and of wall-clock time."""
     each: list[float] = []
     begun = time.process_time()
     while sum(each) < seconds or len(each) < 3:
@@ -104,7 +104,7 @@ def draws(dataset: ClipDataset, pyramid: Pyramid, seconds: float) -> dict[str, f
 
 
 def patches_ms(shape: ClipShape, rounds: int = 9) -> dict[str, float]:
-    """Return the median milliseconds of processor time for a patch of each level out of a decoded clip."""
+    """Return the median milliseconds of CPU time to cut a patch of each level from a decoded clip."""
     pyramid = pyramid_of(shape)
     frames = torch.randint(256, (*pyramid.video, 3), dtype=torch.uint8)
     ways = {
@@ -123,8 +123,8 @@ def patches_ms(shape: ClipShape, rounds: int = 9) -> dict[str, float]:
 
 
 def folder_rows(shape: ClipShape, root: Path, cache: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """Time one folder, decoding and from the cache."""
-    file_clips.FrameCache.__init__.__defaults__ = (0,)  # type: ignore[attr-defined]  # every draw reads
+    """Time one folder, with decoding and from the cache."""
+    file_clips.FrameCache.__init__.__defaults__ = (0,)  # type: ignore[attr-defined]  # no in-memory cache: every draw reads
     plain = video_folder(shape, PyAVReader(), root=root)
     kept = video_folder(shape, CachedReader(PyAVReader(), cache, limit=20 * GIB), root=root)
     pyramid = pyramid_of(shape)
@@ -134,7 +134,7 @@ def folder_rows(shape: ClipShape, root: Path, cache: Path, seconds: float) -> di
 
 
 def waits(given: argparse.Namespace, root: Path, cache: Path) -> dict[str, float]:
-    """Return the median milliseconds that a step waits for its batch, by how batches are made."""
+    """Return way of making batches -> median milliseconds that a step waits for its batch."""
     frames, height, width = given.size.split("x")
     sets = [
         f"data.dataset={{use: video_folder, root: {root}}}",
@@ -158,7 +158,7 @@ def waits(given: argparse.Namespace, root: Path, cache: Path) -> dict[str, float
             start = time.perf_counter()
             next(source)
             each.append(time.perf_counter() - start)
-            time.sleep(given.step_ms / 1e3)  # a GPU at work leaves the processor alone
+            time.sleep(given.step_ms / 1e3)  # stands for a GPU's step, which leaves the CPU idle
         source.close()  # type: ignore[attr-defined]  # a generator
         found[way] = 1e3 * statistics.median(each[SETTLING:])
     return found
@@ -169,12 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="64x240x320", help="frames x height x width of a clip")
-    parser.add_argument("--seconds", type=float, default=3.0, help="drawing time per folder and way")
-    parser.add_argument("--files", type=int, default=8, help="files of each folder")
+    parser.add_argument("--seconds", type=float, default=3.0, help="drawing time per folder, cold and cached")
+    parser.add_argument("--files", type=int, default=8, help="number of files in each folder")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2, help="clips of a step, when waiting is timed")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--step-ms", type=float, default=100.0, help="what a step takes by itself")
+    parser.add_argument("--batch", type=int, default=2, help="clips per step when waiting is timed")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="duration of a step without waiting")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -210,10 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{codec + ' ' + way:<16}{row['clips_per_second']:>9.1f}{row['clips_per_cpu_second']:>13.1f}"
                 f"{row['median_ms']:>11.2f}"
             )
-    print("a patch of each level out of a decoded clip, CPU ms:")
+    print("cutting a patch of each level from a decoded clip, CPU ms:")
     for way, spent in result["patches_ms"].items():
         print(f"{way:<16}{spent:>9.1f}")
-    print(f"steps of {given.step_ms:g} ms and {given.batch} clips wait, median ms:")
+    print(f"waiting time per step of {given.step_ms:g} ms and {given.batch} clips, median ms:")
     for way, wait in waited.items():
         print(f"{way:<16}{wait:>9.2f}")
     return 0

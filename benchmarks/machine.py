@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine that it ran on. Imported by the benchmarks beside it."""
+"""Facts about the machine, which every benchmark records. Imported by the other benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def facts(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the processor's name, where the system tells."""
+    """Return the processor's name, if the system provides it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a device file
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

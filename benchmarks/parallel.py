@@ -3,10 +3,10 @@
     python benchmarks/parallel.py [--cell tiny_clips] [--set training.batch=16 ...] [--processes 2]
     [--strategy ddp fsdp] [--steps 10] [--rounds 3] [--json]
 
-The same global batch, one thread per process: by one process, and by several under each strategy, in turns
-over several rounds, each in processes of its own (gloo on the CPU, NCCL on CUDA). Speed is the trainer's own
-step, making its share of the batch in it; medians over steps, ratios are medians of the rounds' ratios. The
-ideal is the number of processes, where there are as many cores or devices.
+Trains the same global batch with one process, and with several under each strategy, with one thread per process, in
+turns over several rounds with new processes each time (gloo on the CPU, NCCL on CUDA). Times are those of the trainer's
+own step, including making its share of the batch: medians over steps. Ratios are medians of the rounds' ratios. The
+ideal speed-up is the number of processes, if there are as many cores or devices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETTLING = 2
 
 
 def inside(cell: str, sets: Sequence[str], steps: int) -> None:
-    """What each process does: train, and say how long a step took; the main one prints it."""
+    """The work of each process: train and time the steps; the main process prints the median."""
     from hpdm_core.training.batches import TrainingBatches
     from hpdm_core.training.trainer import Trainer
 
@@ -43,7 +43,7 @@ def inside(cell: str, sets: Sequence[str], steps: int) -> None:
         for step in range(1, SETTLING + steps + 1):
             distributed.barrier()
             start = time.perf_counter()
-            trainer._step(make(step))  # ends with numbers on the host
+            trainer.step(make(step))  # waits for the device: it returns numbers on the host
             distributed.barrier()
             times.append(time.perf_counter() - start)
         if distributed.is_main():
@@ -51,7 +51,7 @@ def inside(cell: str, sets: Sequence[str], steps: int) -> None:
 
 
 def run(given: argparse.Namespace, strategy: str, processes: int) -> float:
-    """Return the seconds of a step of ``processes`` processes under ``strategy``."""
+    """Return the seconds of a step with ``processes`` processes under ``strategy``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -80,14 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", default="tiny_clips", help="a whole preset's name or a study file")
+    parser.add_argument("--cell", default="tiny_clips", help="name of a complete preset, or a study file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, repeatable"
     )
-    parser.add_argument("--processes", type=int, default=2, help="processes of the parallel runs")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes of the parallel runs")
     parser.add_argument("--strategy", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="turns")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -1,22 +1,22 @@
-"""How fast is our RIN block, against the block of rin-pytorch (lucidrains), its best-known peer?
+"""How fast is our RIN block, compared with the block of rin-pytorch (lucidrains), the best-known other implementation?
 
     pip install --no-deps rin-pytorch==0.8.0
     python benchmarks/peers.py [--rounds 10] [--device cuda] [--json]
 
-Without the peer it says how to get it, and exits 2. --no-deps: what its blocks need is there already; the rest
-(torchvision, accelerate and others, for its trainer) is not used, and an empty stand-in is imported for it.
+Without rin-pytorch (the peer), it prints how to install it and exits with code 2. --no-deps: its blocks need no
+further packages; those of its trainer (torchvision, accelerate and others) are replaced by empty modules.
 
-Forward and backward of one block, like for like: widths, latents, heads, ratios of the MLPs and latent layers
-are the same; attention is PyTorch's fused one in both; the peer's self-attention of tokens is off. `bare`: one
-read, the latent layers, one write. `conditioned`: each with its own conditioning besides, our read of two
-condition tokens, the peer's scale and shift before each attention and its token MLP (its default). What only
-the peer has stays: a depthwise convolution of the tokens, a norm of the latents at the end.
+Times the forward and backward pass of one block of each, with the same widths, latents, heads, MLP ratios and number of
+latent layers; both use PyTorch's fused attention; the peer's self-attention of tokens is off. `bare`: one read, the
+latent layers, one write. `conditioned`: each also with its own conditioning: ours reads two condition tokens; the
+peer's, its default, applies scale and shift before each attention and its token MLP. Two parts that only the peer has
+are left in: a depthwise convolution of the tokens, and a norm of the latents at the end.
 
-The two take turns, one step each; on the CPU time is processor time of --threads threads. Times are medians;
-`ratio`, the peer's time over ours, is the median over the turns. FLOPs are counted on the meta device, those of
-attention with the weights of all pairs; `ratio per FLOP` is the ratio that would be left if both had as many.
-`ceiling`: the ratio of a block with no more to do than the peer's matrix products and fused attention, at the
-peer's speed: one over their share of its time (torch.profiler, median of three steps).
+The two take turns, one step each. On the CPU, times are CPU time of --threads threads. Times are medians; `ratio`, the
+peer's time over ours, is the median over the turns. FLOPs are counted on the meta device, those of attention for all
+pairs of tokens. `ratio per FLOP` is the ratio scaled to equal FLOPs. `ceiling`: the ratio for a block that executes
+only the peer's matrix products and fused attention, at the peer's speed: one over their share of its time
+(torch.profiler, median of three steps).
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from hpdm_core.model.rin import RINBlock
 
 MISSING = "rin-pytorch is not installed; this benchmark needs it: pip install --no-deps rin-pytorch==0.8.0"
 UNUSED = ("accelerate", "beartype", "ema_pytorch", "torchvision")
-"""What the peer's trainer imports and its blocks do not use."""
-MLP_RATIO = 4  # the peer's, of latents and tokens alike
-CONDITION_TOKENS = 2  # as HPDM has: noise level and place, class
+"""Modules that the peer's trainer imports and its blocks do not use."""
+MLP_RATIO = 4  # the peer's ratio, for latents and tokens
+CONDITION_TOKENS = 2  # as in HPDM: one for noise level and place, one for the class
 
 Step = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Within the block modules that the peer imports without use come out empty."""
+    """Within the block, importing the peer's unused modules gives empty ones."""
     absent = [name for name in UNUSED if name not in sys.modules]
     sys.modules.update((name, MagicMock()) for name in absent)
     try:
@@ -63,14 +63,14 @@ def stand_ins() -> Iterator[None]:
 
 
 def peer_block() -> Any:
-    """Return the peer's class of blocks. Raises `ImportError` when it is not installed."""
+    """Return the peer's block class. Raises `ImportError` when the peer is not installed."""
     with stand_ins():
         from rin_pytorch.rin_pytorch import RINBlock as Peer
     return Peer
 
 
 def bare(block: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Our block without its read of the condition."""
+    """Run our block without its read of the condition."""
     tokens, latents, _ = inputs
     latents = block.patch_read(latents, tokens)
     for layer in block.process:
@@ -79,7 +79,7 @@ def bare(block: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def both_ways(block: nn.Module, step: Step, inputs: Sequence[Tensor]) -> None:
-    """Forward and backward, to the parameters and the inputs."""
+    """Run forward and backward, with gradients of the parameters and the inputs."""
     tokens, latents = step(block, inputs)
     torch.autograd.backward((tokens.sum(), latents.sum()))
 
@@ -89,7 +89,7 @@ def flops(block: nn.Module, step: Step, inputs: Sequence[Tensor]) -> int:
     on_meta = [each.detach().to("meta").requires_grad_() for each in inputs]
     counter = FlopCounterMode(
         display=False,
-        # PyTorch's own count of the backward pass takes a depthwise convolution for a full one.
+        # PyTorch counts the backward pass of a depthwise convolution as that of a full one.
         custom_mapping={torch.ops.aten.convolution_backward: depthwise_backward},
     )
     with counter:
@@ -125,7 +125,7 @@ KERNELS = (
     "aten::_scaled_dot_product",
     "aten::_efficient",
 )
-"""How the names of matrix products and of fused attention begin, forward and backward."""
+"""Prefixes of the names of matrix products and of fused attention, forward and backward."""
 
 
 def kernel_share(block: nn.Module, step: Step, inputs: Sequence[Tensor]) -> float:
@@ -148,7 +148,7 @@ def compare(
     peer: tuple[nn.Module, Step, Sequence[Tensor]],
     rounds: int,
 ) -> dict[str, float]:
-    """Time both in turns, after one unmeasured."""
+    """Time both in turns, after one warm-up turn."""
     seconds(*ours)
     seconds(*peer)
     turns = [(seconds(*ours), seconds(*peer)) for _ in range(rounds)]
@@ -166,7 +166,7 @@ def compare(
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Compare bare and conditioned. Raises `ImportError` without the peer."""
+    """Compare bare and conditioned blocks. Raises `ImportError` without the peer."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # the peer's way of asking for fused attention
     peer = peer_block()
     torch.set_num_threads(given.threads)
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4096, help="a square, for the peer's convolution")
-    parser.add_argument("--width", type=int, default=512, help="of the tokens, and of every attention inside")
+    parser.add_argument("--width", type=int, default=512, help="width of the tokens and of all attention")
     parser.add_argument("--latents", type=int, default=256)
     parser.add_argument("--latent-width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4, help="self-attention layers of the latents")

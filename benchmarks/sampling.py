@@ -2,15 +2,15 @@
 
     python benchmarks/sampling.py [--cell tiny_clips] [--set KEY=VALUE ...] [--videos 1] [--repeats 3] [--json]
 
-Samples the same videos three ways in turns, so that other work on the machine slows all of them: `cached`
-(contexts of every tile kept in memory), `tenth` (a tenth of the memory that they take; the rest goes to host
-memory on CUDA and to a file on the CPU) and `uncached` (each distinct parent run, and each tile's contexts
-made, once per step). All three run tiles and parents in batches. Prints median seconds per level, what
-uncached takes more, and beside it the ratio of block runs (patches that went through a block of the backbone,
-counted): what would be gained if nothing but blocks cost time. Outputs that differ by more than 1e-4 are an
-error. Weights are the initial ones, with noise on all of them, so that no path is silent.
+Samples the same videos in three ways in turns, so that other work on the machine slows all of them: `cached` (contexts
+of all tiles are kept in memory), `tenth` (a tenth of them; the rest is kept in host memory on CUDA, and in a file on
+the CPU) and `uncached` (each distinct parent is run, and each tile's contexts are computed, once per step). All three
+run tiles and parents in batches. Prints median seconds per level, the speed-up over uncached, and the ratio of block
+runs (the counted patches that went through a block of the backbone), which is the speed-up if only blocks took time.
+Outputs that differ by more than 1e-4 are an error. Weights are the initial ones with noise added, since some initial
+weights are zero.
 
-By default h/w overlap and 16, 16 and 32 Euler steps; any `--set sampling...` goes on top.
+By default: h/w overlap, and 16, 16 and 32 Euler steps; any `--set sampling...` is applied after these.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLOCK = time.perf_counter
 
 
 def lively(assembly: Assembly) -> Any:
-    """Return a denoiser of random weights in which every path speaks, without gradients."""
+    """Return a denoiser with random weights, none of them zero, without gradients."""
     model = assembly.build_model(device=assembly.config.runtime.device).requires_grad_(False).eval()
     drawn = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def lively(assembly: Assembly) -> Any:
 
 
 class Run:
-    """One sampling run: per level the seconds and the block runs, the videos, and the memory of the cache."""
+    """One sampling run: seconds and block runs per level, the videos, and the memory of the cache."""
 
     def __init__(self, assembly: Assembly, denoiser: Any, videos: int) -> None:
         self.seconds = [0.0] * assembly.pyramid.levels
@@ -86,14 +86,14 @@ class Run:
             indices = range(videos)
             labels = [label_of(index, assembly.config.model.classes) for index in indices]
             begun = CLOCK()
-            # Observers get a copy on the CPU, for which the device has been waited for.
+            # Observers get a copy on the CPU, so the device has finished when they are called.
             self.videos = sample(assembly, denoiser, indices, labels, observe=finished)
         finally:
             backbone.run, cache.CachedContexts._make = run, made  # type: ignore[method-assign]
 
 
 def measure(cell: str, sets: Sequence[str], videos: int, repeats: int) -> dict[str, Any]:
-    """Sample ``repeats`` times each way, in turns, after one round that warms up and finds the budget."""
+    """Sample ``repeats`` times each way, in turns, after one round that warms up and measures the cache's memory."""
 
     def assemble(*more: str) -> Assembly:
         return load_cell(cell, sets=[*USUAL, *sets, *more])
@@ -134,7 +134,7 @@ def measure(cell: str, sets: Sequence[str], videos: int, repeats: int) -> dict[s
 
 
 def row(assembly: Assembly, runs: dict[str, list[Run]], levels: Sequence[int]) -> dict[str, Any]:
-    """Return the figures of ``levels`` together."""
+    """Return the figures summed over ``levels``."""
     seconds = {
         mode: statistics.median(sum(run.seconds[level] for level in levels) for run in runs[mode])
         for mode in MODES
@@ -159,13 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cell", default="tiny_clips", help="a preset's name or a study file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    parser.add_argument("--videos", type=int, default=1, help="videos that are sampled together")
+    parser.add_argument("--videos", type=int, default=1, help="number of videos sampled together")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor seconds of one thread, to which other work on the machine adds little",
+        help="cpu: CPU seconds of one thread, which other work on the machine hardly affects",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""A stopwatch for the parts of a network, forward and backward. Imported by the benchmarks beside it.
+"""Measure the time of the parts of a network, forward and backward. Imported by the other benchmarks.
 
-Time goes to the part that was entered last. Forward, a part is entered by its call and left by its return.
-Backward, the gradient of its result enters it, and that of an earlier part's result leaves it: operations run
-in the reverse order. On CUDA every change of part waits for the device.
+Time is assigned to the part that was entered last. In the forward pass, a part is entered by its call and left when it
+returns. In the backward pass, which runs in reverse order, a part is entered when the gradient of its result arrives,
+and left when that of an earlier part's result does. On CUDA every change of part waits for the device.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ REST = "noise, embeddings, loss"
 
 
 class Laps:
-    """Seconds by part."""
+    """Accumulates seconds by part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all times to zero."""
         self.seconds = dict.fromkeys((*SECTIONS, REST, "optimizer"), 0.0)
         self._name = REST
         self._since = time.perf_counter()
 
     def enter(self, name: str) -> None:
-        """From now on time is that of ``name``."""
+        """Assign the time from now on to the part ``name``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -46,7 +46,7 @@ class Laps:
         self._name, self._since = name, now
 
     def watch(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` with its time, and that of its result's gradient, as ``name``'s."""
+        """Wrap ``function`` so that its time, and that of its backward pass, is assigned to ``name``."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             before = self._name
@@ -74,7 +74,7 @@ class _Mark(torch.autograd.Function):
 
 @contextmanager
 def watched(model: HPDM, laps: Laps) -> Iterator[None]:
-    """Within the block ``laps`` times the parts of ``model``, whose backbone's blocks are RIN's."""
+    """Within the block, ``laps`` measures the parts of ``model``, whose backbone's blocks are RIN's."""
     places: list[tuple[Any, str, str]] = [
         (model, "_tokenize", "tokenize"),
         (model, "_detokenize", "output"),

@@ -3,13 +3,12 @@
     python benchmarks/train_step.py [--cell tiny_clips] [--set training.batch=16 ...] [--steps 20] [--json]
     python benchmarks/train_step.py --preset hpdm_s [--set training.batch=8] [--steps 1 --settle 0] [--json]
 
-Two kinds of steps in turns: the trainer's own, whole, for speed; and the same with a stopwatch between its
-parts, for their shares: data (making the batch), tokenize, read, latent, write, fusion (linear maps and
-interpolation), output, the rest of the network, and optimizer (clipping and weight average in it). Forward
-and backward are added. Medians over steps, those of --settle left out. Utilisation is the step's counted
-FLOPs per second, as a share of a large square matrix product measured between the steps; the operations of
-the fusion are those that go when it goes. --preset takes a model's preset, with synthetic data, LAMB and
-batch 1.
+Two kinds of steps take turns: the trainer's own step, for its speed, and the same step with time measured between its
+parts, for their shares: data (making the batch), tokenize, read, latent, write, fusion (linear maps and interpolation),
+output, the rest of the network, and optimizer (including clipping and weight average). Times of forward and backward
+are added. Figures are medians over steps, without the first --settle. Utilisation is the step's counted FLOP/s over
+that of a large square matrix product measured between the steps. The FLOPs of the fusion are the difference to a step
+without fusion. --preset uses a model's preset, with synthetic data, LAMB and batch 1.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hpdm_core.training.batches import Batch, TrainingBatches
 from hpdm_core.training.trainer import SETTLING_STEPS, Trainer
 
 MATMUL = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrix product that stands for what the machine can do."""
+"""Rows and columns of the matrix product by which the machine's peak speed is measured."""
 
 PRESET_SETS = (
     "data.dataset={use: synthetic, classes: 101}",
@@ -63,7 +62,7 @@ class Clock:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the large product, best of 3."""
+    """Return the FLOP/s of the large matrix product, the best of 3."""
     size = MATMUL.get(device.type, 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     clock, times = Clock(device), []
@@ -75,7 +74,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def step_parts(trainer: Trainer, batch: Batch, laps: Laps) -> dict[str, float]:
-    """Make one step with the stopwatch; return the seconds of its parts."""
+    """Run one step with time measured between its parts; return their seconds."""
     clip = trainer.strategy.clip
 
     def clipped(*arguments: Any) -> float:
@@ -86,7 +85,7 @@ def step_parts(trainer: Trainer, batch: Batch, laps: Laps) -> dict[str, float]:
     laps.clear()
     try:
         with watched(trainer.model, laps):
-            trainer._step(batch)
+            trainer.step(batch)
     finally:
         trainer.strategy.clip = clip  # type: ignore[method-assign]
     laps.enter("optimizer")
@@ -103,7 +102,7 @@ def measure(trainer: Trainer, *, steps: int, settle: int) -> dict[str, Any]:
         clock.lap()
         first = make(2 * number + 1)
         data = clock.lap()
-        trainer._step(first)
+        trainer.step(first)
         whole.append(data + clock.lap())
         second = make(2 * number + 2)
         timed = step_parts(trainer, second, laps)
@@ -118,7 +117,7 @@ def measure(trainer: Trainer, *, steps: int, settle: int) -> dict[str, Any]:
 
 
 def fusion_flops(sets: Sequence[str], source: str, whole: int) -> float:
-    """Return the share of a step's operations that the context fusion has."""
+    """Return the context fusion's share of a step's FLOPs."""
     bare = [*sets, "model.context_fusion={use: none, coordinates: false}"]
     return 1 - cost.training_flops(load_cell(source, sets=bare)) / whole
 
@@ -134,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", default="tiny_clips", help="a whole preset's name or a study file")
-    parser.add_argument("--preset", metavar="NAME", help="a model's preset: hpdm_s, hpdm_m, hpdm_l")
+    parser.add_argument("--cell", default="tiny_clips", help="name of a complete preset, or a study file")
+    parser.add_argument("--preset", metavar="NAME", help="preset of a model: hpdm_s, hpdm_m, hpdm_l")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, repeatable"
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps of each kind that are timed")
-    parser.add_argument("--settle", type=int, default=SETTLING_STEPS, help="first steps that do not count")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind")
+    parser.add_argument("--settle", type=int, default=SETTLING_STEPS, help="first steps that are not counted")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     given = parser.parse_args(arguments)
     source, sets, assembly = load(given)

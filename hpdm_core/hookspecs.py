@@ -1,16 +1,16 @@
 """The whole contract with plugins. Nothing else is in this file.
 
 A plugin is a module (a file given with ``--plugin FILE`` or ``plugins:``, or a package's entry point in the group
-``hpdm``) with functions marked ``@hookimpl``. Two families of hooks, two grammars.
+``hpdm``) with functions marked ``@hookimpl``. There are two kinds of hooks.
 
-Parts, ``register_<plural>(register)``: called once while a cell is built. Call ``register(name, factory, *, source)``,
-``source`` saying where the idea comes from (paper, equation, author). A part's options are the keyword-only parameters
-of its factory; they are validated from their annotations (no ``**kwargs``). The positional parameters are what the core
-hands over, and are listed below. A key is unique within its family.
+``register_<plural>(register)`` registers parts; it is called once while a cell is built. In it, call
+``register(name, factory, *, source)``, where ``source`` says where the idea comes from (paper, equation, author). A
+part's options are the keyword-only parameters of its factory; they are validated by their annotations (no
+``**kwargs``). The positional parameters are passed by the core and are listed below. A key is unique within its family.
 
-Lifecycle, ``before_ / after_ / on_``: observers. They get detached tensors, change nothing, and one that raises is
-logged once, noted in the result and fails nothing. At most one call per training step, none per tile, block or level
-of a step. Arguments are positional and have no defaults.
+``before_ / after_ / on_`` hooks are observers of a cell's lifecycle. They get detached tensors and must change nothing.
+An observer's exception is logged once and noted in the result; it does not fail the cell. Observers are called at most
+once per training step, and never per tile, block or level of a step. Arguments are positional and have no defaults.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Register(Protocol):
 
 
 class CellInfo(Protocol):
-    """What an observer is told of the cell: one arm with one seed."""
+    """The cell (one arm with one seed) as observers see it."""
 
     arm: str
     seed: int
@@ -49,7 +49,7 @@ class CellInfo(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it: ``ARM, seed SEED``."""
+        """The cell's displayed name: ``ARM, seed SEED``."""
         ...
 
 
@@ -87,7 +87,8 @@ def register_objectives(register: Register) -> None:
 def register_backbones(register: Register) -> None:
     """model.backbone: ``factory(token_dim: int, blocks: int, *, ...) -> Backbone``.
 
-    One that names a third positional parameter, ``grid``, is handed the tokens of a patch per axis (f, h, w) there.
+    A factory with a third positional parameter named ``grid`` is passed the number of tokens of a patch per axis
+    (f, h, w) there.
     """
 
 
@@ -145,8 +146,7 @@ def after_checkpoint_saved(cell: CellInfo, path: Path) -> None:
 
 @hookspec
 def after_level_sampled(cell: CellInfo, level: int, videos: Tensor) -> None:
-    """After a batch of videos of one level is finished: ``videos`` [B, C, F, H, W] in [-1, 1], a
-    copy."""
+    """After a batch of videos of one level is finished; ``videos`` [B, C, F, H, W] in [-1, 1] is a copy."""
 
 
 @hookspec

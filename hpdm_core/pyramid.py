@@ -1,12 +1,11 @@
 """Levels, scales, offsets, tiles and parents of the patch pyramid, and how a level's pixels are made.
 
 Paper: Hierarchical Patch Diffusion Models, section 4 (nested patches, Eq 6-9) and 4.4 (tiled inference).
-Level 0 is the coarsest and shows the whole video in one patch; level L-1 has the video's own resolution;
-every patch has the same number of pixels. Every level sits on its own pixel lattice: an offset is a whole
-number of the level's own pixels, so that a crop of the downsampled video is the downsampled crop. Axes are
-always (frames, height, width).
+Level 0 is the coarsest and shows the whole video in one patch; level L-1 has the full resolution of the video;
+every patch has the same number of pixels. An offset is an integer number of the level's own pixels, so that
+cropping and downsampling commute. Axes are always (frames, height, width).
 
-Pure functions and frozen values; nothing here knows about networks or noise.
+Pure functions and frozen dataclasses; this module does not depend on networks or noise.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ AXES = ("f", "h", "w")
 
 
 class CoordinateSampler(Protocol):
-    """Where the patches of one training video lie."""
+    """Draws the positions of the patches of one training video."""
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Return nested offsets, int64 [L, 3], in each level's own pixels, drawn from ``generator`` alone."""
@@ -53,10 +52,10 @@ class CoordinateSampler(Protocol):
 
 @dataclass(frozen=True)
 class Coords:
-    """Where a batch of patches of one level lies in its videos; whole video = 1 on every axis.
+    """Positions of a batch of patches of one level in their videos; the whole video has length 1 on every axis.
 
-    ``offset`` [B, 3] is the lower corner, ``scale`` [3] the extent, ``extent`` the same as plain numbers where
-    they are known: shapes that hang on them need not wait for a device.
+    ``offset`` [B, 3] is the lower corner, ``scale`` [3] the extent of a patch. ``extent`` is ``scale`` as Python
+    numbers where they are known, so that tensor shapes can be computed without a device synchronisation.
     """
 
     offset: Tensor
@@ -88,18 +87,18 @@ class Coords:
         return f, h, w
 
     def share_of(self, other: Coords) -> tuple[float, float, float] | None:
-        """Return how much of ``other`` this patch covers per axis, scale / scale', if both know it."""
+        """Return the share of ``other`` that this patch covers per axis, scale / scale'; None if not known."""
         if self.extent is None or other.extent is None:
             return None
         f, h, w = (mine / theirs for mine, theirs in zip(self.extent, other.extent, strict=True))
         return f, h, w
 
     def take(self, rows: Tensor) -> Coords:
-        """Return the given rows (int64), in that order; a row may be taken more than once."""
+        """Return the given rows (int64), in that order; rows may repeat."""
         return replace(self, offset=self.offset[rows])
 
     def to(self, device: torch.device | str) -> Coords:
-        """Return a copy on ``device``; the host does not wait for one that goes to an accelerator."""
+        """Return a copy on ``device``; a copy to an accelerator is asynchronous."""
         ahead = torch.device(device).type != "cpu"
         return replace(
             self,
@@ -121,7 +120,7 @@ class Pyramid:
     """The sizes of a pyramid, in pixels: whole ``video``, ``patch`` (the same on every level) and ``token``.
 
     Raises `InputError` unless the patch divides the video, the token divides the patch, and video / patch is
-    a whole number to the power ``levels - 1`` on every axis (with one level: video = patch).
+    the (``levels - 1``)-th power of an integer on every axis (with one level: video = patch).
     """
 
     video: Triple
@@ -141,9 +140,9 @@ class Pyramid:
                 )
                 continue
             if patch % token:
-                problems.append(f"model.patch: {axis} = {patch} is no multiple of token {token}")
+                problems.append(f"model.patch: {axis} = {patch} is not a multiple of token {token}")
             if video % patch:
-                problems.append(f"model.video: {axis} = {video} is no multiple of patch {patch}")
+                problems.append(f"model.video: {axis} = {video} is not a multiple of patch {patch}")
             elif self.levels >= 1 and _root(video // patch, self.levels - 1) is None:
                 times = "1" if self.levels == 1 else f"a whole number to the power {self.levels - 1}"
                 problems.append(
@@ -155,7 +154,7 @@ class Pyramid:
 
     @cached_property
     def ratio(self) -> Triple:
-        """How much finer each level is than the last, per axis: (video / patch) ** (1 / (levels - 1))."""
+        """Factor by which each level is finer than the one before, per axis: (video / patch) ** (1 / (levels - 1))."""
         f, h, w = (
             _root(video // patch, self.levels - 1) or 1
             for video, patch in zip(self.video, self.patch, strict=True)
@@ -187,8 +186,8 @@ class Pyramid:
     def tiles(self, level: int, overlap: Collection[str]) -> list[Triple]:
         """Return the offsets of the tiles that cover a level, in its own pixels, row-major (f, h, w).
 
-        On the axes named in ``overlap`` neighbours overlap by half a patch, on the others they touch. Raises
-        `InputError` for an unknown axis, or where half a patch is no whole number of pixels.
+        On the axes named in ``overlap``, neighbours overlap by half a patch; on the others they touch. Raises
+        `InputError` for an unknown axis, or if half a patch is not an integer number of pixels.
         """
         unknown = sorted(set(overlap) - set(AXES))
         if unknown:
@@ -199,7 +198,7 @@ class Pyramid:
             if axis in overlap and size > patch:
                 if patch % 2:
                     raise InputError(
-                        f"sampling.overlap: {axis}: half of patch {patch} is no whole number of pixels"
+                        f"sampling.overlap: {axis}: half of patch {patch} is not a whole number of pixels"
                     )
                 stride = patch // 2
             starts.append(range(0, size - patch + 1, stride))
@@ -207,10 +206,10 @@ class Pyramid:
         return list(itertools.product(frames, heights, widths))
 
     def containing(self, level: int, offset: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Return, per axis, the first and last offset of the patches one level up that contain a patch.
+        """Return, per axis, the first and last offset of the patches of ``level - 1`` that contain the given patch.
 
-        ``offset`` is in the pixels of ``level`` (1 or more), the result in those of ``level - 1``; never
-        empty.
+        The given patch is at ``offset`` in the pixels of ``level`` (1 or more); the result is in the pixels of
+        ``level - 1``. At least one such patch exists.
         """
         if level < 1:
             raise ValueError(f"level {level} has no parent")
@@ -223,10 +222,10 @@ class Pyramid:
         return tuple(bounds)
 
     def parent(self, level: int, offset: Triple) -> Triple:
-        """Return the offset of the patch of ``level - 1`` that serves a patch as its immediate parent.
+        """Return the offset of the immediate parent, a patch of ``level - 1``, of the patch of ``level`` at ``offset``.
 
-        It is centred on the child as nearly as its own lattice allows (floor), within the video, and always
-        contains the child. It does not depend on the overlap of the tiles.
+        The parent is centred on the child, rounded down to the parent's pixels and kept within the video; it
+        always contains the child. It does not depend on the overlap of the tiles.
         """
         f, h, w = (
             # floor of (start + patch / 2) / q - patch / 2
@@ -248,11 +247,12 @@ class Pyramid:
     def coords(self, level: int, offsets: Tensor, *, downsampling: str = "area") -> Coords:
         """Return the coordinates of patches at integer ``offsets`` [B, 3] in the level's own pixels.
 
-        ``centre_frame`` shows the frame at index pitch // 2 of each group; for an even pitch its centre lies
-        half a full-resolution frame after the group's, and the coordinates follow.
+        ``centre_frame`` downsampling takes the frame at index pitch // 2 of each group. For an even pitch, the
+        centre of that frame lies half a full-resolution frame after the centre of the group; the coordinates
+        are shifted accordingly.
         """
         device = offsets.device
-        pixels = offsets.float()  # exact, and so is the half-frame below: the division rounds once
+        pixels = offsets.float()  # exact, also with the half-frame below: only the division rounds
         if downsampling == "centre_frame" and self.pitch(level)[0] % 2 == 0:
             pixels = pixels + torch.tensor([0.5 / self.pitch(level)[0], 0.0, 0.0], device=device)
         return Coords(
@@ -267,7 +267,7 @@ class Pyramid:
 
 
 def _root(number: int, power: int) -> int | None:
-    """Return the whole q with q ** power == number, or None."""
+    """Return the integer q with q ** power == number, or None."""
     if power == 0:
         return 1 if number == 1 else None
     nearest = round(number ** (1 / power))
@@ -277,8 +277,8 @@ def _root(number: int, power: int) -> int | None:
 def _mean_of(video: Tensor, axis: int, pitch: int, picked: Sequence[int]) -> Tensor:
     """Average the ``picked`` members of each group of ``pitch`` along ``axis`` (-3, -2 or -1).
 
-    Added one by one, so that every output pixel is summed in the same order whatever the tensor's layout: the
-    downsampled crop equals the crop of the downsampled video bit by bit.
+    They are added one by one, so that every output pixel is summed in the same order for any memory layout. So
+    the downsampled crop equals the crop of the downsampled video bit by bit.
     """
     index: list[slice] = [slice(None)] * video.ndim
     total: Tensor | None = None
@@ -292,7 +292,7 @@ def _mean_of(video: Tensor, axis: int, pitch: int, picked: Sequence[int]) -> Ten
 
 
 def _area(video: Tensor, pitch: Triple) -> Tensor:
-    """Average of each block of pixels."""
+    """The average of each block of pixels."""
     for axis, step in zip((-3, -2, -1), pitch, strict=True):
         video = _mean_of(video, axis, step, range(step))
     return video
@@ -322,16 +322,16 @@ DOWNSAMPLINGS: dict[str, Callable[[Tensor, Triple], Tensor]] = {
 
 
 def downsample(video: Tensor, pitch: Triple, mode: str) -> Tensor:
-    """Return ``video`` [..., F, H, W] at one pixel per ``pitch``, by one of `DOWNSAMPLINGS`.
+    """Return ``video`` [..., F, H, W] downsampled by the factors ``pitch``, by one of `DOWNSAMPLINGS`.
 
-    uint8 pixels come out as float32 in [-1, 1], see `unit_range`.
+    uint8 pixels are converted to float32 in [-1, 1], see `unit_range`.
 
     Raises ValueError when the pitch does not divide the size, or for an unknown mode.
     """
     if mode not in DOWNSAMPLINGS:
         raise ValueError(f"downsampling '{mode}'; allowed are {', '.join(DOWNSAMPLINGS)}")
     if any(size % step for size, step in zip(video.shape[-3:], pitch, strict=True)):
-        raise ValueError(f"size {tuple(video.shape[-3:])} is no multiple of pitch {pitch}")
+        raise ValueError(f"size {tuple(video.shape[-3:])} is not a multiple of pitch {pitch}")
     return DOWNSAMPLINGS[mode](video, pitch)
 
 
@@ -347,16 +347,16 @@ def crop(video: Tensor, offsets: Tensor, size: Triple) -> Tensor:
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Return uint8 ``pixels``, 0 to 255, as new float32 in [-1, 1]; real numbers are returned as they are."""
+    """Return uint8 ``pixels``, 0 to 255, as a new float32 tensor in [-1, 1]; other types are returned unchanged."""
     return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
 
 
 def level_patch(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[int], mode: str) -> Tensor:
-    """Return the patch [C, f, h, w] at ``offset`` (the level's pixels) of a full-resolution [C, F, H, W].
+    """Return the patch [C, f, h, w] at ``offset`` (in the level's pixels) of a full-resolution video [C, F, H, W].
 
-    Cropped first, then downsampled; on the last level the pixels are the video's own, bit by bit. A video is
-    float32 in [-1, 1], or uint8 as decoded: then the patch is that of `unit_range` of the whole video, bit by
-    bit, but only what is cut out is brought to float32, in pieces that stay in the processor's cache.
+    The video is cropped first, then downsampled; on the last level the pixels are exactly those of the video. A
+    video is float32 in [-1, 1], or uint8 as decoded. For uint8 the result equals that of `unit_range` of the
+    whole video bit by bit, but only the crop is converted to float32, in pieces that fit the processor's cache.
     """
     pitch = pyramid.pitch(level)
     region = _region(video, pyramid, level, offset)
@@ -369,15 +369,16 @@ def level_patch(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[in
 def level_patches(
     videos: Sequence[Tensor], pyramid: Pyramid, level: int, offsets: Sequence[Sequence[int]], mode: str
 ) -> Tensor:
-    """Return the `level_patch` of each of ``videos`` (float32) at its own offset, [B, C, f, h, w], bit by bit: they are
-    downsampled together, which for small ones saves most of the time.
+    """Return the `level_patch` of each of ``videos`` (float32) at its own offset, [B, C, f, h, w].
+
+    The result is bitwise equal. The videos are downsampled together, which is much faster for small ones.
     """
     regions = [_region(video, pyramid, level, at) for video, at in zip(videos, offsets, strict=True)]
     return downsample(torch.stack(regions), pyramid.pitch(level), mode).contiguous()
 
 
 def _region(video: Tensor, pyramid: Pyramid, level: int, offset: Sequence[int]) -> Tensor:
-    """Return what a patch shows of the full-resolution video [C, F, H, W]."""
+    """Return the region of the full-resolution video [C, F, H, W] that a patch shows."""
     pitch = pyramid.pitch(level)
     corner = [start * step for start, step in zip(offset, pitch, strict=True)]
     f, h, w = (patch * step for patch, step in zip(pyramid.patch, pitch, strict=True))

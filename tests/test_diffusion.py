@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hpdm_core.diffusion import c_in, noise_clean, per_row, plan, sigma_eff
+from hpdm_core.diffusion import c_in, network_input, noise_clean, plan, sigma_eff
 from hpdm_plugins.diffusion.objectives import EffectiveV, SnapV
 
 OBJECTIVES = [SnapV(), SnapV(weighting="v"), EffectiveV(), SnapV(sigma_data=0.2), EffectiveV(sigma_data=0.5)]
@@ -64,7 +64,7 @@ def test_the_network_sees_unit_variance(sigma_in):
     sigma = torch.logspace(math.log10(0.002), math.log10(80), 5)
     start = torch.Generator().manual_seed(3)
     clean, noise = (torch.randn(5, 3, 20, 40, 40, generator=start) for _ in range(2))
-    seen = per_row(c_in(sigma, sigma_in), clean) * noise_clean(clean, noise, sigma, sigma_in)
+    seen = network_input(noise_clean(clean, noise, sigma, sigma_in), sigma, sigma_in)
     torch.testing.assert_close(seen.flatten(1).std(dim=1), torch.ones(5), atol=0.01, rtol=0)
 
 

@@ -140,7 +140,7 @@ def test_a_file_is_refused_where_it_is_no_exported_cell(cell: Path, tmp_path: Pa
         ({"cell": {**spec, "plugins": 7}}, "holds no cell"),
         ({"cell": {"config": {"model": [1]}}}, "holds no cell"),
         ({"cell": {**spec, "arm": "\x1b[2J"}}, "cannot be printed"),
-        ({"cell": spec, "provenance": {"git": 7}}, "cannot be printed, or is no text"),
+        ({"cell": spec, "provenance": {"git": 7}}, "cannot be printed, or is not text"),
         ({"cell": spec, "classes": ["a"]}, "names 1 classes; its configuration has 0"),
         ({"cell": spec, "classes": "abc"}, "'classes' a list"),
     ):

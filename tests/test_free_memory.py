@@ -76,5 +76,5 @@ def test_contexts_that_cannot_be_pinned_go_to_ordinary_memory(
     assert torch.equal(kept.pixel, contexts.pixel) and torch.equal(kept.tokens[1], contexts.tokens[1])
     assert cache.nbytes == {"device": 0, "host": 48}
     assert [record.message for record in caplog.records] == [
-        "the system gives no more pinned memory: ordinary memory is used, and copies are slower"
+        "the system has no more pinned memory: ordinary memory is used, and copies are slower"
     ]

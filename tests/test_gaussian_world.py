@@ -17,6 +17,7 @@ from hpdm_core.sampling import sample
 from hpdm_core.training.trainer import Trainer
 from hpdm_plugins.data.gaussian_world import GaussianDenoiser, GaussianField, GaussianWorld
 from hpdm_plugins.diffusion.solvers import EDM
+from tests.small import rin
 
 SIGMA_IN = (1.0, 2.0, 4.0)
 
@@ -227,15 +228,7 @@ def tiny_cell(steps, sets=()):
                 "channels": 1,
                 "token_dim": 16,
                 "blocks": 2,
-                "backbone": {
-                    "use": "rin",
-                    "latent_dim": 16,
-                    "latents": 8,
-                    "latent_layers": 1,
-                    "latent_heads": 2,
-                    "latent_head_dim": 8,
-                    "heads": 2,
-                },
+                "backbone": rin(latents=8),
             },
             "diffusion": {
                 "noise_scaling": {"use": "exponential", "first": 1.0, "ratio": 2.0},

@@ -34,8 +34,8 @@ def test_sizes_pitches_and_scales_per_axis():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"video": (9, 24, 40)}, "f = 9 is no multiple of patch 2"),
-        ({"patch": (2, 8, 10)}, "h = 8 is no multiple of token 3"),
+        ({"video": (9, 24, 40)}, "f = 9 is not a multiple of patch 2"),
+        ({"patch": (2, 8, 10)}, "h = 8 is not a multiple of token 3"),
         ({"video": (8, 24, 60)}, "w = 60 is 6 times patch 10"),
         ({"levels": 1}, "with 1 level"),
         ({"levels": 0}, "1 or more"),
@@ -228,7 +228,7 @@ def test_downsampling_agrees_with_the_library():
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ValueError, match="leaves the video"):
         level_patch(clip(), SMALL, 2, (7, 0, 0), "area")
-    with pytest.raises(ValueError, match="no multiple of pitch"):
+    with pytest.raises(ValueError, match="not a multiple of pitch"):
         downsample(clip(), (3, 1, 1), "area")
     with pytest.raises(ValueError, match="allowed are area"):
         downsample(clip(), (1, 1, 1), "bicubic")

@@ -11,6 +11,7 @@ from hpdm_core import sample as command
 from hpdm_core.assembly.compose import load_cell
 from hpdm_core.base.errors import report_errors
 from hpdm_core.training.checkpoint import save_weights
+from tests.small import rin
 
 CELL = {
     "model": {
@@ -21,15 +22,7 @@ CELL = {
         "classes": 2,
         "token_dim": 8,
         "blocks": 2,
-        "backbone": {
-            "use": "rin",
-            "latent_dim": 8,
-            "latents": 2,
-            "latent_layers": 1,
-            "latent_heads": 1,
-            "latent_head_dim": 8,
-            "heads": 1,
-        },
+        "backbone": rin(8, latents=2, latent_heads=1, heads=1),
     },
     "data": {"dataset": "gaussian_world"},
     "training": {"steps": 1, "batch": 1, "learning_rate": 1e-3},
@@ -117,7 +110,7 @@ def test_seed_and_set_change_the_videos(cell, tmp_path):
         (["--fps", "0"], "--fps 0: allowed is more than 0"),
         (["--set", "model.levels=1"], "allowed are sampling.* and runtime.*"),
         (["--set", "sampling.overlp=[h]"], "overlap"),
-        (["--set", "sampling.solver.steps=[0]"], "steps: [0]; allowed is a whole number from 1"),
+        (["--set", "sampling.solver.steps=[0]"], "steps: [0]; allowed is a positive integer"),
         (["--sett", "a=b"], "unrecognized arguments: --sett"),
     ],
 )

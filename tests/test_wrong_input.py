@@ -259,12 +259,12 @@ WRONG = [
     ),
     Wrong(
         "video and patch",
-        [("tiny.yaml:3: model.video: w = 10 is no multiple of patch 4",)],
+        [("tiny.yaml:3: model.video: w = 10 is not a multiple of patch 4",)],
         text=changed("[4, 8, 8]", "[4, 8, 10]"),
     ),
     Wrong(
         "patch and token",
-        [("tiny.yaml:4: model.patch: h = 4 is no multiple of token 3",)],
+        [("tiny.yaml:4: model.patch: h = 4 is not a multiple of token 3",)],
         text=changed("[1, 2, 2]", "[1, 3, 2]"),
     ),
     Wrong(
@@ -286,7 +286,7 @@ WRONG = [
     ),
     Wrong(
         "negative sampling steps",
-        [("tiny.yaml:12: sampling.solver.steps: [-2]; allowed is a whole number from 1",)],
+        [("tiny.yaml:12: sampling.solver.steps: [-2]; allowed is a positive integer",)],
         text=changed("steps: [1]", "steps: [-2]"),
     ),
     Wrong(

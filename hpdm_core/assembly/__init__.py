@@ -1,1 +1,1 @@
-"""From a file to objects: merged, validated, keyed, built."""
+"""From a configuration file to objects: merging, validation, keys, and building of the parts."""

@@ -1,7 +1,7 @@
-"""The parts of one cell, built from its configuration: the one place where names become objects.
+"""The parts of one cell, built from its configuration. This is the only place where names of parts become objects.
 
-Everything that trains, samples or evaluates takes an `Assembly`. Parts are built on first use and kept; the hot path
-then holds plain objects.
+Training, sampling and evaluation take an `Assembly`. Parts are built on first use and kept as plain objects, so that
+access to them costs nothing in inner loops.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Assembly:
 
     @cached_property
     def levels_per_block(self) -> tuple[int, ...]:
-        """How many levels each block runs: starts at 1 or more, never falls, ends at L (paper, section 4.3)."""
+        """How many levels each block runs: at least 1, never decreasing, L in the last block (paper, section 4.3)."""
         model = self.config.model
         part = model.computation_allocation
         made = tuple(self.plugins.make("computation_allocations", part, model.blocks, model.levels))
@@ -71,13 +71,13 @@ class Assembly:
         if not allowed:
             raise InputError(
                 f"model.computation_allocation: '{part.use}' gives {list(made)}; allowed is one number for each of "
-                f"the {model.blocks} blocks, from 1 or more, never falling, ending at {model.levels} (all levels)"
+                f"the {model.blocks} blocks, at least 1, never decreasing, and {model.levels} (all levels) in the last"
             )
         return made
 
     @cached_property
     def fusion_shape(self) -> FusionShape:
-        """All that a context fusion knows when it is built."""
+        """The sizes that a context fusion is built from."""
         model = self.config.model
         return FusionShape(
             token_dim=model.token_dim,
@@ -108,7 +108,7 @@ class Assembly:
 
     @cached_property
     def noise_sampler(self) -> NoiseSampler:
-        """Which entries a training step has, and their sigmas."""
+        """Chooses the entries of a training step and their sigmas."""
         made: NoiseSampler = self.plugins.make(
             "noise_samplers", self.config.diffusion.noise_sampling, self.sigma_in
         )
@@ -116,7 +116,7 @@ class Assembly:
 
     @cached_property
     def coordinate_sampler(self) -> CoordinateSampler:
-        """Where training patches lie."""
+        """Draws the positions of training patches."""
         made: CoordinateSampler = self.plugins.make(
             "coordinate_samplers", self.config.training.coordinate_sampling, self.pyramid
         )
@@ -124,13 +124,13 @@ class Assembly:
 
     @cached_property
     def solver(self) -> Solver:
-        """How a level is denoised."""
+        """The sampler that denoises a level."""
         made: Solver = self.plugins.make("solvers", self.config.sampling.solver, self.sigma_in)
         return made
 
     @cached_property
     def dataset(self) -> ClipDataset:
-        """Where clips come from. Opening it may decode videos."""
+        """The source of clips. Building it may decode videos."""
         from hpdm_core.data.clip_cache import CachedReader
         from hpdm_core.data.dataset import ClipShape
 
@@ -143,7 +143,7 @@ class Assembly:
             reader = CachedReader(reader, runtime.clip_cache, limit=limit)
         made: ClipDataset = self.plugins.make("datasets", self.config.data.dataset, clip, reader)
         wanted, found = self.config.model.classes, len(made.classes)
-        if wanted and found != wanted:  # more would train and sample classes that no clip has
+        if wanted and found != wanted:  # with more, classes without clips would be trained and sampled
             raise InputError(
                 f"model.classes: {wanted} was given, and data.dataset '{self.config.data.dataset.use}' has {found} "
                 f"classes; allowed is {f'{found}, or ' if found else ''}0 for a model without labels"
@@ -178,19 +178,19 @@ class Assembly:
     @torch.no_grad()
     def _check_self_conditioning(self, backbone: Backbone) -> None:
         share = self.config.training.self_conditioning
-        with Counter():  # torch's own kernels of the meta device would load its compiler for this
+        with Counter():  # without it, torch's meta kernels would load its compiler, which is slow
             latents = backbone.start(None, 1) if share else None
         if share and latents is None:
             raise InputError(
-                f"training.self_conditioning: {share} of the videos are to take latents from a first pass, and "
+                f"training.self_conditioning: {share} of the videos would take latents from a first pass, and "
                 f"model.backbone '{self.config.model.backbone.use}' has none; allowed is 0, or a backbone with latents"
             )
 
     def denoiser(self, model: HPDM, arithmetic: Arithmetic | None = None) -> Denoiser:
-        """Return ``model`` as a denoiser in data units, under ``arithmetic``; None: as sampling runs it, compiled
-        if ``runtime.compile`` says so.
+        """Return ``model`` as a denoiser in data units, with the precision of ``arithmetic``.
 
-        The weights are the model's own, now and later, but in another type they are a copy.
+        None: the precision of ``sampling``, compiled if ``runtime.compile`` says so. The denoiser shares the weights of
+        ``model``, unless they have to be converted to another dtype; then they are copied.
         """
         compiled = arithmetic is None and self.config.runtime.compile in (True, "sampling")
         arithmetic = arithmetic or self.config.sampling
@@ -199,10 +199,10 @@ class Assembly:
         network = copy.copy(model) if same else copy.deepcopy(model).to(dtype)
         network.execution = execution_of(arithmetic)
         if compiled and (problem := compiler_problem(torch.device(self.config.runtime.device))) is not None:
-            log.warning("runtime.compile: %s; sampling goes on as it is, not compiled", problem)
+            log.warning("runtime.compile: %s; sampling continues without compilation", problem)
             compiled = False
         return Denoiser(network, self.objective, self.sigma_in, compiled=compiled)
 
     def make(self, family: str, part: Any, *positional: Any) -> Any:
-        """Build any other part, such as a metric."""
+        """Build a part of any ``family``, such as a metric."""
         return self.plugins.make(family, part, *positional)

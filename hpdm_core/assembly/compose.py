@@ -1,8 +1,7 @@
-"""From a file, a preset or a mapping to one merged configuration.
+"""Merges a file, a preset or a mapping with all that it extends into one configuration.
 
-Order, later wins: presets (``extends``, in chains) < the file < its ``scales`` entry for the preset in use <
-``--set`` < an arm's own overrides. Plugins are gathered on the way, since a plugin's package may ship
-presets.
+In this order, later values win: presets (``extends``, possibly in chains), the file, its ``scales`` entry for the
+preset in use, ``--set``, an arm's own overrides. Plugins are loaded meanwhile, because they may ship presets.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Composed:
-    """A merged configuration, not yet validated, the plugins that it names, and the file it came from."""
+    """A merged configuration that is not yet validated, the plugins that it names, and the file it came from."""
 
     layers: Layers
     plugins: Plugins
@@ -58,7 +57,7 @@ def _shipped(folders: Iterable[Path]) -> dict[str, Path]:
 def dotted_overrides(
     overrides: Mapping[str, Any], prefix: KeyPath, where: Callable[[KeyPath], str]
 ) -> list[Override]:
-    """Return the overrides of an arm: dotted or nested keys that stand at ``prefix`` in a document."""
+    """Return an arm's overrides, dotted or nested keys, which stand at ``prefix`` in a document."""
 
     def located(key: str, steps: KeyPath) -> Callable[[KeyPath], str]:
         return lambda path: where((*prefix, key, *path[len(steps) :]))
@@ -71,7 +70,7 @@ def dotted_overrides(
 
 
 class _Chain:
-    """Follows ``extends`` and gathers documents, nearest first, and plugins."""
+    """Follows ``extends`` and collects plugins and documents, the given document first."""
 
     def __init__(self, plugins: Sequence[str]) -> None:
         self.plugins = build_plugins(plugins)
@@ -140,9 +139,9 @@ def compose(
 ) -> Composed:
     """Merge ``source`` (a file, a preset's name, or a mapping) with what it extends and with ``sets``.
 
-    With ``allow_preset=False`` a name is that of a study which a plugin ships. A set is ``a.b.c=value`` or an Override.
-    Paths in ``plugins`` and in ``sets`` are relative to the working folder, those in a file to the file. Raises
-    InputError.
+    With ``allow_preset=False`` a name is that of a study that a plugin ships. Each of ``sets`` is ``a.b.c=value`` or an
+    Override. Paths in ``plugins`` and in ``sets`` are relative to the working directory, those in a file to the file's
+    folder. Raises InputError.
     """
     overrides = [parse_set(each) if isinstance(each, str) else each for each in sets]
     chain = _Chain(plugins)
@@ -189,7 +188,7 @@ def compose(
 
 
 def _apply_scale(layers: Layers, extends: Any) -> None:
-    """Lay the ``scales`` entry named like the preset in use over the file."""
+    """Apply the ``scales`` entry with the name of the preset in use."""
     scales = layers.data.get("scales")
     if not isinstance(extends, str) or not isinstance(scales, dict):
         return
@@ -207,9 +206,9 @@ def load_cell(
 ) -> Assembly:
     """Return the parts of the one cell that ``source`` describes: a preset's name, a path, or a mapping.
 
-    ``sets`` are overrides such as ``"training.steps=10"``; the seed is ``seed``. Of a study file the
-    configuration that its arms start from is taken, with its first seed. Raises InputError with every
-    problem.
+    ``sets`` are overrides such as ``"training.steps=10"``; ``"seed=1"`` sets the seed. For a study file, the
+    result is the configuration without the overrides of any arm, with the first seed. Raises InputError with
+    every problem.
     """
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.assembly.validate import validate_cell

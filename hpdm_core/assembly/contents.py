@@ -1,4 +1,8 @@
-"""What lies at the paths that parts name: found once per run, and put into keys in place of the path."""
+"""Fingerprints of the files at the paths in parts' options. Keys contain the fingerprint instead of the path.
+
+"Marked" options are paths annotated with `hpdm_core.config.content.Content`. ``known`` returns the recorded
+fingerprint of a path that no longer exists.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +24,20 @@ _SEEN: WeakKeyDictionary[Any, dict[tuple[Content, str], str]] = WeakKeyDictionar
 
 
 def _fingerprint(plugins: Plugins, mark: Content, path: Path, known: Known | None) -> str | None:
-    """Return the fingerprint of what lies, or lay, at ``path``; None where nothing lies and none is known."""
+    """Return the fingerprint of the content at ``path``, or the recorded one if it no longer exists; else None."""
     place = place_of(path)
     if not Path(place).exists():
         return known(place) if known is not None else None
-    seen = _SEEN.setdefault(plugins, {})  # one run sees one state of the data, and reads it once
+    seen = _SEEN.setdefault(plugins, {})  # each path is read once per run
     if (mark, place) not in seen:
         seen[mark, place] = mark.fingerprint(Path(place))
     return seen[mark, place]
 
 
 def fingerprint_at(plugins: Plugins, path: Path, known: Known | None = None) -> str | None:
-    """Return the fingerprint of what lies, or as far as ``known`` lay, at ``path``; None where that is nothing.
+    """Return the fingerprint of the content at ``path``, or that of ``known`` if ``path`` no longer exists; else None.
 
-    ``plugins`` stand for the run: within one, each place is read once.
+    ``plugins`` identify the run: each path is read once per ``plugins`` object.
     """
     return _fingerprint(plugins, Content(), path, known)
 
@@ -50,8 +54,9 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 def contents_of(plugins: Plugins, family: str, part: Part, known: Known | None = None) -> dict[str, str]:
-    """Return place -> fingerprint of all that the marked options of ``part``, and of parts in it, point at;
-    places where nothing lies, and of which nothing is known, are left out.
+    """Return place -> fingerprint for the marked options of ``part`` and of the parts in its options.
+
+    Places that do not exist and have no recorded fingerprint are left out.
     """
     found: dict[str, str] = {}
     for inner, each in plugins.nested(family, part):
@@ -68,9 +73,7 @@ def contents_of(plugins: Plugins, family: str, part: Part, known: Known | None =
 def absent_of(
     plugins: Plugins, family: str, part: Part, known: Known | None = None
 ) -> list[tuple[str, str, Path]]:
-    """Return (part, option, path) of each path of a marked option at which nothing lies, nor is known to have
-    lain.
-    """
+    """Return (part, option, path) for each path in a marked option that does not exist and has no known fingerprint."""
     found = []
     for inner, each in plugins.nested(family, part):
         model = plugins.options(inner, each.use)
@@ -85,10 +88,11 @@ def absent_of(
 
 
 def keyed_part(plugins: Plugins, family: str, part: Part, known: Known | None = None) -> dict[str, Any]:
-    """Return a valid ``part`` as JSON for a key: each path of a marked option replaced by its fingerprint, and
-    options marked `hpdm_core.config.schema.Later` left out at their default.
+    """Return a valid ``part`` as JSON for a key.
 
-    A path at which nothing lies is replaced by what ``known`` says lay there, else kept as it is given.
+    Each path in a marked option is replaced by its fingerprint. Options marked `hpdm_core.config.schema.Later` are
+    left out if they have their default. A path that does not exist is replaced by its recorded fingerprint from
+    ``known``; if there is none, the path itself stays in the key.
     """
     model = plugins.options(family, part.use)
     made, problems = check(model, part.options)

@@ -1,7 +1,7 @@
-"""A network as a denoiser in data units: what sampling and the held-out loss call.
+"""A network as a denoiser in data units, for sampling and the held-out loss.
 
-It joins the three things that must agree: the network's input scaling, the objective's decoder and sigma_in
-per level. No gradient is kept.
+It combines three parts that must match: the network's input scaling, the objective's decoder, and sigma_in per
+level. It runs without gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from hpdm_core.diffusion import Objective, c_in, per_row
+from hpdm_core.diffusion import Objective, network_input
 from hpdm_core.model.hpdm import HPDM, Contexts, Encoded, Patches
 from hpdm_core.pyramid import Coords
 
@@ -21,8 +21,8 @@ __all__ = ["Denoiser"]
 class Denoiser:
     """``model`` under ``objective``, with ``sigma_in[level]`` the input scale of each level.
 
-    ``compiled``: a call of the denoiser, which is what a tile costs at each step, goes through torch.compile as
-    one graph, for each level one without latents and one with; parents are encoded as they are.
+    ``compiled``: calls of the denoiser, which is run on every tile at each step, use torch.compile, with two graphs
+    per level (with latents and without). `encode` and `contexts` are not compiled.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Denoiser:
         self.sigma_in = tuple(sigma_in)
         self._step: Callable[..., tuple[Tensor, Tensor]] = self._estimate
         if compiled:
-            # Graphs per level: with latents and without, and both again for another number of rows. All denoisers of
-            # the process count together, since they share this code.
+            # Graphs per level: with latents and without, and both again for another number of rows. The limits are
+            # raised for each denoiser, because all denoisers of the process share this code and its limits.
             graphs = 4 * len(self.sigma_in)
             torch._dynamo.config.cache_size_limit += graphs
             torch._dynamo.config.accumulated_cache_size_limit += graphs
@@ -54,15 +54,15 @@ class Denoiser:
     ) -> Encoded:
         """Return noisy patches z [B, C, F, H, W] of ``level`` as context for finer levels.
 
-        Two self-conditioning passes, run only as far as the blocks whose inputs are asked for (default: all
-        that a child runs). ``sources`` are its own coarser patches, coarsest first, rows matching; sigma [B];
-        label int64 [B], -1 for none.
+        There are two passes for self-conditioning; the second stops before the last of ``blocks`` (default: all
+        blocks that run a child), whose inputs are returned. ``sources`` are the encoded parents of these patches,
+        coarsest first, rows matching; sigma [B]; label int64 [B], -1 for none.
         """
         return self.model.encode(self._patches(level, z, sigma, coords, label, None), sources, blocks=blocks)
 
     @torch.no_grad()
     def contexts(self, level: int, coords: Coords, sources: Sequence[Encoded]) -> Contexts:
-        """Return what patches at ``coords`` take from their parents, to be reused at every step."""
+        """Return the contexts of patches at ``coords`` from their parents ``sources``, to be reused at every step."""
         return self.model.contexts(level, coords, sources)
 
     @torch.no_grad()
@@ -78,8 +78,8 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next step.
 
-        ``latents`` are those of the previous step, None at the first, and always where the backbone has no
-        state. The estimate has the precision of ``z``.
+        ``latents`` are those of the previous step; None at the first step and for a backbone without state. The
+        estimate has the dtype of ``z``.
         """
         return self._step(level, z, sigma, coords, label, contexts, latents)
 
@@ -107,7 +107,7 @@ class Denoiser:
         label: Tensor | None,
         latents: Tensor | None,
     ) -> Patches:
-        scaled = per_row(c_in(sigma, self.sigma_in[level]), z) * z
+        scaled = network_input(z, sigma, self.sigma_in[level])
         weight = self.model.output.weight
         return Patches(
             level=level,

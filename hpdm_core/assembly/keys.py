@@ -1,8 +1,8 @@
-"""The three keys under which work is stored: SHA-256 of the canonical JSON of what a stage depends on.
+"""The keys of stored results: SHA-256 of the canonical JSON of all that a stage depends on.
 
-Outside all of them: study and arm names, storage, backend, folders, versions, and ``runtime``. Inside: the
-SHA-256 of every plugin file that is used, so that editing it makes its cells new; and, for options that say
-where something lies, a fingerprint of what lies there (`hpdm_core.config.content`).
+Keys do not contain study and arm names, storage, backend, folders, versions, and ``runtime``. They do contain the
+SHA-256 of every plugin file that is used, so that an edited plugin gets new results; and, for options that are
+paths, a fingerprint of the content at the path (`hpdm_core.config.content`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
-    """Yield (family, part) of every part in the named sections of ``config``, metrics among them."""
+    """Yield (family, part) of every part in the named sections of ``config``, including metrics."""
     for family in FAMILIES.values():
         section, _, field = family.path.partition(".")
         if section not in sections:
@@ -46,8 +46,10 @@ def parts_in(config: CellConfig, *sections: str) -> Iterator[tuple[str, Part]]:
 def keyed_section(
     config: CellConfig, section: str, plugins: Plugins, known: Known | None = None
 ) -> dict[str, Any]:
-    """Return a section of ``config`` as JSON for a key: its parts by `hpdm_core.assembly.contents.keyed_part`, and
-    without the fields marked `Later` that have their default.
+    """Return a section of ``config`` as JSON for a key.
+
+    Parts are converted by `hpdm_core.assembly.contents.keyed_part`. Fields marked `Later` are left out if they have
+    their default.
     """
     given = getattr(config, section)
     data: dict[str, Any] = given.model_dump(mode="json")
@@ -61,7 +63,7 @@ def keyed_section(
 
 
 def places_in(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, str]:
-    """Return place -> fingerprint of all that the keys of ``config`` take by its content."""
+    """Return place -> fingerprint for all paths in ``config`` whose content is part of a key."""
     found: dict[str, str] = {}
     for family, part in parts_in(config, "model", "diffusion", "data", "training", "sampling"):
         found.update(contents_of(plugins, family, part, known))
@@ -74,8 +76,8 @@ def places_in(config: CellConfig, plugins: Plugins, known: Known | None = None) 
 
 
 def absent_in(config: CellConfig, plugins: Plugins, known: Known | None = None) -> list[str]:
-    """Return a line per path of ``config`` that is taken by its content, where nothing lies or is known to have
-    lain.
+    """Return one message per path in ``config`` whose content is part of a key, but which does not exist and has no
+    recorded fingerprint.
     """
     sections = ("model", "diffusion", "data", "training", "sampling")
     lines = [
@@ -94,7 +96,7 @@ def absent_in(config: CellConfig, plugins: Plugins, known: Known | None = None) 
 
 
 def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[str, str]:
-    """Return FAMILY/KEY -> SHA-256 of the plugin's source, for parts of plugins without a version."""
+    """Return FAMILY/KEY -> SHA-256 of the plugin's source, for parts of plugins that were named as a file or module."""
     found = {}
     for family, part in parts:
         for inner, each in plugins.nested(family, part):
@@ -107,9 +109,10 @@ def plugin_hashes(plugins: Plugins, parts: Iterable[tuple[str, Part]]) -> dict[s
 def train_key(
     config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: str | None = None
 ) -> str:
-    """Return the key of the trained weights: everything that they depend on, and the seed.
+    """Return the key of the trained weights: a hash of all that they depend on, including the seed.
 
-    ``known`` tells what lay where nothing lies now; ``base`` is the key of the model of an arm that they start from.
+    ``known``: recorded fingerprints of paths that no longer exist; ``base``: the train key of the arm whose model
+    training starts from.
     """
     return digest({**train_facts(config, plugins, known, base=base), "seed": config.seed})
 
@@ -117,7 +120,7 @@ def train_key(
 def train_facts(
     config: CellConfig, plugins: Plugins, known: Known | None = None, *, base: str | None = None
 ) -> dict[str, Any]:
-    """Return what `train_key` hashes, besides the seed. Raises `InputError` where ``base`` is missing."""
+    """Return what `train_key` hashes, without the seed. Raises `InputError` if ``base`` is needed and missing."""
     sections = ("model", "diffusion", "data", "training")
     facts = {section: keyed_section(config, section, plugins, known) for section in sections}
     start = config.training.start_from
@@ -129,10 +132,10 @@ def train_facts(
     elif start is not None:
         if base is None:
             raise InputError(
-                f"training.start_from.arm: '{start.arm}' is an arm of a study, and this is none; allowed here is "
+                f"training.start_from.arm: '{start.arm}' is an arm of a study; allowed outside a study is "
                 "training.start_from.path"
             )
-        facts["training"]["start_from"] = {"train": base}  # the arm's name is in no key
+        facts["training"]["start_from"] = {"train": base}  # the key does not contain the arm's name
     if start is not None and start.resize:
         facts["training"]["start_from"]["resize"] = list(start.resize)
     return {
@@ -143,7 +146,7 @@ def train_facts(
 
 
 def data_key(facts: Mapping[str, Any], config: CellConfig, plugins: Plugins) -> str:
-    """Return the key of what is measured on real clips alone; ``facts``: `hpdm_core.metrics.interface.data_facts`."""
+    """Return the key of results on real clips alone; ``facts``: `hpdm_core.metrics.interface.data_facts`."""
     return digest({"data": dict(facts), "plugins": plugin_hashes(plugins, parts_in(config, "data"))})
 
 
@@ -170,10 +173,10 @@ def evaluation_key(
     part: Part | None = None,
     plugins: Plugins | None = None,
 ) -> str:
-    """Return the key of one metric's result on what ``base_key`` stands for.
+    """Return the key of one metric's result on the samples, weights or data with the key ``base_key``.
 
-    With the metric's validated ``part`` and ``plugins``, the plugin files of the metric and its extractor
-    count too.
+    With the metric's validated ``part`` and ``plugins``, the key also contains the hashes of the plugin files of
+    the metric and its extractor.
     """
     return digest(evaluation_facts(base_key, protocol, part=part, plugins=plugins))
 

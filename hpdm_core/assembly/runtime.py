@@ -1,4 +1,4 @@
-"""The machine's side of a run: device, threads and arithmetic settings of torch."""
+"""Machine-dependent settings of a run: device, threads and arithmetic of torch, compiler, free memory."""
 
 import contextlib
 import functools
@@ -29,18 +29,18 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MUCH = 2**60
-"""Bytes: more than any machine has."""
+"""Bytes; more than any machine has."""
 
 TF32 = ("tf32", "bf16")
 """Precisions whose float32 matrix products are rounded to TF32 on CUDA."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""What the settings of PyTorch's memory on CUDA are called in the environment, since torch 2.9 and before."""
+"""Environment variables of PyTorch's CUDA allocator settings: since torch 2.9, and before."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""With a workspace of its own for each stream cuBLAS sums in one order; it reads this when it starts."""
+"""With this set, cuBLAS uses a separate workspace per stream and is deterministic. cuBLAS reads it when it starts."""
 
 _taken: list[tuple[bool, bool, bool, str | None]] = []
-"""What the process had set before it was asked for determinism; empty while it is not."""
+"""The process's settings from before determinism was enabled; empty while it is not enabled."""
 
 
 def state_dtype(arithmetic: Arithmetic) -> torch.dtype:
@@ -60,7 +60,7 @@ def execution_of(arithmetic: Arithmetic, *, checkpointing: bool = False) -> Exec
 
 @contextlib.contextmanager
 def products_as_in(arithmetic: Arithmetic, device: torch.device) -> Iterator[None]:
-    """Within the block float32 matrix products on CUDA are what ``arithmetic`` asks for; then as before."""
+    """Within the block, use the precision of float32 matrix products on CUDA that ``arithmetic`` asks for."""
     before = torch.get_float32_matmul_precision()
     _set_products(arithmetic, device)
     try:
@@ -85,15 +85,15 @@ def available_devices() -> list[str]:
 
 
 def prepare_torch(runtime: RuntimeConfig, arithmetic: Arithmetic) -> torch.device:
-    """Set torch up as ``runtime`` asks, for the whole process, and return the device.
+    """Configure torch for the whole process as ``runtime`` asks, and return the device.
 
-    Call it before other work of torch in the process: threads inherit the setting that small numbers are
-    flushed to zero (without it, the decaying tails of optimizer moments slow a CPU down many times). On CUDA
-    float32 matrix products use TF32 unless ``arithmetic`` says otherwise, as the paper's throughput implies
-    (paper: mixed precision was worse; weights and sums stay float32); and freed memory is kept in segments that
-    grow (self-conditioning changes shapes from step to step, which would leave fixed ones in pieces), unless the
-    environment has settings of its own. Of several processes each gets a GPU of its own
-    (`hpdm_core.base.distributed.joined` chose it). Raises `InputError` for a device that this machine lacks.
+    Call it before other uses of torch in the process, because threads inherit the setting that denormal numbers
+    are flushed to zero. (Without it, decaying optimizer moments become denormal and slow a CPU down many times.)
+    On CUDA, float32 matrix products use TF32 unless ``arithmetic`` says otherwise, as the paper's throughput
+    implies (paper: mixed precision was worse; weights and sums stay float32). PyTorch's allocator uses expandable
+    segments on CUDA, unless the environment configures it: self-conditioning changes shapes from step to step,
+    which would fragment fixed segments. With several processes, each uses its own GPU, which
+    `hpdm_core.base.distributed.joined` has set. Raises `InputError` for a device that this machine does not have.
     """
     allowed = available_devices()
     if runtime.device not in allowed:
@@ -119,9 +119,10 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _ask_for_determinism(wanted: bool) -> None:
-    """Ask torch for deterministic algorithms, or give back what was set before that.
+    """Enable deterministic algorithms in torch, or restore the settings from before they were enabled.
 
-    https://docs.pytorch.org/docs/stable/notes/randomness.html: an operation that has none raises RuntimeError.
+    An operation without a deterministic algorithm then raises RuntimeError
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html).
     """
     if wanted and not _taken:
         enabled = torch.are_deterministic_algorithms_enabled()
@@ -140,7 +141,7 @@ def _ask_for_determinism(wanted: bool) -> None:
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Return why torch.compile cannot make code for ``device`` on this machine, None when it can."""
+    """Return why torch.compile does not work for ``device`` on this machine; None if it works."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -155,10 +156,10 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on ``device``, or very many where the system does not tell.
+    """Return the bytes that are free on ``device``; `MUCH` if the system does not report it.
 
-    On CUDA that is what the driver has left, and what PyTorch's allocator holds of it without using it. On the
-    CPU it is what the machine has available, or what the limits of this process's job leave.
+    On CUDA, this is the driver's free memory plus the memory that PyTorch's allocator holds unused. On the CPU, it
+    is the machine's available memory, or less if the control groups of this process leave less.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -172,10 +173,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """Return a copy of a CPU tensor in pinned memory, from which a GPU copies while it computes.
+    """Return a copy of a CPU tensor in pinned memory, which allows asynchronous copies to a GPU.
 
-    Where the system gives no more of it (memory that is locked has a limit) ``tensor`` itself is returned:
-    copies from it are right too, and slower. The first time a line in the log says so.
+    If the system has no more pinned memory (locked memory is limited), ``tensor`` itself is returned; copies from it
+    are slower. The first time, this is logged.
     """
     try:
         return tensor.pin_memory()
@@ -186,13 +187,13 @@ def pinned(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _say_not_pinned() -> None:
-    log.warning("the system gives no more pinned memory: ordinary memory is used, and copies are slower")
+    log.warning("the system has no more pinned memory: ordinary memory is used, and copies are slower")
 
 
 def _free_in_groups(groups: Path, root: Path) -> list[int]:
-    """Return what the control groups (of a job of SLURM, of a container) that this process is in leave it.
+    """Return the free bytes in each control group of this process (of a SLURM job or a container).
 
-    ``groups``: the kernel's list of them; ``root``: where they are mounted, of either version.
+    ``groups``: the kernel's list of the process's control groups; ``root``: their mount point, of version 1 or 2.
     """
     found = []
     with contextlib.suppress(OSError):

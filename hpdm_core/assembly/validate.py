@@ -1,8 +1,8 @@
-"""A merged configuration becomes a `CellConfig`, or a list of everything that is wrong with it.
+"""Validates a merged configuration: returns a `CellConfig`, or a list of all problems.
 
-Keys and types come from the schema, parts and their options from the plugins, and what the numbers must
-have to do with one another from building the light parts: the pyramid, the allocation, the input scales,
-the samplers, the solver; and the network without its numbers, on the meta device. No data is opened.
+Keys and types are checked by the schema, parts and their options by the plugins. Relations between values are
+checked by building the cheap parts (pyramid, allocation, input scales, samplers, solver) and the network on the
+meta device. No data is opened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["validate_cell"]
 METRICS: KeyPath = ("evaluation", "metrics")
 STEPS: KeyPath = ("training", "steps")
 KEY_FIRST = re.compile(r"([a-z_]+(?:\.\w+)*): ")
-"""How a message begins that says itself which key is wrong."""
+"""The beginning of a message that names the wrong key itself."""
 
 LIGHT_PARTS: dict[str, KeyPath] = {
     "pyramid": ("model",),
@@ -36,7 +36,7 @@ LIGHT_PARTS: dict[str, KeyPath] = {
     "coordinate_sampler": ("training", "coordinate_sampling"),
     "solver": ("sampling", "solver"),
 }
-"""Properties of an Assembly that cost nothing to build, and the key to blame when one cannot be."""
+"""Properties of an Assembly that are cheap to build, and the key to report if building fails."""
 
 SIZES: tuple[KeyPath, ...] = tuple(("model", name) for name in ("video", "patch", "token", "levels"))
 BETWEEN: dict[str, tuple[KeyPath, ...]] = {
@@ -48,7 +48,7 @@ BETWEEN: dict[str, tuple[KeyPath, ...]] = {
     "solver": (("model", "levels"), ("diffusion", "noise_scaling")),
     "network": (("model", "backbone"), ("model", "token_dim"), ("model", "blocks"), *SIZES),
 }
-"""What each of them is built from besides its own key."""
+"""The other keys that each of them is built from."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "noise_sampler": ("sigma_in",),
@@ -58,9 +58,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, list[str]]:
-    """Return the cell that ``layers`` describe, defaults filled in, or None and one line per problem.
+    """Return the cell that ``layers`` describe, with defaults filled in, or None and one line per problem.
 
-    Keys of the top level that no cell has, such as ``arms``, are left alone.
+    Top-level keys that do not belong to a cell, such as ``arms``, are ignored.
     """
     data = {key: copy.deepcopy(layers.data[key]) for key in CellConfig.model_fields if key in layers.data}
     problems: list[Problem] = []
@@ -73,7 +73,7 @@ def validate_cell(layers: Layers, plugins: Plugins) -> tuple[CellConfig | None, 
         else:
             _put(data, path, {"use": part.use, "options": part.options})
     config, found = check(CellConfig, data)
-    # A part that has been complained about is not complained about again.
+    # A part with a reported problem is not reported again.
     problems.extend(
         problem if problem.path else _blamed(problem.message, (), ())
         for problem in found
@@ -126,7 +126,7 @@ def _default(path: KeyPath) -> Part | None:
 def _part_at(
     data: Mapping[str, Any], path: KeyPath, plugins: Plugins, family: str
 ) -> tuple[Part | None, list[Problem]]:
-    """Return the checked part at ``path``; None and no problem for one that is required and missing."""
+    """Return the checked part at ``path`` and its problems; None for the part if it cannot be checked."""
     default = _default(path)
     value: Any = data
     for step in path:
@@ -158,7 +158,7 @@ def _put(data: dict[str, Any], path: KeyPath, value: Any) -> None:
 
 
 def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
-    """Return what is wrong between values that are each right on their own."""
+    """Return problems of combinations of values that are each valid on their own."""
     from hpdm_core.assembly.assembly import Assembly
 
     problems = []
@@ -209,12 +209,12 @@ def _relations(config: CellConfig, plugins: Plugins) -> list[Problem]:
         except HpdmError as error:
             problems.extend(_blamed(message, ("model",), BETWEEN["network"]) for message in error.messages)
         except Exception:
-            pass  # a part that cannot be built without numbers may be right all the same
+            pass  # a part that cannot be built on the meta device may still be valid
     return problems
 
 
 def _blamed(message: str, path: KeyPath, between: tuple[KeyPath, ...]) -> Problem:
-    """Return a problem at the key that the message names itself, else at ``path``."""
+    """Return a problem at the key that ``message`` names, or else at ``path``."""
     named = KEY_FIRST.match(message)
     if named is not None and (steps := tuple(named[1].split(".")))[0] in CellConfig.model_fields:
         path, message = steps, message[named.end() :]

@@ -1,1 +1,1 @@
-"""What knows nothing of diffusion or studies: errors, files, processes, random streams."""
+"""General helpers that do not depend on diffusion or studies: errors, files, processes, random streams."""

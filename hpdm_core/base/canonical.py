@@ -1,4 +1,4 @@
-"""The one text of a JSON value, and its hash: what keys are made of."""
+"""Canonical JSON of a value, and its SHA-256. Keys are such hashes."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ __all__ = ["canonical_json", "digest"]
 
 
 def canonical_json(value: Any) -> str:
-    """Return ``value`` as the one JSON text of it: keys sorted, no spaces, tuples as lists, models as maps.
+    """Return the canonical JSON text of ``value``: keys sorted, no spaces, tuples as lists, models as objects.
 
-    Raises ValueError for NaN and infinities and TypeError for what JSON has no form for.
+    Raises ValueError for NaN and infinities, and TypeError for a value that JSON cannot represent.
     """
 
     def other(item: Any) -> Any:

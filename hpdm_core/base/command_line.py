@@ -1,4 +1,4 @@
-"""What commands have in common: a wrong command line is one line on standard error, like every other wrong input."""
+"""The argument parser of all commands: a wrong command line prints one line on standard error, as other wrong input."""
 
 import argparse
 from typing import NoReturn
@@ -9,8 +9,8 @@ __all__ = ["CommandParser"]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are `InputError`, without the usage above them."""
+    """A parser that raises `InputError` for a wrong command line and does not print the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `InputError` with ``message`` and where help is found."""
+        """Raise `InputError` with ``message`` and a pointer to ``--help``."""
         raise InputError(f"{message} (see {self.prog} --help)")

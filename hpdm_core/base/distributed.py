@@ -1,9 +1,8 @@
-"""Several processes that work on one thing: who is who, and the few things that they tell one another.
+"""Several processes that work together: their ranks, and the few collectives that this project uses.
 
-The processes are started by torchrun, or by submitit on the nodes of a cluster (or of this machine); `joined`
-finds out by which from the environment. In a process that nobody started so, every function here is that of
-one process alone, and torch.distributed is not touched. Rank 0, the *main* process, is the one that writes
-results.
+The processes are started by torchrun, or by submitit on the nodes of a cluster (or on this machine); `joined`
+reads the environment to find out which. A process that was started by neither is alone: every function here
+then behaves as for one process, and torch.distributed is not used. Rank 0, the *main* process, writes results.
 
 Not here: how a network trains on several processes (`hpdm_core.training.strategy`).
 """
@@ -40,8 +39,8 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for the others: the main one may wait long for another study's worker. A process
-that dies ends the others at once (gloo), or through torchrun or SLURM."""
+"""How long a collective waits for the other processes: the main one may wait long for another study's worker.
+When a process dies, the others end at once (gloo), or torchrun or SLURM ends them."""
 
 
 def _active() -> bool:
@@ -49,7 +48,7 @@ def _active() -> bool:
 
 
 def rank() -> int:
-    """Return this process's number, 0 when it is alone."""
+    """Return this process's rank, 0 when it is alone."""
     return dist.get_rank() if _active() else 0
 
 
@@ -64,16 +63,14 @@ def is_main() -> bool:
 
 
 def planned_size() -> int:
-    """Return how many processes the environment says were started together, whether or not they have
-    joined.
-    """
+    """Return the number of processes started together, as the environment gives it, whether they have joined or not."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return _submitit_tasks()
 
 
 def _submitit_tasks() -> int:
-    """Return the tasks of the submitit job that this process is part of; 1 where it is part of none."""
+    """Return the number of tasks of this process's submitit job; 1 if it is in no such job."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return 1
     import submitit
@@ -86,10 +83,10 @@ def _submitit_tasks() -> int:
 
 @contextlib.contextmanager
 def joined(device: str = "cpu") -> Iterator[None]:
-    """Within the block the processes that were started together are one group; alone: nothing happens.
+    """Within the block, the processes that were started together form one process group; a single process does nothing.
 
-    Numbers on GPUs travel by NCCL, all others by gloo. With ``device`` cuda each process takes the GPU of its
-    own local rank (counted among those that it can see). A block within a block does nothing.
+    Tensors on GPUs use NCCL, all others gloo. With ``device`` cuda, each process takes the GPU of its local
+    rank (counted among the GPUs that it can see). A nested block does nothing.
     """
     if _active() or planned_size() == 1:
         yield
@@ -97,7 +94,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         import submitit
 
-        # Not its choice of GPUs: a cluster that gives each task its own has done that already.
+        # Do not let submitit choose GPUs: a cluster that gives each task its own GPU has done so already.
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -112,7 +109,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
 def barrier() -> None:
     """Wait until every process is here."""
     if size() > 1:
-        dist.all_reduce(torch.zeros(1))  # gloo, also where a barrier would be NCCL's
+        dist.all_reduce(torch.zeros(1))  # a CPU tensor uses gloo; dist.barrier could use NCCL
 
 
 def broadcast(value: A) -> A:
@@ -163,11 +160,10 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def spread(items: Sequence[A], work: Callable[[A], B]) -> list[B]:
-    """Return ``[work(item) for item in items]``, each process doing its share; every process gets all of it.
+    """Return ``[work(item) for item in items]`` in every process; each process computes its share.
 
-    Items are dealt out in turn, and each is worked on as one process alone would, so the results do not depend
-    on how many processes there are. What ``work`` returns must pickle. An error in one process is raised in
-    all.
+    Items are assigned round-robin, and each is computed as in a single process, so the results do not depend
+    on the number of processes. What ``work`` returns must pickle. An error in one process is raised in all.
     """
     if size() == 1:
         return [work(item) for item in items]
@@ -189,7 +185,7 @@ def spread(items: Sequence[A], work: Callable[[A], B]) -> list[B]:
 
 
 def _told(error: Exception | None) -> HpdmError | None:
-    """Return the form of an error that other processes can read."""
+    """Return the error in a form that can be sent to other processes."""
     if error is None or isinstance(error, HpdmError):
         return error
     first = str(error).strip().partition("\n")[0]

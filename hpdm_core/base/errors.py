@@ -1,7 +1,7 @@
 """Errors that a user sees as one line each, and the exit codes that go with them.
 
-Every message finishes the sentence: what was given, what is allowed, where it stands (``file:line``), the nearest
-valid name. `report_errors` turns them into lines on standard error; a traceback is left for our own mistakes only.
+Every message says what was given, what is allowed, where it stands (``file:line``), and the nearest valid name.
+`report_errors` prints them as lines on standard error; only a bug in this project prints a traceback.
 """
 
 import difflib
@@ -25,7 +25,7 @@ class HpdmError(Exception):
 
 
 class InputError(HpdmError):
-    """Something that the user gave is wrong; nothing was run and nothing was written. Exit code 2."""
+    """The user's input is wrong; nothing was run and nothing was written. Exit code 2."""
 
     exit_code = 2
 
@@ -37,7 +37,7 @@ class TroubleError(HpdmError):
 
 
 class DivergedError(TroubleError):
-    """A loss, a gradient or a weight is no number any more: the same again would end the same way."""
+    """A loss, a gradient or a weight is not finite. A second run of the same cell would diverge as well."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -49,7 +49,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 def report_errors(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
     """Run a command's ``main`` and return its exit code, printing one line per reported error.
 
-    Ctrl-C gives 130. Other exceptions are our own mistakes and propagate with their traceback.
+    Ctrl-C gives 130. Other exceptions are bugs of this project and propagate with their traceback.
     """
     try:
         return main(arguments)

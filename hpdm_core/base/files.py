@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed.
+"""Atomic file writes: a file is written under a temporary name, synced, then renamed.
 
-A reader, also one that starts after a crash, sees the old file or the new one and never a half. Results,
-checkpoints, samples, reports, the ledger's index and the locks are built on these few functions.
+A reader sees the old file or the new one, never a partly written one, even after a crash. Results,
+checkpoints, samples, reports, the ledger's index and the locks are written with these functions.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 
 def of_the_disk(error: BaseException | None) -> bool:
-    """Whether ``error`` comes from a full or failing disk, itself or as its cause."""
+    """Whether ``error``, or an error that caused it, comes from a full or failing disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             return True
@@ -45,9 +45,7 @@ def of_the_disk(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def disk_trouble(path: Path | str) -> Iterator[None]:
-    """Turn the errors of a full or failing disk into a `TroubleError` of one line; ``path`` if they name no
-    file.
-    """
+    """Turn errors of a full or failing disk into a one-line `TroubleError`; it names ``path`` if they name no file."""
     try:
         yield
     except OSError as error:
@@ -66,8 +64,9 @@ def trouble_when_unwritable(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut. Some file systems refuse; a rename is atomic there
-    all the same. Raises `OSError` for a full or failing disk.
+    """Sync ``folder``, so that new names in it survive a power cut. Raises `OSError` for a full or failing disk.
+
+    Some file systems do not allow this; a rename is still atomic there.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -81,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` to ``path`` itself and wait for the disk: for a folder that has not got its name yet."""
+    """Write ``data`` directly to ``path`` and sync it. For a file in a folder that is renamed when it is complete."""
     with path.open("wb") as handle:
         handle.write(data)
         _sync(handle)
@@ -89,10 +88,10 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def whole_or_absent(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Yield a file to write in the block: at its end it becomes ``path``, on an error it vanishes.
+    """Yield a file to write: at the end of the block it becomes ``path``; on an error it is deleted.
 
-    ``durable`` also waits for the disk. What a killed process leaves has a hidden name of its own, which
-    `clear_temporaries` knows.
+    ``durable`` also syncs it to the disk. A killed process leaves a hidden temporary file, which
+    `clear_temporaries` deletes.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -109,22 +108,22 @@ def whole_or_absent(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Delete the halves of files that killed processes left in ``folder``, where nobody else writes now."""
+    """Delete temporary files that killed processes left in ``folder``. No other process may be writing there."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
-    """Write ``data`` to ``path`` in one step; ``durable`` also waits for the disk.
+    """Write ``data`` to ``path`` atomically; ``durable`` also syncs it to the disk.
 
-    Heartbeats are not durable: they are written every second and mean nothing after a crash.
+    Heartbeats are not durable: they are written every second and are of no use after a crash.
     """
     with whole_or_absent(path, durable=durable) as handle:
         handle.write(data)
 
 
 def write_json(path: Path, data: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Write ``data`` as readable JSON to ``path`` in one step."""
+    """Write ``data`` as indented JSON to ``path`` atomically."""
     text = json.dumps(data, indent=1, ensure_ascii=False, default=_plain)
     write_bytes(path, (text + "\n").encode(), durable=durable)
 
@@ -145,9 +144,7 @@ def sha256_of(path: Path) -> str:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give the finished file or folder ``source`` its place ``target``, on the same file system, after
-    syncing it.
-    """
+    """Sync the finished file or folder ``source`` and rename it to ``target``, on the same file system."""
     if source.is_file():
         with source.open("rb") as handle:
             _sync(handle)
@@ -168,7 +165,7 @@ def _unwritten(path: Path | str, error: OSError) -> TroubleError:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what a result may hold besides plain Python: numbers of numpy and torch, paths."""
+    """Convert values of a result that are not plain Python for JSON: numpy and torch numbers, paths."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):

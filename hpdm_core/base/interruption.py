@@ -1,8 +1,8 @@
-"""Being asked to end, by Ctrl-C's relatives: SIGTERM (cancelled, preempted) and SIGUSR2 (time is up).
+"""Requests to end the process: SIGTERM (job cancelled or preempted) and SIGUSR2 (time limit reached).
 
-Work that can be saved between steps runs within `deferred`: there a first request is only noted, and the work
-ends itself with `Interrupted` after it has saved. A second request, or one outside of such work, ends at once.
-Signals belong to the whole process, so this is the one place that holds what they said.
+Work that can be saved between steps runs within `deferred`. There, a first request is only recorded; the work
+saves and then raises `Interrupted`. A second request, or one outside `deferred`, ends the process at once.
+Signal handlers belong to the whole process, so their state is kept in this module alone.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ __all__ = ["Interrupted", "deferred", "requested", "shielded", "watched"]
 
 
 class Interrupted(SystemExit):
-    """The process was asked to end, and does: no error, and nothing that a handler of errors should catch."""
+    """The process was asked to end and ends. This is not an error, and error handlers should not catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
@@ -38,8 +38,9 @@ def requested() -> int | None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within the block a first request is noted and left to the work. Raises `Interrupted` when there is one
-    already, and at the end of the block when one came that the work had no more use for.
+    """Within the block, a first request is only recorded; the work asks for it by `requested`.
+
+    Raises `Interrupted` at the start if there was a request before, and at the end if one came during the block.
     """
     if _requests.signum is not None:
         raise Interrupted(_requests.signum)
@@ -62,7 +63,7 @@ def _heard(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Within the block SIGTERM and SIGUSR2 are requests to end; in a thread nothing is changed."""
+    """Within the block, SIGTERM and SIGUSR2 are requests to end; outside the main thread nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -79,9 +80,9 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Within the block Ctrl-C and SIGTERM wait; they are dealt with at its end. In a thread nothing is changed.
+    """Delay Ctrl-C and SIGTERM until the end of the block. Outside the main thread nothing is changed.
 
-    For what must not be torn apart, as taking and giving back a lock. Keep it short.
+    For short operations that must not be interrupted halfway, such as acquiring or releasing a lock.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

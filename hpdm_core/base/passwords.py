@@ -1,4 +1,4 @@
-"""What is shown or written never holds the password of a database."""
+"""Masks database passwords in text that is shown or written."""
 
 import re
 

@@ -1,8 +1,8 @@
-"""Named, keyed random streams: the only place in the project where a generator is made.
+"""Keyed random streams: the only place in the project where a random generator is made.
 
-A stream is named by the things that it may depend on, for example ``(seed, "noise", step, index of the sample in the
-global batch, level)``, and by nothing else: never by study, arm, batch size, process or history. So all arms of a seed
-share clips, crops, sigmas and noise, a resumed run continues exactly, and sample ``i`` is the same in any batch.
+The key of a stream lists everything that it may depend on, for example ``(seed, "noise", step, index of the sample in
+the global batch, level)``. Study, arm, batch size, process and earlier draws are never in a key. Therefore all arms of
+a seed share clips, crops, sigmas and noise, a resumed run continues exactly, and sample ``i`` is the same in any batch.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def normal(shape: Sequence[int], *key: int | str) -> Tensor:
 
 @contextmanager
 def keyed_global_rng(*key: int | str) -> Iterator[None]:
-    """Within the block torch's global generator stands at the start of the stream called ``key``.
+    """Within the block, torch's global generator starts from the seed of the stream called ``key``.
 
     For code that cannot take a generator, such as the constructors of ``torch.nn`` layers inside a plugin. The global
     state of the CPU is restored on leaving.

@@ -1,4 +1,4 @@
-"""One cell: a configuration, trained once, sampled, evaluated."""
+"""One cell: a configuration that is trained once, sampled and evaluated."""
 
 from hpdm_core.cell.cell import Cell, Step
 from hpdm_core.cell.keys import Keys

@@ -1,9 +1,8 @@
-"""One cell: a configuration, trained once, sampled, evaluated. Its stages live in the store and are shared by
-key.
+"""One cell: a configuration that is trained once, sampled and evaluated. Cells share stages in the store by key.
 
-`Cell.run` does what is missing and nothing else. It may be killed at any moment and run again. What a worker
-process does around it stands in `hpdm_core.study.worker.run_cell`. Of several processes
-(`hpdm_core.base.distributed`) the main one claims the stages and writes results; the others do their share of each.
+`Cell.run` runs only the missing stages. It may be killed at any moment and run again. The worker process that calls it
+is in `hpdm_core.study.worker.run_cell`. With several processes (`hpdm_core.base.distributed`), the main one claims the
+stages and writes the results; the others do their share of each stage.
 """
 
 from __future__ import annotations
@@ -37,29 +36,29 @@ __all__ = ["Cell", "Keys", "Step"]
 
 WAIT_SECONDS = 0.5
 MEASURED_ALONE = ("configuration", "training")
-"""What metrics read that one process measures by itself."""
+"""The `needs` of metrics that the main process evaluates alone."""
 SHEET_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage of one cell: its name for people, where it lies, and what runs it under a claim."""
+    """One stage of one cell: its displayed name, its place in the store, and the function that runs it once claimed."""
 
     name: str
     stage: Stage
     run: Callable[[Attempt, Progress], Mapping[str, Any]]
     cell: Cell
-    """Whose stage it is: that of the model which a cell starts from is another's."""
+    """The cell whose stage it is: the training of a base model belongs to the base's cell."""
 
 
 class Cell:
     """One model with one seed: three stages, train -> sample -> evaluate each metric.
 
-    ``arm`` names it for people; neither it nor ``study`` is part of any key. ``store`` is the root of the
-    store. ``contents``: what lay at the places that the configuration names (`places_in`), for those that
-    are gone; without it what the store remembers of them, so that done work is still known. ``arm_keys``: of a
-    cell of the same arm in the same store, which saves working out its keys anew. ``base``: the cell whose model
-    this one starts from, if that is an arm's (``training.start_from``); it is trained first where it is missing.
+    ``arm`` is its displayed name; neither ``arm`` nor ``study`` is part of any key. ``store`` is the root of the store.
+    ``contents``: recorded fingerprints of paths named in the configuration (`places_in`) that no longer exist; without
+    it they are taken from the spec files in the store, so that finished work is still found. ``arm_keys``: the keys of
+    a cell of the same arm in the same store, which need not be computed again. ``base``: the cell from whose model
+    this one starts, if ``training.start_from`` names an arm; it is trained first if it is missing.
     """
 
     def __init__(
@@ -87,11 +86,11 @@ class Cell:
         )
         self.observers = Observers(plugins, self)
         self.at: Kind | None = None
-        """The stage that this process works on."""
+        """The kind of the stage that this process works on; None outside the stages."""
 
     @property
     def name(self) -> str:
-        """What people call the cell."""
+        """The cell's displayed name: ``ARM, seed SEED``."""
         return f"{self.arm}, seed {self.seed}"
 
     @cached_property
@@ -107,10 +106,10 @@ class Cell:
         return self.arm_keys.keys(self.seed)
 
     def _known(self, place: str) -> str | None:
-        """Return the fingerprint of what lay at ``place``, now gone: as given, or as last trained on."""
+        """Return the fingerprint of the vanished path ``place``: from ``contents``, or from the newest training."""
         if place in self.contents:
             return self.contents[place]
-        with contextlib.suppress(OSError):  # another process may clear up
+        with contextlib.suppress(OSError):  # another process may delete files
             files = sorted(
                 self.store.root.glob("train/*/spec.json"), key=lambda file: file.stat().st_mtime, reverse=True
             )
@@ -120,12 +119,12 @@ class Cell:
         return None
 
     def absent(self) -> list[str]:
-        """Return a line per place that the cell needs, where nothing lies and never lay as far as is known."""
+        """Return a line for each path that the cell needs and that neither exists nor has a recorded fingerprint."""
         return self.arm_keys.absent
 
     @cached_property
     def identity(self) -> str:
-        """The cell's own hash: it changes when anything that is to be computed changes."""
+        """The cell's own hash: it changes when anything that the cell computes changes."""
         facts = {
             "train": self.keys.train,
             "samples": self.keys.samples,
@@ -138,37 +137,39 @@ class Cell:
 
     @cached_property
     def train_stage(self) -> Stage:
-        """Where the model is."""
+        """The stage of the trained model."""
         return self.store.stage("train", self.keys.train)
 
     @cached_property
     def sample_stage(self) -> Stage:
-        """Where the generated videos are."""
+        """The stage of the generated videos."""
         return self.store.stage("samples", self.keys.samples)
 
     def evaluation_stages(self) -> list[tuple[Part, Stage]]:
-        """Where each metric's result is."""
+        """Return (metric, stage) for each metric of the configuration."""
         keys = self.keys.evaluations
         parts = self.config.evaluation.metrics
         return [(part, self.store.stage("evaluations", key)) for part, key in zip(parts, keys, strict=True)]
 
     @property
     def only_measured(self) -> bool:
-        """Whether no metric reads anything that has to be trained: then nothing is."""
+        """Whether all metrics need the configuration alone: then nothing is trained or sampled."""
         return bool(self.arm_keys.needs) and set(self.arm_keys.needs) == {"configuration"}
 
     def finished(self) -> bool:
-        """Whether every stage has a result file. Looks at names only: a quick answer for what was done before."""
+        """Whether every stage has a result file. A quick check that reads no file."""
         return self.store.holds(self.keys.stages)
 
     def forget(self) -> None:
-        """Let go of what can be worked out again: thousands of finished cells stay in memory."""
+        """Drop cached objects to save memory: thousands of finished cells stay in memory."""
         for name in ("_steps", "train_stage", "sample_stage"):
             self.__dict__.pop(name, None)
 
     def missing(self) -> list[Step]:
-        """Return what is still to be done, in order. Reads result files only. Samples and weights whose
-        evaluations are done are caches: they are made again only when something needs them.
+        """Return the stages still to be done, in order. Reads result files only.
+
+        Samples and weights are caches once the evaluations that need them are done: missing ones are made again only
+        when another stage needs them.
         """
         evaluations = list(zip(self.arm_keys.needs, (step.stage for step in self._steps[2:]), strict=True))
         is_open = [not stage.done for _, stage in evaluations]
@@ -191,7 +192,7 @@ class Cell:
         return steps
 
     def _missing_bases(self) -> list[Step]:
-        """Return the training of each model that has to be there before this one is trained, in order."""
+        """Return the training steps of the missing models that must exist before this one is trained, in order."""
         base = self.base
         if base is None or (base.train_stage.done and base.weights.exists()):
             return []
@@ -199,7 +200,7 @@ class Cell:
 
     @property
     def bases(self) -> list[Cell]:
-        """The cells whose models come before this one's, each starting from the one before it."""
+        """The cells of the chain of base models, each starting from the one before it; this cell is not included."""
         return [] if self.base is None else [*self.base.bases, self.base]
 
     @property
@@ -224,7 +225,7 @@ class Cell:
 
     @property
     def _all_steps(self) -> list[Step]:
-        """Every stage that may have to be run, those of the models that this one starts from first."""
+        """Every stage that may have to run, the training of base models first."""
         return [*(base._train_step(f"train {base.arm}") for base in self.bases), *self._steps]
 
     def results(self) -> dict[str, Any]:
@@ -242,18 +243,18 @@ class Cell:
     # Running
 
     def run(self, progress: Progress | None = None, *, own_output: bool = False) -> dict[str, Any]:
-        """Do what is missing and return `results`.
+        """Run the missing stages and return `results`.
 
-        ``progress`` is called with a dict about every second and at each stage's start; ``own_output`` sends
-        what this process prints to the attempts' log files. Raises what a stage raises, after noting it in
-        the attempt. Each of several processes calls it; the main one's arguments count.
+        ``progress`` is called with a dict about every second and at each stage's start; ``own_output`` redirects the
+        output of this process to the attempts' log files. An exception of a stage is recorded in its attempt and
+        raised. With several processes, each must call `run`; only the main one's arguments are used.
         """
         steps = distributed.on_main(lambda: [step.stage.key for step in self.missing()])
         if not steps:
             return self.results()
         from hpdm_core.assembly.runtime import prepare_torch
 
-        # Before any stage, also one that needs no model: a metric alone must give the same bits.
+        # Before any stage, even one that needs no model, so that a metric run alone gives bit-identical results.
         if not distributed.is_main():
             prepare_torch(self.config.runtime, self.config.training)
             return self._follow()
@@ -263,7 +264,7 @@ class Cell:
             for step in self._all_steps:
                 if step.stage.key in steps:
                     self._run_step(step, progress, own_output=own_output)
-            distributed.broadcast(None)  # nothing is left to follow
+            distributed.broadcast(None)  # tells `_follow` in the other processes that no stage is left
         except Exception as error:
             self.observers.call("on_cell_error", error=error)
             raise
@@ -272,7 +273,7 @@ class Cell:
         return results
 
     def _follow(self) -> dict[str, Any]:
-        """Do this process's share of each stage that the main process works on, until it has done all."""
+        """In a process other than the main one: do its share of each stage until the main process has run all."""
         while (told := distributed.broadcast(None)) is not None:
             kind, key, number = told
             stage = self.store.stage(kind, key)
@@ -288,12 +289,12 @@ class Cell:
                 try:
                     attempt = stack.enter_context(step.stage.claim())
                     break
-                except Held as held:  # another study's worker, or one that outlived its controller
+                except Held as held:  # a worker of another study, or of a controller that has died
                     if progress is not None:
                         progress({"stage": step.name, "waiting": str(held)})
                     time.sleep(WAIT_SECONDS)
             if step.stage.key not in {todo.stage.key for todo in self.missing()}:
-                return  # the other has done it
+                return  # the other worker has done it
             if own_output:
                 attempt.take_output()
             attempt.log(f"{step.name} of {step.cell.name}, study '{self.study}', {Process.here()}")
@@ -310,13 +311,13 @@ class Cell:
                     **self._provenance(),
                     "wall_seconds": time.monotonic() - started,
                     "attempts": attempt.number,
-                    "observer_errors": step.cell.observers.errors,  # the stage calls the same ones
+                    "observer_errors": step.cell.observers.errors,  # the stage calls the observers of its cell
                 },
                 files=files,
             )
             self.at = None
             attempt.log(f"{step.name} done")
-            if step.stage.kind == "train":  # what resuming needed is of no more use; what was asked for stays
+            if step.stage.kind == "train":  # delete the checkpoints, except those listed in training.keep
                 attempt.drop("checkpoints", keep=[f"{at:08d}" for at in step.cell.config.training.keep])
 
     def _train(self, attempt: Attempt, report: Progress) -> Mapping[str, Any]:
@@ -337,7 +338,7 @@ class Cell:
         return {**result, "files": {"model.safetensors": "model.safetensors"}}
 
     def _cost(self) -> dict[str, Any]:
-        """Return what the model and those that it started from took, as others that start from it record it."""
+        """Return the total cost of the model and its bases, which cells that start from it record."""
         result = self.train_stage.result() or {}
         before = result.get("started_from", {})
         return {
@@ -413,7 +414,7 @@ class Cell:
     # Spec files
 
     def spec(self) -> dict[str, Any]:
-        """Return everything that another process needs to run, sample or evaluate the cell, as JSON."""
+        """Return, as JSON, everything that another process needs to run the cell."""
         return {
             "schema": SCHEMA_VERSION,
             "config": self.config.model_dump(mode="json"),
@@ -432,16 +433,14 @@ class Cell:
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Cell:
-        """Rebuild a cell from `spec`. Raises `TroubleError` when its keys are not those that it was planned
-        with.
-        """
+        """Rebuild a cell from its `spec`. Raises `TroubleError` when its schema version or its keys have changed."""
         if spec.get("schema") != SCHEMA_VERSION:
             raise TroubleError(
                 f"the cell was planned by another version (schema {spec.get('schema')}, this is "
                 f"{SCHEMA_VERSION}); run the study again"
             )
         base = spec.get("base")
-        if base is not None:  # it runs as this cell does, which a retry may have changed
+        if base is not None:  # it runs with this cell's runtime settings, which a retry may have changed
             config = {**base["config"], "runtime": spec["config"]["runtime"]}
             base = cls.from_spec({**base, "config": config})
         cell = cls(

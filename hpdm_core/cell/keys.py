@@ -1,7 +1,7 @@
-"""The keys of a cell's stages, worked out once for all seeds of an arm.
+"""The keys of a cell's stages, computed once for all seeds of an arm.
 
-A study of thousands of cells has few arms: what a key depends on besides the seed (sections, parts, plugins' sources,
-protocols, what lies at a path) is gathered and hashed once, and each seed adds its digits.
+A study of thousands of cells has few arms. So everything besides the seed on which a key depends (sections, parts,
+plugins' sources, protocols, content of paths) is collected and hashed once; then the seed is inserted for each cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BASE = "\x00base"
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The keys of a cell's stages; ``evaluations`` stand in the order of the configuration's metrics."""
+    """The keys of a cell's stages; ``evaluations`` are in the order of the configuration's metrics."""
 
     train: str
     samples: str
@@ -49,7 +49,7 @@ class Keys:
 
 
 class _Template:
-    """The digest of canonical JSON in which ``holes`` are still to be filled in, given in the order of the text."""
+    """SHA-256 of canonical JSON with placeholders (``holes``, in the order of the text) that `digest` fills in."""
 
     def __init__(self, facts: Mapping[str, Any], holes: Sequence[str] = (HOLE,)) -> None:
         text, parts = canonical_json(facts), []
@@ -67,8 +67,9 @@ class _Template:
 
 
 class ArmKeys:
-    """What the cells share that differ from ``config`` in their seed alone. ``known``: see `hpdm_core.assembly.keys`;
-    ``base``: of the model that they start from, if that is an arm's.
+    """Computes the keys of all cells that differ from ``config`` in the seed only.
+
+    ``known``: see `hpdm_core.assembly.keys`; ``base``: the keys of the arm from whose model they start, if any.
     """
 
     def __init__(
@@ -96,17 +97,17 @@ class ArmKeys:
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
-        """What each metric reads."""
+        """The `needs` of each metric, in the order of the configuration."""
         return tuple(metric.needs for _, metric in self._metrics)
 
     @cached_property
     def absent(self) -> list[str]:
-        """A line per place that is taken by its content, where nothing lies or is known to have lain."""
+        """A line for each path that enters a key by its content and neither exists nor has a known fingerprint."""
         return [*(self.base.absent if self.base else ()), *absent_in(self.config, self.plugins, self._known)]
 
     @cached_property
     def contents(self) -> dict[str, str]:
-        """Place -> fingerprint of all that the keys take by its content."""
+        """Path -> fingerprint, for each path that enters a key by its content."""
         return places_in(self.config, self.plugins, self._known)
 
     @cached_property
@@ -145,6 +146,6 @@ class ArmKeys:
         ]
         if found[0] != found[1]:
             raise InputError(
-                f"metric {metric.name}: its protocol depends on the cell's seed; a protocol is the same for all seeds"
+                f"metric {metric.name}: its protocol depends on the cell's seed; it must be the same for all seeds"
             )
         return {**found[0], "metric": metric.name}

@@ -1,4 +1,4 @@
-"""How far a cell is, so that two attempts at it can be compared."""
+"""The progress of a cell as a comparable list, to see whether a job got further than an earlier one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Mark = list[int]
 
 
 def mark_of(cell: Cell) -> Mark:
-    """Return how far ``cell`` is: stages done (as minus those missing), newest checkpoint, videos sampled.
+    """Return the progress of ``cell``: minus the number of missing stages, newest checkpoint, videos sampled.
 
-    Greater is further. Names of files only; nothing is read.
+    A greater list is further progress. Lists file names and reads result files only.
     """
     steps = cell.missing()
     checkpoint = videos = 0

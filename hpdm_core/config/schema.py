@@ -63,7 +63,9 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     use: str
+    """Name of the part within its family."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Option of the part -> value; an option that is left out has its default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -109,8 +111,11 @@ class ModelConfig(Frozen):
     zero_residual: bool = False
     """Whether residual branches and the output map start at zero, not as RIN's (Glorot). Helps small models."""
     backbone: Part = Part(use="rin")
+    """The blocks that work on the tokens."""
     context_fusion: Part = Part(use="deep")
+    """What a patch takes from the patches of coarser levels that contain it."""
     computation_allocation: Part = Part(use="linear")
+    """How many levels each block runs: the coarsest level runs all blocks, finer levels run the last ones."""
 
 
 class DiffusionConfig(Frozen):
@@ -121,16 +126,24 @@ class DiffusionConfig(Frozen):
     sigma_max: Annotated[float, Field(gt=0)] = 80.0
     """The sigma that the network's noise embedding maps to 1."""
     noise_scaling: Part = Part(use="exponential")
+    """The input scale sigma_in of each level."""
     noise_sampling: Part = Part(use="independent")
+    """How training draws the noise level sigma of each level."""
     objective: Part = Part(use="snap_v")
+    """What the network predicts, and how the loss is weighted."""
 
 
 class DataConfig(Frozen):
     """Where the clips come from, and how a level is made of a full-resolution clip."""
 
     dataset: Part
+    """The clips of training and the held-out clips."""
     reader: Part = Part(use="pyav")
+    """The library that decodes video files."""
     downsampling: Literal["area", "trilinear", "centre_frame"] = "area"
+    """How a level's pixels are made from the full resolution. ``area``: mean of the pixels that a pixel of the level
+    covers; ``trilinear``: linear interpolation at its centre; ``centre_frame``: one frame of each group of frames, and
+    the mean in height and width."""
 
 
 class Arithmetic(Frozen):
@@ -176,6 +189,7 @@ class TrainingConfig(Arithmetic):
     """Everything that the trained weights depend on besides model, diffusion, data and seed."""
 
     steps: Positive
+    """Optimizer steps."""
     batch: Positive
     """Videos per optimizer step, over all processes."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -191,7 +205,9 @@ class TrainingConfig(Arithmetic):
     ema_halflife: Annotated[float, Field(gt=0)] | None = None
     """Half-life of the weight average in steps; null for min(6000, 0.06 * steps)."""
     optimizer: Part = Part(use="adamw")
+    """The optimizer; its learning rate is ``training.learning_rate``."""
     coordinate_sampling: Part = Part(use="nested_uniform")
+    """Where in a video training takes the patches of each level."""
     keep: tuple[Positive, ...] = ()
     """Steps whose checkpoints are kept besides the two newest."""
     start_from: Annotated[StartFrom | None, Later()] = None
@@ -202,6 +218,7 @@ class SamplingConfig(Arithmetic):
     """The tiled cascade."""
 
     solver: Part = Part(use="edm")
+    """The solver that integrates each level from noise to data."""
     overlap: tuple[Literal["f", "h", "w"], ...] = ()
     """Axes on which neighbouring tiles overlap by half, each once; results are averaged at every step. Kept in
     the order f, h, w, so that one set of axes has one key."""
@@ -224,12 +241,14 @@ class EvaluationConfig(Frozen):
     reals: Positive = 256
     """Real clips per side of a distance."""
     metrics: tuple[Part, ...] = ()
+    """The metrics of every cell; empty for none."""
 
 
 class RuntimeConfig(Frozen):
     """How a cell is run; outside every key."""
 
     device: str = "cpu"
+    """Device of torch: ``cpu``, ``cuda``, or ``cuda:N`` for one of several cards."""
     threads: Positive | None = None
     """Threads of torch on the CPU; null leaves torch's own choice."""
     strategy: Literal["single", "ddp", "fsdp"] = "single"
@@ -282,13 +301,21 @@ class CellConfig(Frozen):
     """One cell, whole."""
 
     model: ModelConfig
+    """The network and the pyramid of patches that it works on."""
     diffusion: DiffusionConfig = DiffusionConfig()
+    """The noise process and the training objective."""
     data: DataConfig
+    """The clips, and how the levels are made from them."""
     training: TrainingConfig
+    """How the network is trained."""
     sampling: SamplingConfig = SamplingConfig()
+    """How videos are generated."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured, and on how many videos."""
     runtime: RuntimeConfig = RuntimeConfig()
+    """Device, memory, speed and checkpoints. No key of a stage holds these values."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all random streams of the cell; a study file lists ``seeds`` instead."""
 
     @model_validator(mode="after")
     def _older_name(self) -> Self:

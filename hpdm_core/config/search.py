@@ -123,10 +123,12 @@ class Objective(Frozen):
     metric: str
     """Column ``metric`` of the rows, such as ``held_out_loss`` or ``throughput.videos_per_second``."""
     level: Annotated[int, Field(ge=0)] | Literal["finest", "coarsest", "mean"] = "finest"
-    """Rows without a level match every level."""
+    """Level whose rows count: a number, or ``finest``, ``coarsest``, or ``mean`` over the levels. Rows without a level
+    match every level."""
     where: dict[str, Scalar] = Field(default_factory=dict)
     """Further columns and their values. Of a column that is not named here, rows without a value in it go first."""
     direction: Literal["minimize", "maximize"] = "minimize"
+    """Whether a lower or a higher value of the metric is better."""
 
 
 class TPEOptions(Frozen):
@@ -174,6 +176,7 @@ class Watching(Frozen):
     watch: str = "loss"
     """Column of metrics.jsonl; of a list (one number per level) the mean."""
     watch_direction: Literal["minimize", "maximize"] = "minimize"
+    """Whether a lower or a higher value of the watched column is better."""
     every: Positive | None = None
     """Steps between looks, each at the mean since the last one; null for a twentieth of the training."""
 
@@ -197,6 +200,7 @@ class HyperbandOptions(Watching):
     min_resource: Positive | None = None
     """Steps before the first look; null for ``every``."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """At each step of the halving, one of this many proposals goes on."""
 
 
 class PatientOptions(Watching):
@@ -225,7 +229,9 @@ class SearchKeys(Frozen):
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
     """Dotted key -> its values."""
     sampler: Part = Part(use="tpe")
+    """How the next proposal is chosen."""
     pruner: Part = Part(use="none")
+    """When a proposal is given up before its end."""
     proposals: Positive | None = None
     """Proposals per arm, those that were given up or failed among them; null for all of a grid."""
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
@@ -237,7 +243,7 @@ class SearchKeys(Frozen):
     ]
     """What is searched for, one or a list; of several, the Pareto set."""
     seed: Count = 0
-    """Of the sampler."""
+    """Seed of the sampler."""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -46,8 +46,11 @@ class StudyKeys(Frozen):
     factors: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted key -> values; every combination is an arm."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    """Seeds of every arm, each once; each gives one cell of every arm."""
     backend: Part = Part(use="local")
+    """Where the cells run; the flag ``--backend`` takes its place."""
     budget: Budget = Budget()
+    """Limits of the whole study."""
     storage: str | None = None
     """URL of the ledger's storage; null for a journal file beside the results."""
     scales: dict[str, Overrides | None] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Clips of real and made video: what a dataset and a reader promise, and the parts that datasets share.
+"""Video clips: the interfaces of datasets and readers, and code that datasets share.
 
-Not here: the datasets themselves (each is a plugin) and the batches that training makes of clips.
+Not here: the datasets themselves (each is a plugin) and training batches (`hpdm_core.training.batches`).
 """

@@ -1,9 +1,9 @@
-"""Decoded, resized frames on disk, shared by all processes that train on the same files.
+"""A cache of decoded, resized frames on disk, shared by all processes that train on the same files.
 
-A reader around another one: it decodes runs of `RUN` frames, keeps them as they are (uint8, no loss) and maps
-them in when they are asked for again. A run is named by the content of its file, what decodes it, the size and
-its number, so that nothing is ever out of date; what was used longest ago goes when the folder is full. Files
-appear whole or not at all, and may vanish at any time: then they are decoded again.
+`CachedReader` wraps another reader. It decodes runs of `RUN` frames, stores them losslessly (uint8) and
+memory-maps them when they are asked for again. The name of a stored run is a hash of the video's content, the
+reader, the size and the run's number, so a stored run is never out of date. When the folder is full, the
+least recently used runs are deleted. Files are written atomically; one that was deleted is decoded again.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ __all__ = ["CachedReader"]
 
 FORMAT = 1
 RUN = 32
-"""Frames that are kept in one file."""
+"""Frames per stored file."""
 LOOK_SHARE = 1 / 64
-"""The folder is looked through whenever this share of its limit has been written."""
+"""The size of the folder is checked each time that this share of its limit has been written."""
 FILL = 0.9
-"""How full it is left."""
+"""When it is too full, files are deleted down to this share of its limit."""
 FRESH_SECONDS = 60.0
-"""A file's time of use is noted at most this often."""
+"""A file's time of last use is updated at most this often."""
 HALF_SECONDS = 3600.0
-"""Nobody writes one file for longer."""
+"""A temporary file older than this was left by a killed process."""
 
 log = logging.getLogger(__name__)
 
 
 class CachedReader:
-    """``reader``, with what it decodes kept in ``folder``, up to about ``limit`` bytes in all.
+    """``reader`` with a cache of decoded frames in ``folder``, of about ``limit`` bytes at most.
 
-    Several processes and threads may share the folder. Where it cannot be written, or the disk is full,
-    frames are decoded each time, and the log says so once.
+    Several processes and threads may share the folder. If it cannot be written or the disk is full, frames
+    are decoded each time, and the log says so once.
     """
 
     def __init__(self, reader: VideoReader, folder: Path, *, limit: int) -> None:
         self._reader = reader
         self._folder = folder.expanduser()
         self._limit = limit
-        self._unlooked = limit  # bytes written since the folder was looked through: the first write looks
+        self._unlooked = limit  # bytes written since the folder's size was checked; the first write checks it
         self._contents: dict[tuple[Path, int, int], str] = {}
         self._lock = threading.Lock()
         self._off = False
@@ -64,8 +64,7 @@ class CachedReader:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"runtime.clip_cache: '{folder}' cannot be made ({error.strerror}); allowed is a folder that may be "
-                "written to"
+                f"runtime.clip_cache: '{folder}' cannot be made ({error.strerror}); allowed is a writable folder"
             ) from error
 
     def probe(self, path: Path) -> VideoInfo:
@@ -73,7 +72,7 @@ class CachedReader:
         return self._reader.probe(path)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the reader inside says: the frames are the same."""
+        """Return the description of the wrapped reader: the cache does not change the frames."""
         return self._reader.describe()
 
     def read(self, path: Path, frames: Sequence[int], *, short_side: int | None = None) -> Tensor:
@@ -85,14 +84,14 @@ class CachedReader:
         runs = {number: found for number in numbers if (found := self._stored(names[number])) is not None}
         missing = [number for number in numbers if number not in runs]
         if missing and not self._decode(path, short_side, missing, names, runs):
-            # The header promised more frames than there are: what is asked for may still be among them.
+            # The header claims more frames than the file has. The frames that are asked for may still exist.
             return self._reader.read(path, frames, short_side=short_side)
         picked = [(runs[frame // RUN], frame % RUN) for frame in frames]
         short = next(
             (frame for frame, (run, place) in zip(frames, picked, strict=True) if place >= len(run)), None
         )
         if short is not None:
-            return self._reader.read(path, frames, short_side=short_side)  # says what is wrong
+            return self._reader.read(path, frames, short_side=short_side)  # raises the appropriate ReadError
         return torch.from_numpy(np.stack([run[place] for run, place in picked]))
 
     def _decode(
@@ -103,7 +102,7 @@ class CachedReader:
         names: dict[int, Path],
         runs: dict[int, Any],
     ) -> bool:
-        """Decode and keep the ``missing`` runs; False where they do not decode whole."""
+        """Decode and store the ``missing`` runs; return False if any of them cannot be decoded completely."""
         total = self._reader.probe(path).frames
         wanted = [
             frame for number in missing for frame in range(number * RUN, min((number + 1) * RUN, total))
@@ -149,7 +148,7 @@ class CachedReader:
         return found
 
     def _stored(self, name: Path) -> Any:
-        """Return the frames in the file ``name``, mapped; None where there is none that is whole."""
+        """Return the frames in the file ``name``, memory-mapped; None if it is missing or damaged."""
         try:
             status = name.stat()
             if not status.st_size:
@@ -185,11 +184,11 @@ class CachedReader:
             )
 
     def _make_room(self, size: int) -> None:
-        """Delete what was used longest ago, if the folder is over its limit. One process at a time does."""
+        """Delete the least recently used files if the folder is over its limit; one process at a time does so."""
         with _alone(self._folder / ".lock") as mine:
             if not mine:
                 return
-            for name in self._folder.glob("??/.*.tmp"):  # halves that killed processes left
+            for name in self._folder.glob("??/.*.tmp"):  # left by killed processes
                 with contextlib.suppress(OSError):
                     if time.time() - name.stat().st_mtime > HALF_SECONDS:
                         name.unlink()
@@ -211,10 +210,10 @@ class CachedReader:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[bool]:
-    """Hold the file ``lock`` if nobody else does; yields whether it is held."""
+    """Acquire the file lock ``lock`` if it is free; yield whether it was acquired."""
     try:
         import fcntl
-    except ImportError:  # Windows: two that make room at once delete more than they must, no harm done
+    except ImportError:  # Windows: without a lock two processes may delete too much, which is harmless
         yield True
         return
     with lock.open("a") as handle:

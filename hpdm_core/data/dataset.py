@@ -1,7 +1,6 @@
-"""What a dataset promises: short windows of video, one at a time, with no randomness but the generator's.
+"""The interface of datasets: short windows of video, drawn one at a time from a given random generator.
 
-Not here: batches, levels and patches (training), and the files behind a dataset
-(`hpdm_core.data.file_clips`).
+Not here: batches, levels and patches (training), and datasets made of files (`hpdm_core.data.file_clips`).
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ __all__ = ["NO_LABEL", "Clip", "ClipDataset", "ClipShape", "Split", "fixed_clips
 Split = Literal["train", "held_out"]
 
 NO_LABEL = -1
-"""The label of a clip that has none; the model's null condition."""
+"""The label of a clip without a class; the model's null condition."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class ClipShape:
 
 
 class Clip:
-    """One window of video [C, F, H, W], made of float32 in [-1, 1] or of uint8, 0 to 255, as decoded.
+    """One window of video [C, F, H, W]: float32 in [-1, 1], or uint8, 0 to 255, as decoded.
 
-    uint8 takes a quarter of the memory, and training brings only the pixels that it uses to float32.
+    uint8 takes a quarter of the memory, and training converts only the pixels that it uses to float32.
     ``label``: a class index, or -1 for none.
     """
 
     def __init__(self, video: Tensor, label: int = NO_LABEL) -> None:
         self.pixels = video
-        """What it was made of."""
+        """The video as given to the constructor: float32 or uint8."""
         self.label = label
 
     @cached_property
@@ -64,20 +63,19 @@ class ClipDataset(Protocol):
     def draw(self, split: Split, generator: torch.Generator) -> Clip:
         """Return one random clip of ``split``.
 
-        The result depends on the state of ``generator`` and on nothing else: not on earlier draws, so that a
-        run which is started again goes on as if it had not stopped. Raises TroubleError when the clips have
-        vanished.
+        The result depends on the state of ``generator`` alone, not on earlier draws, so that a resumed run
+        continues exactly. Raises TroubleError when the clips no longer exist.
         """
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return every clip of ``split``, if they are a small fixed set; None if crops and windows vary."""
+        """Return every clip of ``split`` if it is a small fixed set, else None (crops and windows vary)."""
 
     def describe(self) -> dict[str, Any]:
         """Return where the clips come from, as JSON.
 
         ``name``; ``splits``: per split the numbers of clips and windows; ``files``: names with a fingerprint
-        of their content; ``skipped``: files that cannot be used, each with the reason; ``stride``: every
-        so-many-th frame is in a clip, where that is not every one.
+        of their content; ``skipped``: files that cannot be used, each with the reason; ``stride``: the step
+        between the frames of a clip, given where it is not 1.
         """
 
 

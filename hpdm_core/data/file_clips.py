@@ -1,6 +1,6 @@
-"""Clips from a list of video files, decoded when they are drawn: what the folder datasets have in common.
+"""Clips from a list of video files, decoded when they are drawn. The folder datasets are built on it.
 
-Not here: which files there are, their classes and their split (each dataset's own plugin).
+Not here: the choice of files, classes and splits (the plugin of each dataset).
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ __all__ = ["Crop", "FileClips", "FrameCache"]
 Crop = Literal["random", "centre"]
 
 CACHE_BYTES = 2**28
-"""Decoded frames that a dataset keeps: a small folder is decoded once, a large one as it comes."""
+"""Bytes of decoded frames that a dataset keeps in memory. A small folder fits and is decoded only once."""
 
 MOST_FAILURES = 100
-"""Draws in a row that may hit a file which cannot be decoded."""
+"""Consecutive draws that may fail because a file cannot be decoded."""
 
 
 class FrameCache:
-    """The frames used last, by file, size and number; at most ``limit`` bytes. Safe to call from several
-    threads.
-    """
+    """A cache of the most recently used frames, by file, size and number; at most ``limit`` bytes. Thread-safe."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
@@ -46,13 +44,13 @@ class FrameCache:
     def read(
         self, reader: VideoReader, path: Path, frames: Sequence[int], *, short_side: int
     ) -> list[Tensor]:
-        """Return the frames, uint8 [H, W, 3] each, decoding by ``reader`` those that are not here."""
+        """Return the frames, uint8 [H, W, 3] each; ``reader`` decodes those that are not in the cache."""
         with self._lock:
             found = {number: self._frames.get((path, short_side, number)) for number in frames}
         missing = [number for number, frame in found.items() if frame is None]
         if missing:
             decoded = reader.read(path, missing, short_side=short_side)
-            # Cloned, or one frame would keep the memory of its whole window.
+            # Cloned: a view of one frame would keep the memory of the whole window.
             found.update((number, frame.clone()) for number, frame in zip(missing, decoded, strict=True))
         kept = {number: frame for number, frame in found.items() if frame is not None}
         with self._lock:
@@ -70,12 +68,12 @@ class FrameCache:
 
 
 class FileClips:
-    """A dataset over ``files`` per split: each file is a clip source of its own.
+    """A dataset of video files, listed per split in ``files``.
 
-    A draw takes a file uniformly, then a window of it, then a crop, then (in training, with ``flip``) a
-    mirror image. Frames are resized so that they just cover a clip. A file that turns out not to decode is
-    named once, and the draw goes on with the next random numbers of the same generator. ``labels`` False
-    hides the classes.
+    A draw chooses a file uniformly, then a window of it, then a crop, then (in training, with ``flip``)
+    whether to mirror it. Frames are resized to the smallest size that covers a clip. A file that cannot be
+    decoded is logged once, and the draw continues with the next random numbers of the same generator.
+    ``labels`` False hides the classes.
     """
 
     def __init__(
@@ -124,7 +122,7 @@ class FileClips:
                     raise TroubleError(
                         f"data.dataset '{self._name}': the folder '{self._root}' has vanished while running"
                     ) from error
-                # Not taken off the list: then a draw would depend on the draws before it.
+                # The file stays in the list: if it were removed, a draw would depend on the draws before it.
                 self._skipped.add(file.name, error.reason)
                 failure = error
         raise TroubleError(
@@ -155,16 +153,16 @@ class FileClips:
         return info.frames - span(self._clip.frames, self._stride) + 1
 
     def files(self, split: Split) -> tuple[tuple[SourceFile, VideoInfo], ...]:
-        """Return the usable files of ``split``, for metrics that choose clips by a rule of their own."""
+        """Return the usable files of ``split``, for metrics that choose clips by their own rule."""
         return self._files[split]
 
     @property
     def reader(self) -> VideoReader:
-        """What decodes the files."""
+        """The reader that decodes the files."""
         return self._reader
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return None: windows and crops vary."""
+        """Return None, because windows and crops vary."""
         return None
 
     def describe(self) -> dict[str, Any]:

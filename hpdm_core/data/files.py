@@ -1,6 +1,4 @@
-"""Video files as they lie on a disk: listing, probing, skipping the unusable by name, and fingerprints of
-content.
-"""
+"""Video files on disk: listing, probing, recording the files that are skipped, and fingerprints of content."""
 
 import hashlib
 import logging
@@ -25,7 +23,7 @@ __all__ = [
 ]
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
-"""Endings of the files that are taken for videos, in small letters."""
+"""Suffixes of video files, in lower case."""
 
 ENDS = 2**16
 
@@ -42,7 +40,7 @@ class SourceFile:
 
 
 class Skipped:
-    """The files that cannot be used: each is named once, with the first reason, on the log as a warning."""
+    """Records the files that cannot be used. Each is logged once, as a warning, with the first reason."""
 
     def __init__(self, dataset: str) -> None:
         self._dataset = dataset
@@ -50,7 +48,7 @@ class Skipped:
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
-        """Note and log that the file ``name`` is skipped; nothing happens when it is noted already."""
+        """Record and log that the file ``name`` is skipped; do nothing if it is recorded already."""
         with self._lock:
             if name in self._reasons:
                 return
@@ -83,9 +81,7 @@ def existing_folder(dataset: str, root: Path) -> Path:
 
 
 def video_files(folder: Path) -> list[Path]:
-    """Return the video files right in ``folder``, by their ending (`SUFFIXES`), sorted by name; no hidden
-    files.
-    """
+    """Return the video files (by `SUFFIXES`) directly in ``folder``, sorted by name, without hidden files."""
     found = (
         path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
@@ -95,9 +91,7 @@ def video_files(folder: Path) -> list[Path]:
 def probe_all(
     files: Iterable[SourceFile], reader: VideoReader, *, span: int, skipped: Skipped
 ) -> list[tuple[SourceFile, VideoInfo]]:
-    """Return the files that open and have at least ``span`` frames, with their sizes; the others go to
-    ``skipped``.
-    """
+    """Return the files that open and have at least ``span`` frames, with their sizes; add the others to ``skipped``."""
     usable = []
     for file in files:
         try:
@@ -121,10 +115,9 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(files: Sequence[SourceFile]) -> dict[str, str]:
-    """Return a fingerprint of each file's content by its name: SHA-256 of its size, first and last 64 KiB.
+    """Return name -> fingerprint of each file's content: SHA-256 of its size and its first and last 64 KiB.
 
-    Reading whole data sets would take as long as training on them; an unreadable file is fingerprinted as
-    "unreadable".
+    Reading whole data sets would take too long. The fingerprint of a file that cannot be read is "unreadable".
     """
     made = {}
     for file in files:

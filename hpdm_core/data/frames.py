@@ -24,7 +24,7 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def covering_short_side(height: int, width: int, need_height: int, need_width: int) -> int:
     """Return the smallest short side at which a frame covers ``need_height`` x ``need_width`` pixels."""
     short = min(height, width)
-    # Rounding in scaled_size can make one pixel less than this guess enough.
+    # Because scaled_size rounds, a short side one pixel below this estimate can be enough.
     guess = max(short * need_height // height, short * need_width // width) - 1
     for side in itertools.count(max(1, guess)):
         resized = scaled_size(height, width, side)
@@ -36,12 +36,12 @@ def covering_short_side(height: int, width: int, need_height: int, need_width: i
 def resize(frame: Tensor, short_side: int | None) -> Tensor:
     """Resize one frame, uint8 [H, W, 3], so that its shorter side has ``short_side`` pixels; None keeps it.
 
-    Bilinear with antialiasing: when shrinking, every source pixel counts, as with averaging over areas.
+    Bilinear with antialiasing: when shrinking, every source pixel contributes, as in area averaging.
     """
     height, width = frame.shape[:2]
     if short_side is None or min(height, width) == short_side:
         return frame
-    # Not in uint8: that path of torch rounds twice, and differs between processors.
+    # Not in uint8: torch's uint8 resizing rounds twice and differs between processors.
     pixels = rearrange(frame, "h w c -> 1 c h w").float()
     size = scaled_size(height, width, short_side)
     resized = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -53,7 +53,7 @@ def crop_offsets(
 ) -> tuple[int, int]:
     """Return (top, left), in pixels, of a crop of ``need`` (height, width) in a frame of ``size``.
 
-    Uniform over all places by two draws from ``generator``; centred when it is None.
+    Uniform over all positions, by two draws from ``generator``; centred when it is None.
     """
     room = [have - wanted for have, wanted in zip(size, need, strict=True)]
     if generator is None:
@@ -65,7 +65,7 @@ def crop_offsets(
 def to_pixels(frames: Tensor, *, flip: bool = False) -> Tensor:
     """Return frames, uint8 [F, H, W, C], as a clip, uint8 [C, F, H, W]; ``flip`` mirrors it left-right.
 
-    Not mirrored it is a view of ``frames``.
+    Without ``flip`` the clip is a view of ``frames``.
     """
     return rearrange(frames.flip(-2) if flip else frames, "f h w c -> c f h w")
 

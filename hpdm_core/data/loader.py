@@ -1,8 +1,8 @@
-"""Items made ahead in worker processes: the same items, in the same order, whatever their number.
+"""Prepares items in worker processes: the same items, in the same order, for any number of workers.
 
-What makes an item depends on its number alone (keyed randomness), so the work can be dealt out: worker w of W
-makes items w, w + W, ... of the sequence. Tensors come back through shared memory. Workers leave the signals
-that end a run to the process that started them: it finishes its step, and closes the loader.
+An item depends on its number alone (keyed randomness), so worker w of W makes items w, w + W, ... of the
+sequence. Tensors are returned through shared memory. Workers ignore the signals that end a run: their parent
+process handles them, finishes its step and closes the loader.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Make = Callable[[int], Item]
 
 POLL_SECONDS = 0.5
-"""How often a waiting process looks whether the other still lives."""
+"""How often a waiting process checks whether the other one is alive."""
 CLOSING_SECONDS = 5.0
 LEFT_TO_THE_PARENT = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _ENDINGS = {
@@ -40,14 +40,14 @@ def in_processes(
 ) -> Iterator[Item]:
     """Yield ``build()(number)`` for each of ``numbers``, made in ``workers`` processes.
 
-    ``build`` is called once in each of them and must be picklable: a function of a module, or a partial of
-    one. Each process is up to ``ahead`` items early. An error of ours (`InputError`, `TroubleError`) is raised
-    here as it is, another one, or a process that ends, as a `TroubleError` of one line. Closing the iterator
-    ends the processes; so does the end of this one, however it comes.
+    ``build`` is called once in each process and must be picklable: a module-level function, or a partial of
+    one. Each process prepares up to ``ahead`` items in advance. An `InputError` or `TroubleError` in a process
+    is raised here unchanged; any other error, or the end of a process, is raised as a one-line `TroubleError`.
+    The processes end when the iterator is closed and when this process ends, even if it is killed.
     """
     if not numbers:
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and a CUDA context
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of threads and a CUDA context
     init_reductions()  # type: ignore[no-untyped-call]  # torch leaves it untyped: tensors by shared memory
     stop = context.Event()
     queues = [context.Queue(maxsize=ahead) for _ in range(workers)]
@@ -82,15 +82,14 @@ def in_processes(
 
 def _next(made: Any, process: Any, number: int) -> Any:
     while True:
-        ended = not process.is_alive()  # asked before looking: what it sent last is still taken
+        ended = not process.is_alive()  # before reading the queue: its last item is still received
         try:
             kind, item = made.get(timeout=POLL_SECONDS)
         except queue.Empty:
             if ended:
                 raise TroubleError(
                     f"loader: the process '{process.name}' ended while making item {number} "
-                    f"({_reason(process.exitcode)}); the run can be started again and goes on from its last "
-                    "checkpoint"
+                    f"({_reason(process.exitcode)}); start the run again: it resumes from its last checkpoint"
                 ) from None
             continue
         if kind == "item":
@@ -108,7 +107,7 @@ def _reason(code: int | None) -> str:
 
 
 def _empty(made: Any) -> None:
-    """Take what is left in a queue, so that its process is not held up by it."""
+    """Empty a queue, so that the process that writes to it can end."""
     with contextlib.suppress(queue.Empty, EOFError, OSError, RuntimeError):
         while True:
             made.get_nowait()
@@ -138,11 +137,11 @@ def _work(build: Callable[[], Make[Any]], numbers: Sequence[int], made: Any, sto
         what = "opening the data" if number is None else f"making item {number}"
         _put(made, ("trouble", (f"loader: {what} failed: {type(error).__name__}: {said}",)), stop)
     _linger(stop)
-    made.cancel_join_thread()  # nobody reads on, also where the parent was killed
+    made.cancel_join_thread()  # do not wait for a reader: none is left, even if the parent was killed
 
 
 def _put(made: Any, item: Any, stop: Any) -> bool:
-    """Hand ``item`` over; False when it is wanted no more."""
+    """Put ``item`` into the queue; return False if the loader has been closed."""
     while not _orphaned_or(stop):
         try:
             made.put(item, timeout=POLL_SECONDS)
@@ -153,7 +152,7 @@ def _put(made: Any, item: Any, stop: Any) -> bool:
 
 
 def _linger(stop: Any) -> None:
-    """Stay until all was taken: shared memory is handed over by the process that made it."""
+    """Wait until the loader is closed: shared memory is available only while the process that made it is alive."""
     while not _orphaned_or(stop):
         stop.wait(POLL_SECONDS)
 

@@ -1,6 +1,6 @@
-"""What a video reader promises: the frames of one file by their number, exactly.
+"""The interface of video readers: they return exactly the frames of a file with the given numbers.
 
-Not here: the readers themselves (each is a plugin), and which frames make a clip.
+Not here: the readers themselves (each is a plugin), and the choice of the frames of a clip.
 """
 
 from collections.abc import Sequence
@@ -42,31 +42,31 @@ class VideoReader(Protocol):
     """Reads frames of video files. Holds no open file, and is safe to call from several threads."""
 
     def probe(self, path: Path) -> VideoInfo:
-        """Return the file's size without decoding it. The number of frames may be the container's claim.
+        """Return the file's size without decoding it. Raises ReadError.
 
-        Raises ReadError.
+        The number of frames may be taken from the container's header, which can be wrong.
         """
 
     def read(self, path: Path, frames: Sequence[int], *, short_side: int | None = None) -> Tensor:
-        """Return the frames with the given numbers (0 = first shown), in the given order: uint8 [F, H, W, 3],
-        RGB.
+        """Return the frames with the given numbers, in the given order: uint8 [F, H, W, 3], RGB.
 
-        ``short_side``: the pixels that the shorter side is resized to (`hpdm_core.data.frames.resize`); None
-        keeps the size. Raises ReadError: unreadable, damaged, or fewer frames than asked for.
+        Frames are numbered from 0 in presentation order. ``short_side``: the shorter side is resized to this
+        many pixels (`hpdm_core.data.frames.resize`); None keeps the size. Raises ReadError for a file that is
+        unreadable or damaged, or has fewer frames than asked for.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Return the reader's name and the versions of what decodes, as JSON."""
+        """Return the reader's name and the versions of its decoders, as JSON."""
 
 
 def check_frames(path: Path, frames: Sequence[int], available: int) -> None:
-    """Raise ReadError when one of the numbers ``frames`` is not among the ``available`` first."""
+    """Raise ReadError if one of the frame numbers ``frames`` is not in [0, ``available``)."""
     if frames and (max(frames) >= available or min(frames) < 0):
         asked = max(frames) if max(frames) >= available else min(frames)
         raise ReadError(path, f"has {available} frames; frame number {asked} was asked for")
 
 
 def reason_of(error: Exception) -> str:
-    """Return what the system or a decoder says, as one line, without the file's name where it can be told."""
+    """Return the message of the system or a decoder as one line, without the file's name where possible."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(said).split())

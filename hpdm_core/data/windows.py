@@ -1,8 +1,7 @@
-"""Which windows of a clip may be drawn: shots, what is held out of a clip or a shot, and the starts that remain
-(pure functions).
+"""Which windows of a clip may be drawn: shots, held-out parts of a clip or a shot, and possible first frames.
 
 A window is F frames, ``stride`` apart; its span is the number of consecutive frames from its first to its
-last. Ranges are Python ranges of frame numbers.
+last. Ranges are Python ranges of frame numbers. All functions are pure.
 """
 
 import itertools
@@ -15,14 +14,12 @@ __all__ = ["Windows", "shots", "span", "split_end", "split_inside", "spread"]
 
 
 def span(frames: int, stride: int = 1) -> int:
-    """Return how many consecutive frames a window of ``frames`` frames, ``stride`` apart, reaches over."""
+    """Return how many consecutive frames a window of ``frames`` frames, ``stride`` apart, spans."""
     return (frames - 1) * stride + 1
 
 
 def shots(frames: range, cuts: Sequence[int]) -> list[range]:
-    """Cut ``frames`` after each frame number in ``cuts`` (the last frame of a shot); empty shots are left
-    out.
-    """
+    """Split ``frames`` into shots; ``cuts`` are the last frames of shots. Empty shots are left out."""
     edges = [
         frames.start,
         *(cut + 1 for cut in sorted(cuts) if frames.start <= cut < frames.stop),
@@ -32,22 +29,20 @@ def shots(frames: range, cuts: Sequence[int]) -> list[range]:
 
 
 def split_end(frames: int, *, held_out: float, gap: int) -> dict[Split, range]:
-    """Hold out the last share ``held_out`` of a clip's ``frames`` (rounded up); the ``gap`` frames before go
-    unused.
+    """Hold out the last share ``held_out`` of a clip's ``frames`` (rounded up).
 
-    The gap keeps what training sees a window's length away from what is held out.
+    The ``gap`` frames before it are in neither split: they separate training frames from held-out frames.
     """
-    # Rounded first, or 0.07 * 100 = 7.000000000000001 would hold out eight frames.
+    # Rounded first: 0.07 * 100 = 7.000000000000001 would otherwise hold out eight frames.
     boundary = frames - math.ceil(round(frames * held_out, 6))
     return {"train": range(max(boundary - gap, 0)), "held_out": range(boundary, frames)}
 
 
 def split_inside(shot: range, *, held_out: float, span: int) -> dict[Split, list[range]]:
-    """Hold out a share ``held_out`` of a ``shot`` from its middle, at least ``span`` frames; what lies before and
-    after it trains.
+    """Hold out a share ``held_out`` of a ``shot`` from its middle, at least ``span`` frames; the rest is for training.
 
-    So what is held out is seen in training from both sides, and no frame is in both splits. A shot without room
-    for a window of ``span`` frames in each of the three parts trains as a whole.
+    Training sees the frames before and after the held-out part, and no frame is in both splits. A shot that is too
+    short for a window of ``span`` frames in each of the three parts is used for training as a whole.
     """
     frames = max(span, math.ceil(round(len(shot) * held_out, 6)))
     first = shot.start + (len(shot) - frames) // 2
@@ -58,16 +53,14 @@ def split_inside(shot: range, *, held_out: float, span: int) -> dict[Split, list
 
 
 def spread(number: int, available: int) -> list[int]:
-    """Return ``number`` different integers in [0, ``available``), evenly spread: middles of equal parts."""
+    """Return ``number`` different integers in [0, ``available``), evenly spaced: the midpoints of equal parts."""
     if number > available:
         raise ValueError(f"cannot spread {number} over {available}")
     return [(2 * index + 1) * available // (2 * number) for index in range(number)]
 
 
 class Windows:
-    """The windows of span ``span`` that lie wholly within one of the ranges ``shots``: a sequence of first
-    frames.
-    """
+    """A sequence of the first frames of all windows of span ``span`` that lie within one of the ranges ``shots``."""
 
     def __init__(self, shots: Sequence[range], span: int) -> None:
         self._starts = [range(shot.start, shot.stop - span + 1) for shot in shots if len(shot) >= span]

@@ -1,7 +1,7 @@
-"""The evaluator of folders: two sets of clips, one protocol, one number that says how it was made.
+"""The evaluator: measures a folder of videos against another one by a protocol, or the metrics of a trained cell.
 
-``sources`` finds the videos, ``selection`` chooses clips by the protocol's rule, ``reading`` decodes and
-prepares them, ``extraction`` turns them into features on one or many processes, ``scores`` makes the number
-with its uncertainty, ``results`` writes and compares; ``run`` puts them together, ``command`` is the command
-line. Not here: networks and distances (`hpdm_core.metrics`).
+``sources`` finds the videos, ``selection`` chooses clips by the protocol's rule, ``reading`` decodes and prepares them,
+``extraction`` computes features on one or many processes, ``scores`` computes the number with its uncertainty,
+``results`` writes and compares results; ``run`` connects these, ``command`` is the command line. Networks and distances
+are in `hpdm_core.metrics`.
 """

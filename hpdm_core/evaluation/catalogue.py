@@ -1,14 +1,14 @@
-"""``python -m hpdm_core.metrics protocols``: the known protocols side by side, or one of them whole."""
+"""``python -m hpdm_core.metrics protocols``: show the known protocols side by side, or one in full."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
 from tabulate import tabulate
 
+from hpdm_core.base.command_line import CommandParser
 from hpdm_core.config.loader import load_yaml
 from hpdm_core.metrics.protocols.records import (
     ProtocolRecord,
@@ -28,7 +28,7 @@ def known_records(plugins: Plugins) -> list[ProtocolRecord]:
 
 
 def side_by_side(records: Iterable[ProtocolRecord]) -> str:
-    """Return a Markdown table with a row per protocol: what one looks for first."""
+    """Return a Markdown table with a row per protocol and its main properties."""
     rows = [
         {
             "protocol": f"`{record.name}`",
@@ -90,9 +90,9 @@ def _prepared(record: ProtocolRecord) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hpdm_core.metrics protocols",
-        description="List the known protocols side by side, or print one whole.",
+        description="Show the known protocols side by side, or one in full.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a protocol's name, or a file")
     parser.add_argument(

@@ -30,7 +30,7 @@ CACHE_VARIABLE = "HPDM_CACHE"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command's parser: its flags are a promise."""
+    """Return the command's parser. Its flags are part of the public interface."""
     parser = CommandParser(
         prog="python -m hpdm_core.evaluate",
         description="Measure a folder of generated videos against a folder of real ones by a named protocol "
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="write the results with their protocols as JSON"
     )
     folders = parser.add_argument_group(
-        "folders of videos, of frame folders or of .npy, class folders or not"
+        "folders of videos, frame folders or .npy files, with or without class folders"
     )
     folders.add_argument("--real", type=Path, metavar="DIR", help="real videos")
     folders.add_argument("--fake", type=Path, metavar="DIR", help="generated videos")
@@ -63,26 +63,26 @@ def build_parser() -> argparse.ArgumentParser:
         "lists them)",
     )
     folders.add_argument(
-        "--split", metavar="NAME", help="of the real videos by UCF-101's lists: train, test, train+test"
+        "--split", metavar="NAME", help="split of the real videos by UCF-101's lists: train, test, train+test"
     )
     folders.add_argument(
         "--lists", type=Path, metavar="DIR", help="UCF-101's lists (default: in or beside --real)"
     )
     folders.add_argument(
-        "--num-reals", type=int, metavar="N", help="other than the protocol's; marks the number"
+        "--num-reals", type=int, metavar="N", help="number of real clips; marks the result as modified"
     )
     folders.add_argument(
-        "--num-fakes", type=int, metavar="N", help="other than the protocol's; marks the number"
+        "--num-fakes", type=int, metavar="N", help="number of generated clips; marks the result as modified"
     )
-    folders.add_argument("--stride-reals", type=int, metavar="N", help="every N-th frame; marks the number")
-    folders.add_argument("--stride-fakes", type=int, metavar="N", help="every N-th frame; marks the number")
-    folders.add_argument("--seed", type=int, metavar="N", help="of random choices; marks the number")
-    folders.add_argument("--value-range", metavar="RANGE", help=f"of arrays of floats: {', '.join(RANGES)}")
+    folders.add_argument("--stride-reals", type=int, metavar="N", help="every N-th frame; marks as modified")
+    folders.add_argument("--stride-fakes", type=int, metavar="N", help="every N-th frame; marks as modified")
+    folders.add_argument("--seed", type=int, metavar="N", help="seed of random choices; marks as modified")
+    folders.add_argument("--value-range", metavar="RANGE", help=f"range of float arrays: {', '.join(RANGES)}")
     folders.add_argument(
-        "--weights", type=Path, metavar="PATH", help="the detector's file, or a folder of such"
+        "--weights", type=Path, metavar="PATH", help="the detector's weight file, or a folder of weight files"
     )
     folders.add_argument(
-        "--trust-weights", action="store_true", help="run a TorchScript file that is not known by its hash"
+        "--trust-weights", action="store_true", help="run a TorchScript file whose hash is not known"
     )
     folders.add_argument(
         "--manifest", type=Path, metavar="FILE", help="use exactly the clips of an earlier run"
@@ -95,9 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache",
         type=Path,
         metavar="DIR",
-        help=f"keeps features of real clips (default: {CACHE_VARIABLE}, or ~/.cache/hpdm)",
+        help=f"folder for features of real clips (default: {CACHE_VARIABLE}, or ~/.cache/hpdm)",
     )
-    folders.add_argument("--no-cache", action="store_true", help="keep no features of real clips")
+    folders.add_argument("--no-cache", action="store_true", help="do not store features of real clips")
     folders.add_argument("--reader", default="pyav", metavar="NAME", help="video reader (default: pyav)")
     folders.add_argument(
         "--plugin",
@@ -172,7 +172,7 @@ def _folders(given: argparse.Namespace) -> int:
     files = {str(each.detector.options["weights"]) for each in loaded if "weights" in each.detector.options}
     if given.weights is not None and given.weights.is_file() and len(files) > 1:
         raise InputError(
-            f"--weights {given.weights}: the protocols take {len(files)} files of weights "
+            f"--weights {given.weights}: the protocols need {len(files)} weight files "
             f"({', '.join(sorted(files))}); give the folder that holds them"
         )
     records = [changed_record(record, changes) for record in loaded]
@@ -190,7 +190,7 @@ def _folders(given: argparse.Namespace) -> int:
         replicates=given.bootstrap,
         progress=Progress(),
     )
-    for record, _ in records:  # before the first clip: a weights file may be missing for the last protocol
+    for record, _ in records:  # before the first clip, so that missing weights of any protocol show early
         judge.check(record)
     evaluations = [judge.evaluate(record, modified, manifest=manifest) for record, modified in records]
     if distributed.is_main():
@@ -207,23 +207,23 @@ def _report(evaluations: Sequence[Evaluation], out: Path | None) -> None:
         with trouble_when_unwritable(out):
             write_json(manifest_file(out), clips.model_dump(mode="json"))
             write_json(out, to_json(evaluations))
-        print(f"\nresults: {out}; which clips: {manifest_file(out)}")
+        print(f"\nresults: {out}; clips used: {manifest_file(out)}")
 
 
 def cache_folder() -> Path:
-    """Return where features of real clips are kept: ``HPDM_CACHE``, or hpdm in the user's cache folder."""
+    """Return the folder for features of real clips: ``HPDM_CACHE``, or hpdm in the user's cache folder."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hpdm"
 
 
 def manifest_file(out: Path) -> Path:
-    """Return where the manifest of the results ``out`` lies: beside them."""
+    """Return the path of the manifest of the results ``out``, which is beside them."""
     return out.with_name(f"{out.stem}.manifest.json")
 
 
 def check_out(file: Path) -> None:
-    """Raise InputError, before anything is computed, where ``file`` cannot be written."""
+    """Raise InputError if ``file`` cannot be written; called before anything is computed."""
     if file.is_dir():
         raise InputError(f"--out {file}: is a folder; allowed is a file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
@@ -246,8 +246,8 @@ def _check_numbers(given: argparse.Namespace) -> None:
         check_split(given.split)
         if given.real is not None and given.real.is_dir() and find_lists(given.real, given.lists) is None:
             raise InputError(
-                f"--split {given.split}: there are no lists in or beside {given.real}; say --lists DIR, or leave "
-                "--split out, and all that the folder holds is taken"
+                f"--split {given.split}: there are no lists in or beside {given.real}; give --lists DIR, or leave "
+                "--split out to use all videos in the folder"
             )
     if given.value_range is not None and given.value_range not in RANGES:
         raise InputError(
@@ -256,7 +256,7 @@ def _check_numbers(given: argparse.Namespace) -> None:
         )
     if given.weights is not None and not given.weights.exists():
         raise InputError(
-            f"--weights {given.weights}: does not exist; allowed is a file of weights or a folder of such"
+            f"--weights {given.weights}: does not exist; allowed is a weight file, or a folder of weight files"
         )
 
 
@@ -267,7 +267,7 @@ def _flag(name: str) -> str:
 
 
 class Progress:
-    """Lines on standard error, at most one every two seconds, with the time left."""
+    """Prints progress with the time left to standard error, at most every two seconds."""
 
     def __init__(self) -> None:
         self._side = ""
@@ -275,7 +275,7 @@ class Progress:
         self._shown = 0.0
 
     def __call__(self, side: str, done: int, total: int) -> None:
-        """Tell that ``done`` of ``total`` clips of ``side`` are done."""
+        """Report that ``done`` of ``total`` clips of ``side`` are done."""
         now = time.monotonic()
         if side != self._side:
             self._side, self._started, self._shown = side, now, now

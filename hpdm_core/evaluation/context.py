@@ -1,7 +1,7 @@
-"""What a metric gets to read of a cell: `CellContext`, which opens what is asked for and nothing else.
+"""`CellContext`: a metric's access to a cell, which opens files only when they are asked for.
 
-Features of real clips depend on the data alone and are kept in a folder of the store, for all cells. A clip is turned
-into a level by the operator that training uses, then rounded to uint8, as generated videos are when they are stored.
+Features of real clips depend on the data alone and are stored for all cells in a folder of the store. A clip is
+downsampled to a level as in training and then rounded to uint8, as stored generated videos are.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CellContext"]
 
-_BATCH = 16  # videos whose features are computed together; fixed, so that results are the same bits
+_BATCH = 16  # videos per batch; fixed, so that features are bit-identical between runs
 
 
 class CellContext:
-    """What a metric may read of a cell.
+    """A metric's access to a cell.
 
-    ``model_path``: the averaged weights; ``samples_folder``: the stored videos; ``train_result``: the train
+    ``model_path``: the averaged weights; ``samples_folder``: the generated videos; ``train_result``: the train
     stage's result; ``cache``: a folder for the features of real clips, None to keep them in memory only.
     """
 
@@ -63,16 +63,16 @@ class CellContext:
         self.samples_folder = samples_folder
         self.train_result: Mapping[str, Any] = train_result or {}
         self.facts: dict[str, Any] = {}
-        """What was found while measuring, for the record: labels, the data's fingerprint."""
+        """Facts found while measuring, for the record: labels, the data's fingerprint."""
         self.details: dict[str, Any] = {}
-        """What belongs to this cell alone, beside the rows: intervals, points of a curve."""
+        """Results of this cell besides the rows: intervals, points of a curve."""
         self.cache_folder = cache
         self._extractors: dict[str, FeatureExtractor] = {}
         self._features: dict[str, list[Features]] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return torch.device(self.assembly.config.runtime.device)
 
     @cached_property
@@ -87,7 +87,7 @@ class CellContext:
     # Videos
 
     def clip(self, stream: str, split: Split, number: int) -> Clip:
-        """Return clip ``number`` of a fixed list, as `hpdm_core.data.dataset.fixed_clips`, one at a time."""
+        """Return clip ``number`` of the fixed list that `hpdm_core.data.dataset.fixed_clips` returns whole."""
         return self.assembly.dataset.draw(split, generator("evaluation", stream, split, number))
 
     @cached_property
@@ -127,12 +127,12 @@ class CellContext:
         return self._extractors[name]
 
     def extractor_facts(self, part: Part) -> dict[str, Any]:
-        """Return all that features by ``part`` depend on besides the videos, as JSON: for the keys of caches."""
+        """Return everything that features by ``part`` depend on besides the videos, as JSON, for keys of caches."""
         places = getattr(self.extractor(part), "places", ())
         given = part.model_dump(mode="json")
         return {
             "extractor": self.extractor(part).describe(),
-            # What an extractor says of itself need not name all of its options; of its files, it says the hash.
+            # `describe` may leave out options, so add them; it has the hashes of files, so leave out their paths.
             "part": {name: value for name, value in given.items() if name not in places},
             "plugins": plugin_hashes(self.assembly.plugins, [("feature_extractors", part)]),
             "torch": torch.__version__,
@@ -160,9 +160,7 @@ class CellContext:
     def real_features(
         self, part: Part, *, split: Split, count: int, corruption: str | None = None
     ) -> list[Features]:
-        """Return the features [count, d] of real clips per level, corrupted after they were made small if
-        asked for.
-        """
+        """Return the features [count, d] of real clips per level; ``corruption`` is applied after downsampling."""
         asked = {
             **data_facts(self.assembly.config, self.assembly.plugins),
             "fingerprint": self.data_fingerprint,
@@ -185,9 +183,9 @@ class CellContext:
         return self._features[key]
 
     def kept(self, facts: Mapping[str, Any], make: Callable[[], list[Features]]) -> list[Features]:
-        """Return what ``make`` makes of real clips, kept for all cells under ``facts`` and what the data are.
+        """Return the arrays that ``make`` computes from real clips, stored for all cells.
 
-        ``facts``, JSON, hold everything else that it depends on.
+        ``facts`` (JSON) holds everything besides the data that they depend on.
         """
         asked = {
             **data_facts(self.assembly.config, self.assembly.plugins),
@@ -206,7 +204,7 @@ class CellContext:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """SHA-256 of what the dataset says of its files. Notes that, its name and the stride of its clips."""
+        """SHA-256 of the dataset's description of its files. Adds it, the dataset's name and stride to ``facts``."""
         described = self.assembly.dataset.describe()
         self.facts["dataset"] = described.get("name", self.assembly.config.data.dataset.use)
         self.facts["stride"] = described.get("stride", 1)
@@ -245,7 +243,7 @@ class CellContext:
             return None
         try:
             with (
-                (self.cache_folder / f"{key}.npz").open("rb") as handle,  # numpy leaves a damaged file open
+                (self.cache_folder / f"{key}.npz").open("rb") as handle,  # np.load leaves a damaged file open
                 np.load(handle, allow_pickle=False) as file,
             ):
                 return [file[f"array{index}"] for index in range(count)]
@@ -255,13 +253,13 @@ class CellContext:
             KeyError,
             EOFError,
             zipfile.BadZipFile,
-        ):  # absent, or damaged: made again
+        ):  # missing or damaged: compute again
             return None
 
     def _keep(self, key: str, arrays: list[Features]) -> None:
         if self.cache_folder is None:
             return
-        # Only a cache: where it cannot be written, such as in a store of somebody else's, it is done without.
+        # Only a cache: go on without it where it cannot be written, such as in another user's store.
         with contextlib.suppress(OSError):
             self.cache_folder.mkdir(parents=True, exist_ok=True)
             with whole_or_absent(self.cache_folder / f"{key}.npz") as handle:

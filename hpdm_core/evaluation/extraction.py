@@ -1,8 +1,8 @@
-"""From choices to features, streamed: a few clips in memory at a time, on one process or many.
+"""Compute the features of chosen clips, with a few clips in memory at a time, on one or many processes.
 
-Rows stand in the order of the choices. Clips go through the detector one by one, and are dealt to the
-processes a few at a time: so a row's bits depend on its clip alone, however many processes there are and
-whatever else is measured. A clip that cannot be read is replaced by the next choice.
+Rows are in the order of the choices. The detector gets one clip at a time, and each process a few clips at a time. So a
+row's bits depend on its clip alone, whatever the number of processes and the other clips. A clip that cannot be read is
+replaced by the next choice.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from hpdm_core.metrics.protocols.records import Preparation
 __all__ = ["Extracted", "Extraction", "FeatureCache", "Task"]
 
 SHARE = 4
-"""Clips that a process takes at a time."""
+"""Number of clips that a process takes at a time."""
 
 
 class Counting(Protocol):
-    """What is told of progress."""
+    """A function that is called with the progress."""
 
     def __call__(self, done: int, total: int) -> None:
-        """``done`` of ``total`` clips."""
+        """Report that ``done`` of ``total`` clips are done."""
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """Features [n, d] float64, and per row its manifest entry and facts; ``unreadable``: video -> reason."""
+    """Features [n, d] float64, with a manifest entry and facts for each row; ``unreadable``: video -> reason."""
 
     features: Features
     entries: tuple[Entry, ...]
@@ -59,8 +59,8 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Task:
-    """What is done to every clip of a side. ``detector``: what identifies the features, options and all;
-    ``sources``: the hashes of the plugin files that make them.
+    """What is done to every clip of a side. ``detector``: identifies the features, with all options;
+    ``sources``: the hashes of the plugin files that compute them.
     """
 
     frames: int
@@ -71,7 +71,7 @@ class Task:
     sources: Mapping[str, str]
 
     def identity(self) -> dict[str, Any]:
-        """Return all that a row depends on besides its clip."""
+        """Return everything that a row depends on besides its clip."""
         return {
             "frames": self.frames,
             "prepare": self.prepare.model_dump(mode="json"),
@@ -84,10 +84,10 @@ class Task:
 
 
 class FeatureCache:
-    """Features by content: of the clips' files, of how they are prepared, and of the detector.
+    """Features, keyed by the content of the clips' files, their preparation, and the detector.
 
-    In memory for a run, and in ``folder`` for the next one (None: not kept). What cannot be read there is
-    made again, what cannot be written is done without.
+    They are kept in memory for this run, and in ``folder`` for later ones (None: not stored). Unreadable entries are
+    computed again; if the folder cannot be written, nothing is stored.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -95,7 +95,7 @@ class FeatureCache:
         self._held: dict[str, Extracted] = {}
 
     def get(self, key: str) -> Extracted | None:
-        """Return what is kept under ``key``."""
+        """Return the features stored under ``key``, or None."""
         if key not in self._held and self._folder is not None:
             found = _load(self._folder / f"{key}.npz")
             if found is not None:
@@ -117,7 +117,7 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Where and how features are computed: outside every record."""
+    """Where and how features are computed; none of this enters a record."""
 
     reader: VideoReader
     cache: FeatureCache
@@ -134,12 +134,11 @@ class Extraction:
         expected: Sequence[Entry] | None = None,
         check: Callable[[int], None] = lambda have: None,
     ) -> Extracted:
-        """Return the features of the first ``count`` (None: all) of ``choices`` that can be read, fewer
-        where there are fewer.
+        """Return the features of the first ``count`` (None: all) readable ``choices``, or of fewer if there are fewer.
 
-        ``choices`` is asked on the main process alone, and ``check`` told there how many there are before
-        anything is decoded. ``keep`` puts the result into the cache's folder. ``expected``: the content that
-        the clips must have; InputError when it has changed.
+        Only the main process iterates over ``choices``; it calls ``check`` with their number before anything is
+        decoded. ``keep`` stores the result in the cache's folder. ``expected``: the manifest entries whose content the
+        clips must have; raises InputError if it has changed.
         """
         wave = distributed.on_main(lambda: _take(choices, count, check))
         hashes = self._hashes(wave)
@@ -204,7 +203,7 @@ class Extraction:
 
 @dataclass
 class _Made:
-    """What came of a few clips."""
+    """The results for a few clips."""
 
     rows: list[Any]
     entries: list[Entry]
@@ -242,7 +241,7 @@ def _hash(choice: Choice) -> str:
 
 @lru_cache(maxsize=64)
 def _file_hash(path: Path) -> str:
-    """The hash of a file that holds many videos, once per run."""
+    """The hash of a file that holds many videos, computed once per run."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -254,7 +253,7 @@ def _key(
         [choice.video.name, choice.frames.start, choice.frames.step, len(choice.frames), content]
         for choice, content in zip(wave, hashes, strict=True)
     ]
-    asked = [task.identity(), reader.describe(), count, clips]  # decoders differ in what they decode
+    asked = [task.identity(), reader.describe(), count, clips]  # decoders return slightly different frames
     text = json.dumps(asked, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

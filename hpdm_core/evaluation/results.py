@@ -1,7 +1,7 @@
-"""Results of evaluations: the file, the text, and the comparison of two of them.
+"""Results of evaluations: the result file, its text, and the comparison of several files.
 
-A number stands under its protocol and the identity of its record; two numbers share a column when their
-records are equal, and never otherwise.
+A number is shown under its protocol and the identity of its record. Two numbers share a column only if their records
+are equal.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FORMAT = 1
 
 
 def to_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Return what ``--out`` holds."""
+    """Return the content of the file that ``--out`` writes."""
     return {"format": FORMAT, "results": [each.result for each in evaluations]}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the results in the file ``path``. Raises InputError when it is none."""
+    """Return the results in the file ``path``. Raises InputError when it is not a result file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -45,7 +45,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def name_of(result: Mapping[str, Any]) -> str:
-    """Return the protocol's name, marked when it is not the protocol itself."""
+    """Return the protocol's name, with its modifications if there are any."""
     modified = result.get("modified") or ()
     return f"{result['protocol']}, modified: {', '.join(modified)}" if modified else str(result["protocol"])
 
@@ -88,7 +88,7 @@ def _number(value: float) -> str:
 
 
 def text_of(result: Mapping[str, Any]) -> str:
-    """Return everything behind a number, as lines: warnings, quirks, choices and the record."""
+    """Return a number's warnings, quirks, choices and record as lines of text."""
     lines = [f"{name_of(result)} (record {result['identity']})"]
     lines += [f"  warning: {said}" for said in result.get("warnings", ())]
     record = result["record"]
@@ -102,7 +102,7 @@ _TOLD = ("quirks", "choices", "name", "format")
 
 
 def comparison(files: Sequence[Path]) -> str:
-    """Return the numbers of several result files: one column per record, and what the records differ in."""
+    """Return the numbers of several result files, one column per record, and the fields in which records differ."""
     rows: dict[str, dict[str, str]] = {}
     heads: dict[str, Mapping[str, Any]] = {}
     for file in files:
@@ -136,7 +136,7 @@ def comparison(files: Sequence[Path]) -> str:
 
 
 def _pairs(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Each result with the first one."""
+    """Yield the first result paired with each other one."""
     yield from ((results[0], other) for other in results[1:])
 
 

@@ -1,6 +1,6 @@
-"""A run of the evaluator: folders and protocols in, results with their records out. Writes nothing.
+"""Run the evaluator: measure folders by protocols and return results with their records. Writes no results.
 
-The features of one set of clips are computed once per run, whatever protocols share them.
+The features of a set of clips are computed once per run, also if several protocols use them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Changes", "Evaluation", "FolderEvaluator", "changed_record", "resolved_record"]
 
 FILES = ("weights", "mean")
-"""Options of a detector that name files; their content is in what it says of itself."""
+"""Options of a detector that name files; `describe` has the hashes of their content."""
 UNRECORDED = (*FILES, "trust_weights")
 
 Progress = Callable[[str, int, int], None]
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a user asks of a protocol that is not in it: each makes it another, marked one."""
+    """Changes to a protocol that the user asks for; results are marked as modified."""
 
     num_reals: int | None = None
     num_fakes: int | None = None
@@ -58,9 +58,7 @@ class Changes:
 
 
 def changed_record(record: ProtocolRecord, changes: Changes) -> tuple[ProtocolRecord, list[str]]:
-    """Return ``record`` with ``changes``, and each difference in words; files of weights are no difference
-    by themselves.
-    """
+    """Return ``record`` with ``changes``, and each difference in words. Paths of weight files are not a difference."""
     sides: dict[str, SideRule] = {}
     wanted: dict[str, dict[str, Any]] = {
         "reals": {"count": changes.num_reals, "stride": changes.stride_reals, "split": changes.split},
@@ -93,9 +91,7 @@ def _with_files(part: Part, changes: Changes) -> Part:
 
 
 def resolved_record(record: ProtocolRecord, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record as it is stored with a number: the detector told by its weights' hashes, not by
-    where they lie.
-    """
+    """Return the record as it is stored with a number: with the hashes of the detector's weights instead of paths."""
     data: dict[str, Any] = record.model_dump(mode="json")
     kept = {key: value for key, value in data["detector"].items() if key not in UNRECORDED}
     return {**data, "detector": {**kept, **described}}
@@ -111,9 +107,9 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderEvaluator:
-    """Two folders and the machine's side of measuring them; `evaluate` measures by one protocol.
+    """Two folders, and the settings with which they are measured; `evaluate` measures by one protocol.
 
-    ``replicates``: of the bootstrap, 0 for none. ``progress`` is told the side, clips done and clips in all.
+    ``replicates``: bootstrap replicates, 0 for none. ``progress`` is called with the side, the clips done, the total.
     """
 
     plugins: Plugins
@@ -139,8 +135,10 @@ class FolderEvaluator:
         return distributed.on_main(lambda: list_videos(self.fake, option="--fake"))
 
     def check(self, record: ProtocolRecord) -> FeatureExtractor:
-        """Return the record's detector. Raises InputError for what can be told before a clip is read: weights
-        that are not there, too few frames, no folder of reals.
+        """Return the record's detector.
+
+        Raises InputError for problems that show before a clip is read: missing weights, too few frames or fakes, no
+        folder of reals.
         """
         extractor: FeatureExtractor = self.plugins.make("feature_extractors", record.detector)
         extractor.describe()
@@ -162,10 +160,9 @@ class FolderEvaluator:
     def evaluate(
         self, record: ProtocolRecord, modified: Sequence[str] = (), *, manifest: Manifest | None = None
     ) -> Evaluation:
-        """Measure by ``record``; ``modified``: how it differs from the protocol of its name. With a
-        ``manifest`` the clips are the manifest's.
+        """Measure by ``record``; ``modified``: how it differs from the protocol of its name.
 
-        Raises InputError for folders that do not fit the record; see the parts.
+        With a ``manifest``, its clips are used. Raises InputError for folders that do not fit the record.
         """
         started = time.monotonic()
         extractor = self.check(record)
@@ -196,7 +193,7 @@ class FolderEvaluator:
         said = warnings_about(record, extracted, jpeg=_jpeg(found, extracted))
         said = [*self._weights_warning(extractor), *_passed_over(sides, extracted), *said]
         holes = _holes(sides) if again is None else again.passed_over
-        if holes:  # not the set that the protocol names: it shares no column with one that is whole
+        if holes:  # an incomplete set: the number must not share a column with those of complete sets
             stored = {**stored, "passed_over": holes}
         reals = extracted["reals"].features if "reals" in extracted else None
         numbers = measured(record, reals, extracted["fakes"].features, replicates=self.replicates)
@@ -259,7 +256,7 @@ class FolderEvaluator:
         return {"reals": reals, **made}
 
     def _sized(self, record: ProtocolRecord, fakes: VideoSet) -> ProtocolRecord:
-        """Put the size of the first readable fake in place of ``as_fakes``."""
+        """Return ``record`` with ``as_fakes`` replaced by the size of the first readable fake."""
         if record.reals is None or record.reals.prepare.size != "as_fakes":
             return record
 
@@ -281,7 +278,7 @@ class FolderEvaluator:
 
 
 def title_of(record: ProtocolRecord, extractor: FeatureExtractor) -> str:
-    """Return the record's title. What is taken on other weights than all FVD is, says so in its name."""
+    """Return the record's title; for FVD or KVD on weights other than published FVD's, with the weights' name."""
     identity = getattr(extractor, "identity", None)
     if identity is None or identity.fvd or not record.title.upper().startswith(("FVD", "KVD")):
         return record.title
@@ -289,14 +286,14 @@ def title_of(record: ProtocolRecord, extractor: FeatureExtractor) -> str:
 
 
 def _other_weights(record: ProtocolRecord, weights: Any) -> list[str]:
-    """Say that weights are known to be others than the protocol's."""
+    """Return the modification ``weights NAME`` if the weights are a known file other than the protocol's."""
     known = weights.get("known") if isinstance(weights, Mapping) else None
     asked = Path(str(record.detector.options.get("weights"))).name
     return [f"weights {known}"] if known not in (None, "unknown", asked) else []
 
 
 def _holes(sides: Mapping[str, Side]) -> dict[str, dict[str, int]]:
-    """Return what is missing of sides of which a protocol takes all."""
+    """Return side -> what is missing -> count, for sides of which the protocol takes all clips."""
     made: dict[str, dict[str, int]] = {}
     for name, side in sides.items():
         found = {"unreadable": len(side.unreadable), "listed and absent": len(side.found.absent)}
@@ -327,7 +324,7 @@ def _passed_over(sides: Mapping[str, Side], extracted: Mapping[str, Extracted]) 
         if wanted is not None and side.found.split is None:
             said.append(
                 f"{name}: the protocol takes the split '{wanted}'; {side.found.folder} has no lists beside it, so "
-                "all that it holds was taken for that"
+                "all of its videos were used as this split"
             )
     return said
 
@@ -364,7 +361,7 @@ def _clips(
 
 
 def versions(reader: VideoReader) -> dict[str, Any]:
-    """Return the versions of what decodes and computes."""
+    """Return the versions of the packages that decode and compute, and of the video reader."""
     names = ("hpdm", "torch", "numpy", "pillow")
     found: dict[str, Any] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""From features to a number, with its uncertainty and with what should be known before it is believed."""
+"""Compute a protocol's number from features, with its uncertainty and with warnings about its input."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hpdm_core.metrics.protocols.records import ProtocolRecord
 __all__ = ["distance_of", "measured", "warnings_about"]
 
 DARK = 64
-"""A side whose brightest value is below this was probably scaled wrongly."""
+"""If the brightest value of a side is below this (of 255), its value range is probably wrong."""
 
 
 def distance_of(record: ProtocolRecord) -> Callable[[Features, Features], float]:
-    """Return the distance (reals, fakes) -> value of a record that has one."""
+    """Return the function (reals, fakes) -> distance of a record with a distance."""
     if record.measure == "kernel":
         return kernel_distance
     return lambda reals, fakes: frechet_distance(reals, fakes, ddof=record.ddof)
@@ -33,11 +33,11 @@ def distance_of(record: ProtocolRecord) -> Callable[[Features, Features], float]
 def measured(
     record: ProtocolRecord, reals: Features | None, fakes: Features, *, replicates: int
 ) -> dict[str, Any]:
-    """Return ``value`` and what is known of its error, as JSON.
+    """Return ``value`` and its uncertainty, as JSON.
 
-    ``interval``: a bootstrap over the clips of both sides, None with ``replicates`` below 2; ``unlimited``: the
-    Frechet distance extrapolated to infinitely many fakes, with its points; for an Inception Score ``spread``
-    over splits or repeats.
+    ``interval``: a bootstrap interval over the clips of both sides, None with ``replicates`` below 2; ``unlimited``:
+    the Frechet distance extrapolated to infinitely many fakes, with its points; ``spread``: for an Inception Score, the
+    standard deviation over splits or repeats.
     """
     if record.score is not None:
         return _score(record, fakes, replicates)
@@ -100,10 +100,9 @@ def _score(record: ProtocolRecord, logits: Features, replicates: int) -> dict[st
 def warnings_about(
     record: ProtocolRecord, sides: dict[str, Extracted], *, jpeg: dict[str, bool]
 ) -> list[str]:
-    """Return what may be wrong with a number, a sentence each. ``jpeg``: whether a side's frames are JPEG
-    files.
+    """Return warnings about a number, one sentence each. ``jpeg``: side -> whether its frames are JPEG files.
 
-    Raises InputError for sides that hold nothing but zeros and ones.
+    Raises InputError for a side whose values are all 0 or 1, TroubleError for features that are not finite.
     """
     said = []
     for name, made in sides.items():
@@ -111,7 +110,7 @@ def warnings_about(
         if record.measure == "frechet" and len(made.features) <= width:
             said.append(
                 f"{len(made.features)} {name} for {width} features: their covariance is singular, and the value "
-                "says little"
+                "is unreliable"
             )
         said += _seen(name, made)
     if len(sides) == 2:
@@ -120,13 +119,13 @@ def warnings_about(
         }
         if sizes["reals"] != sizes["fakes"]:
             said.append(
-                f"reals come as {_sizes(sizes['reals'])}, fakes as {_sizes(sizes['fakes'])}: the detector sees how "
-                "sharp they are"
+                f"reals come as {_sizes(sizes['reals'])}, fakes as {_sizes(sizes['fakes'])}: the distance also "
+                "measures the difference in sharpness"
             )
         coded = record.fakes.prepare.jpeg_quality is not None
         if len(set(jpeg.values())) > 1 and not coded:
             side = next(name for name, is_jpeg in jpeg.items() if is_jpeg)
-            said.append(f"only the {side} are JPEG files: the distance sees the codec")
+            said.append(f"only the {side} are JPEG files: the distance also measures JPEG artefacts")
     return said
 
 
@@ -135,8 +134,8 @@ def _seen(name: str, made: Extracted) -> list[str]:
     most, least = max(each.most for each in made.facts), min(each.least for each in made.facts)
     if most <= 1:
         raise InputError(
-            f"{name}: all values of all clips are 0 or 1 after conversion to bytes: these are videos in "
-            "[0, 1], cut off; store 0..255, or floats with --value-range"
+            f"{name}: all values of all clips are 0 or 1 after conversion to bytes: videos in [0, 1] were "
+            "probably stored as integers; store 0..255, or floats with --value-range"
         )
     if most < DARK:
         said.append(f"{name}: no value is above {most} of 255: is the value range right?")

@@ -31,10 +31,10 @@ def evaluate_metric(
 ) -> dict[str, Any]:
     """Measure the metric ``part`` and return its result, as JSON.
 
-    ``store_folder``: the evaluation's own folder in the store, evaluations/<key>/; features of real clips
-    are kept beside, in features/ of the store. The result: ``metric``, ``needs``, ``rows`` (each with
-    ``metric``, ``level``, ``resolution``, ``value`` and its own columns), ``protocol``: everything that the
-    values depend on, and what was found while measuring, and perhaps ``details`` of this cell alone.
+    ``store_folder``: the evaluation's own folder in the store, evaluations/<key>/; features of real clips are stored in
+    features/ of the store. The result holds ``metric``, ``needs``, ``rows`` (each with ``metric``, ``level``,
+    ``resolution``, ``value`` and its own columns), ``protocol`` (everything that the values depend on, and facts found
+    while measuring) and, if the metric gives any, ``details`` of this cell.
     """
     started = time.monotonic()
     metric: Metric = assembly.make("metrics", part)

@@ -1,9 +1,9 @@
 """The metric ``protocol``: a number by a protocol record, within a study.
 
-Fakes are the cell's indexed samples of one level, as they are stored. Reals are the data set's own files under
-the record's rule, brought to that level; a data set without files is drawn from instead, which marks the
-number. Without the detector's weights distances that need none stand in, under their own names, until the
-weights arrive: the key of the result holds what the weights are.
+Fakes are the cell's stored samples of one level, by index. Reals are the data set's own files, chosen by the record's
+rule and downsampled to that level; if the data set has no files, it draws random clips instead, and the number is
+marked as modified. While the detector's weights are missing, distances that need no weights are measured instead,
+under their own names. The result's key depends on the weights, so it is measured anew once they exist.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 __all__ = ["ProtocolMetric", "lacking"]
 
 SPLITS = {"train": ("train",), "test": ("held_out",), "train+test": ("train", "held_out"), None: ("train",)}
-"""Splits of a data set for the split of a record."""
+"""Split of a record -> splits of a data set."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A record fitted to a cell: what it was changed in is in ``modified``."""
+    """A record fitted to a cell; ``modified`` lists the changes."""
 
     record: ProtocolRecord
     level: int
@@ -58,9 +58,9 @@ class Fitted:
 
 
 class ProtocolMetric:
-    """The metric; ``given``: a protocol's name or file; ``level``: where to measure, None for where it fits.
+    """The metric; ``given``: a protocol's name or file; ``level``: the level to measure, None for the one that fits.
 
-    ``substitutes``: parts of metrics that stand in while weights are missing.
+    ``substitutes``: metrics that are measured instead while weights are missing.
     """
 
     needs: Need = "samples"
@@ -77,7 +77,7 @@ class ProtocolMetric:
     # What it is
 
     def lacks(self, plugins: Plugins) -> str | None:
-        """Return why the number cannot be measured yet: weights that are not there; else None."""
+        """Return which weights are missing to measure the number, or None."""
         record = load_record(self.given, plugins)
         try:
             plugins.make("feature_extractors", record.detector).describe()
@@ -86,11 +86,11 @@ class ProtocolMetric:
         return None
 
     def stand_ins(self, plugins: Plugins) -> list[str]:
-        """Return the names of what stands in for it without weights."""
+        """Return the names of the metrics that replace it while weights are missing."""
         return [plugins.make("metrics", part).name for part in self.substitutes]
 
     def fitted(self, config: CellConfig, plugins: Plugins, sizes: Sequence[tuple[int, int, int]]) -> Fitted:
-        """Return the record for a cell with levels of ``sizes``. Raises InputError when it fits none."""
+        """Return the record for a cell with levels of ``sizes``. Raises InputError when it fits no level."""
         record = load_record(self.given, plugins)
         video = config.model.video
         level = self._level(record, video, sizes)
@@ -150,14 +150,14 @@ class ProtocolMetric:
         )
 
     def titles(self, assembly: Assembly) -> list[str]:
-        """Return the columns of the rows: the record's own title, or those of what stands in."""
+        """Return the rows' metric names: the record's own title, or the names of the metrics that replace it."""
         if self.lacks(assembly.plugins) is None:
             record = load_record(self.given, assembly.plugins)
             return [title_of(record, assembly.make("feature_extractors", record.detector))]
         return [metric.name for metric in self._stand_ins(assembly)]
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return the resolved record, or, without weights, what stands in and why."""
+        """Return the resolved record, or, without weights, the protocols of the metrics that replace it and why."""
         fitted = self._fit(assembly)
         try:
             described = assembly.make("feature_extractors", fitted.record.detector).describe()
@@ -183,7 +183,7 @@ class ProtocolMetric:
         return self.fitted(assembly.config, assembly.plugins, sizes)
 
     def _stand_ins(self, assembly: Assembly) -> list[Any]:
-        """Return the metrics that stand in and are not asked for anyway."""
+        """Return the metrics that replace it, without those that the configuration asks for itself."""
         asked = {assembly.make("metrics", part).name for part in assembly.config.evaluation.metrics}
         made = [assembly.make("metrics", part) for part in self.substitutes]
         return [metric for metric in made if metric.name not in asked]
@@ -191,7 +191,7 @@ class ProtocolMetric:
     # Measuring
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return one row, or those of what stands in. What belongs to this cell alone goes to ``details``."""
+        """Return one row, or the rows of the metrics that replace it. Results besides the rows go to ``details``."""
         assembly = context.assembly
         fitted = self._fit(assembly)
         record = fitted.record
@@ -240,7 +240,7 @@ class ProtocolMetric:
         extractor: FeatureExtractor,
         described: Mapping[str, Any],
     ) -> tuple[Features, str | None]:
-        """Return features of reals, and in words what about them is not by the record."""
+        """Return features of reals, and in words how their choice differs from the record, or None."""
         record, rule = fitted.record, fitted.record.reals
         assert rule is not None, "asked for above"
         listed = getattr(context.assembly.dataset, "files", None)
@@ -280,7 +280,7 @@ class ProtocolMetric:
         extractor: FeatureExtractor,
         described: Mapping[str, Any],
     ) -> tuple[Features, str]:
-        """Windows that the data set draws, as for every other distance; kept for all cells."""
+        """Return features of random windows drawn by the data set, as for other distances; stored for all cells."""
         record, rule = fitted.record, fitted.record.reals
         assert rule is not None, "asked for above"
         count = context.assembly.config.evaluation.reals
@@ -312,7 +312,7 @@ class ProtocolMetric:
 
 
 def lacking(configs: Sequence[CellConfig], plugins: Plugins) -> list[str]:
-    """Return a sentence for each metric of a study whose weights are missing, each once."""
+    """Return one sentence for each metric of a study whose weights are missing."""
     said: dict[str, str] = {}
     for config in configs:
         for part in config.evaluation.metrics:
@@ -321,8 +321,8 @@ def lacking(configs: Sequence[CellConfig], plugins: Plugins) -> list[str]:
             if reason is not None:
                 names = ", ".join(metric.stand_ins(plugins))
                 said[metric.name] = (
-                    f"{metric.name} cannot be measured: {reason}. {names} stand in, which compare with themselves "
-                    "only; when the weights are there, the same command with --evaluate-only completes the study"
+                    f"{metric.name} cannot be measured: {reason}. Measured instead: {names}, which do not compare "
+                    "with it; once the weights exist, the same command with --evaluate-only completes the study"
                 )
     return list(said.values())
 

@@ -27,8 +27,8 @@ __all__ = ["evaluate_cell"]
 def evaluate_cell(
     cell: Path, *, metrics: Sequence[str] = (), samples: Path | None = None, out: Path | None = None
 ) -> int:
-    """Measure ``metrics`` (parts as text; none: its own) on the train stage ``cell``, print rows and protocols,
-    write them to ``out``, and return the exit code.
+    """Measure ``metrics`` (parts as text; none: those of the cell) on the train stage ``cell``, print rows and
+    protocols, write them to ``out``, and return the exit code.
     """
     trained = load_trained(cell)
     cell, spec = trained.folder, trained.spec

@@ -1,3 +1,1 @@
-"""What is measured: distances between feature sets, the held-out loss, throughput, and the protocols they
-state.
-"""
+"""Metrics: distances between feature sets, the held-out loss, throughput, and the protocols of their values."""

@@ -1,4 +1,4 @@
-"""``python -m hpdm_core.metrics COMMAND``: what there is to say about metrics without measuring anything."""
+"""``python -m hpdm_core.metrics COMMAND``: information about weights and protocols; measures nothing."""
 
 import importlib
 import sys
@@ -11,10 +11,10 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "weights": (
         "hpdm_core.metrics.networks.weights_command",
-        "which files of weights are known, and what is here",
+        "list the known weight files and which of them are missing",
     ),
-    "protocols": ("hpdm_core.evaluation.catalogue", "the known protocols side by side, or one whole"),
-    "compare": ("hpdm_core.evaluation.compare", "may the numbers of these result files stand in one column?"),
+    "protocols": ("hpdm_core.evaluation.catalogue", "show the known protocols side by side, or one in full"),
+    "compare": ("hpdm_core.evaluation.compare", "check whether the numbers in result files are comparable"),
 }
 
 

@@ -1,5 +1,4 @@
-"""Ways of spoiling a real clip that a person sees at once. A distance that does not move under one is blind
-to it.
+"""Corruptions of a real clip that a person sees at once. A distance that hardly changes under one is blind to it.
 
 Each takes one uint8 clip [F, H, W, C] and a generator, and returns a new clip of the same shape.
 """
@@ -15,11 +14,11 @@ __all__ = ["COARSEST", "CORRUPTIONS", "Corruption", "enlarged"]
 
 Corruption = Callable[[Tensor, Generator], Tensor]
 COARSEST = "coarsest_level_upsampled"
-"""Not of one clip alone: `enlarged`, of the clip's coarsest level."""
+"""Name of the corruption `enlarged`, which needs the clip's coarsest level besides the clip."""
 
 
 def blur(clip: Tensor, generator: Generator) -> Tensor:
-    """Average 2x2 pixels and enlarge again bilinearly: the finest octave is gone."""
+    """Average 2x2 pixels and enlarge again bilinearly, which removes the finest octave."""
     frames = rearrange(clip, "f h w c -> f c h w").float()
     small = functional.avg_pool2d(frames, 2, ceil_mode=True)
     large = functional.interpolate(small, size=tuple(clip.shape[1:3]), mode="bilinear", align_corners=False)
@@ -46,9 +45,7 @@ def freeze(clip: Tensor, generator: Generator) -> Tensor:
 
 
 def swap_tiles(clip: Tensor, generator: Generator) -> Tensor:
-    """Exchange two random quarters (in height and width) of the picture, in all frames: edges inside, same
-    pixels.
-    """
+    """Exchange two random quarters (in height and width) of the picture in all frames: new edges, the same pixels."""
     height, width = clip.shape[1] // 2, clip.shape[2] // 2
     first, second = torch.randperm(4, generator=generator)[:2].tolist()
     spoiled = clip.clone()
@@ -58,8 +55,10 @@ def swap_tiles(clip: Tensor, generator: Generator) -> Tensor:
 
 
 def enlarged(coarse: Tensor, clip: Tensor) -> Tensor:
-    """Enlarge ``coarse`` [f, h, w, C], the coarsest level of a clip, to the size of ``clip`` by trilinear
-    interpolation: what a model shows that adds nothing to a perfect level 0. On level 0 it is the clip itself.
+    """Enlarge ``coarse`` [f, h, w, C], a clip's coarsest level, to the size of ``clip`` by trilinear interpolation.
+
+    This is the output of a model with a perfect level 0 whose other levels add nothing. On level 0 it is the clip
+    itself.
     """
     volume = rearrange(coarse, "f h w c -> 1 c f h w").float()
     size = tuple(clip.shape[:3])

@@ -1,7 +1,7 @@
-"""What a network costs, measured before anything is trained: Table 1 of the paper.
+"""The metric ``efficiency``: the cost of a network, measured without training it (Table 1 of the paper).
 
-Parameters and operations are counted; memory and speed of the trainer's own step are measured in processes of
-their own (`hpdm_core.training.probe`), so that running out of memory is a result: OOM.
+Parameters and operations are counted. Memory and speed of the trainer's own step are measured in separate processes
+(`hpdm_core.training.probe`), so that running out of memory is a result (OOM) and not a failure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIGURES = {
     "videos_per_second": "speed of the training step at that batch, making batches aside",
 }
 HOW = ("threads", "compile", "activation_checkpointing", "micro_batch")
-"""What of ``runtime`` the figures hang on, and so stands beside them."""
+"""Settings of ``runtime`` that the figures depend on; they are recorded beside them."""
 GIB = 2**30
 FREE_SHARE = 0.8
 
@@ -41,8 +41,8 @@ FREE_SHARE = 0.8
 class Efficiency:
     """The metric ``efficiency``: a row ``efficiency.FIGURE`` for each of `FIGURES`, without a level.
 
-    ``memory``: limit in GiB of each process; None for the GPU's memory, or 0.8 of what is free on a CPU.
-    ``most``: largest batch that is tried; ``steps``: steps that are timed.
+    ``memory``: memory limit in GiB of each process; None for the GPU's memory, or on a CPU 0.8 of the free memory.
+    ``most``: largest batch to try; ``steps``: number of steps to time.
     """
 
     name = "efficiency"
@@ -54,12 +54,12 @@ class Efficiency:
         self.steps = steps
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return what each figure is. Where it was taken is no part of the key but of what was found."""
+        """Return the definition of each figure. The machine does not enter the key; it is recorded in the facts."""
         limits = {"memory_gib": self.memory, "most": self.most, "steps": self.steps}
         return {"metric": self.name, "figures": FIGURES, **limits}
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return the rows; one that ran out of memory has no value, and ``outcome`` OOM."""
+        """Return the rows; a figure that ran out of memory has the value NaN and ``outcome`` OOM."""
         assembly = context.assembly
         limit = self._limit(assembly)
 

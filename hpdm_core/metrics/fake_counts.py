@@ -1,10 +1,9 @@
-"""The metric ``fake_counts``: a Frechet distance over training, at several numbers of fakes (the paper's
-Figure 8).
+"""The metric ``fake_counts``: a Frechet distance over training, at several numbers of fakes (the paper's Figure 8).
 
-Every checkpoint that was kept, and the trained model, give the same indexed samples; the distance of the
-first n of them to the reals is taken for each n. Distances at different n are different numbers: they fall
-together as a model trains, a nearly constant offset apart. So the rows are of the trained model alone, a
-metric per n, and the curves go into the details, from which the report draws them.
+Every kept checkpoint, and the trained model, generate the same indexed samples. For each n, the distance of the first n
+samples to the reals is measured. Distances at different n do not compare: they fall together as a model trains, with a
+nearly constant offset between them. So the rows hold the trained model only, as a separate metric for each n; the
+curves over training go into the details, from which the report draws them.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ __all__ = ["FakeCounts"]
 
 
 class FakeCounts:
-    """The metric on ``extractor``, or, while its weights are missing, on ``substitute``.
+    """The metric on the features of ``extractor``, or, if its weights are missing, of ``substitute``.
 
-    ``counts``: numbers of fakes; ``dimensions``: as for ``frechet``, decided by the smallest count so that all
-    points of a figure are distances in one space.
+    ``counts``: numbers of fakes; ``dimensions``: as for ``frechet``, determined by the smallest count so that all
+    points of a figure are distances in the same space.
     """
 
     needs: Need = "samples"
@@ -56,7 +55,7 @@ class FakeCounts:
         self.name = f"fake_counts[{extractor.use}]"
 
     def lacks(self, plugins: Plugins) -> str | None:
-        """Return why it cannot be measured on its own extractor yet: weights that are not there; else None."""
+        """Return which weights are missing to measure it on its own extractor, or None."""
         try:
             plugins.make("feature_extractors", self.extractor).describe()
         except MissingWeights as error:
@@ -64,7 +63,7 @@ class FakeCounts:
         return None
 
     def stand_ins(self, plugins: Plugins) -> list[str]:
-        """Return the names of what stands in for it without weights."""
+        """Return the names of the metrics that replace it while its weights are missing."""
         return [self._distance(self.substitute).name]
 
     def _part(self, plugins: Plugins) -> Part:
@@ -76,13 +75,14 @@ class FakeCounts:
         )
 
     def titles(self, assembly: Assembly) -> list[str]:
-        """Return the columns of the rows: distances at different numbers of fakes are different metrics."""
+        """Return the rows' metric names, one for each number of fakes."""
         name = self._distance(self._part(assembly.plugins)).name
         return [_title(name, count) for count in self.counts]
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return the distance's protocol with the counts and steps. Raises InputError for counts above
-        ``evaluation.samples``.
+        """Return the distance's protocol with the counts and steps.
+
+        Raises InputError for counts below 2 or above ``evaluation.samples``.
         """
         evaluation = assembly.config.evaluation
         if self.counts[-1] > evaluation.samples or self.counts[0] < 2:
@@ -107,7 +107,7 @@ class FakeCounts:
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return a row per level and count for the trained model; ``details`` gets all points.
 
-        Raises TroubleError when a checkpoint that was to be kept is not there.
+        Raises TroubleError when a checkpoint is missing that was to be kept.
         """
         assembly = context.assembly
         distance = self._distance(self._part(assembly.plugins))
@@ -139,8 +139,9 @@ class FakeCounts:
     # The model at an earlier step
 
     def _features_at(self, context: EvaluationContext, part: Part, step: int) -> Iterator[Features]:
-        """Yield, per level, the features [n, d] of the samples of the model at ``step``. Batches are kept, so
-        that a run that is killed goes on.
+        """Yield, per level, the features [n, d] of the samples of the model at ``step``.
+
+        Each batch is stored, so that a killed run resumes after its last batch.
         """
         from hpdm_core.sampling.cascade import label_of, sample
         from hpdm_core.sampling.files import to_uint8
@@ -187,8 +188,8 @@ def _model_at(context: EvaluationContext, step: int) -> Any:
     assert context.model_path is not None, "samples come from a trained cell"
     stage = context.model_path.parent
     missing = (
-        f"fake_counts: no checkpoint of step {step} in {stage}; it is kept where training.keep names it, and whole "
-        "(not sharded)"
+        f"fake_counts: no checkpoint of step {step} in {stage}; needed is an unsharded one, which training.keep keeps "
+        "if it lists the step"
     )
     for folder in sorted(stage.glob(f"attempts/*/checkpoints/{step:08d}")):
         try:

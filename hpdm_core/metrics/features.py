@@ -1,8 +1,7 @@
-"""The loop from clips to features: streamed, in the order of the clips, in float64.
+"""Extract features from a stream of clips, in the order of the clips, in float64.
 
-At any time one batch of clips is held, and the features of all (10,000 x 400 are 32 MB). The order of rows is
-that of the clips, so nothing that is computed from features can depend on the size of a batch or on which
-process did what.
+At any time one batch of clips is in memory, and the features of all clips (10,000 x 400 are 32 MB). Rows are in the
+order of the clips, so results do not depend on how clips are distributed over batches and processes.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def extract(
 ) -> Features:
     """Return the features [N, d] of ``clips``, each uint8 [F, H, W, C], tensor or array.
 
-    Clips are taken from the iterable one batch ahead of their use at most. A batch holds clips of one shape:
-    where it changes, a new batch begins. ``progress`` is told the number of clips done after each. Raises
-    InputError for no clips, and for a clip that is no uint8 [F, H, W, C].
+    At most one batch of clips is taken from the iterable in advance. A batch holds clips of one shape: where the shape
+    changes, a new batch begins. ``progress`` is called with the number of finished clips after each batch. Raises
+    InputError for no clips, and for a clip that is not uint8 [F, H, W, C].
     """
     if batch_size < 1:
         raise InputError(f"batch size: {batch_size} was given; allowed is 1 or more")
@@ -54,10 +53,10 @@ def extract(
 
 
 class FeatureBuffer:
-    """Keeps small arrays in few large pieces of memory.
+    """Copies small arrays into a few large blocks of memory, against fragmentation of the heap.
 
-    Kept where they were made, between the large tensors of one batch and the next, they would hold the heap
-    open everywhere, and memory would grow with every clip by a good part of what a clip needs for a moment.
+    Small arrays between the large temporary tensors of two batches would keep the freed memory from being reused, so
+    memory would grow with every clip by a good part of the clip's temporary memory.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,8 @@
-"""The held-out loss: how well a model denoises real patches that it never saw, in units that all arms
-share.
+"""The held-out loss: how well a model denoises real patches that it was not trained on, in units common to all arms.
 
-Mean squared error of the denoised estimate against the clean patch, in data units ([-1, 1]), at fixed noise
-levels sigma_eff = sigma_in * sigma, on every level, once with clean parents (as in sampling) and once with
-noisy ones. Patches and noise are fixed: the same for every arm and seed, so differences are paired. Never
-in the units of a training loss.
+It is the mean squared error of the denoised estimate against the clean patch, in data units ([-1, 1]) and not in those
+of a training loss, at fixed noise levels sigma_eff = sigma_in * sigma, on every level, once with clean parents (as in
+sampling) and once with noisy ones. Patches and noise are the same for every arm and seed, so differences are paired.
 """
 
 from __future__ import annotations
@@ -36,14 +34,12 @@ SIGMAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PARENTS = {"clean": 0.05, "noisy": 1.0}
 """Noise levels of the parents, sigma_eff."""
 _STREAM = "held_out_loss"
-_ROWS = 16  # patches that go through the network together
+_ROWS = 16  # patches per batch
 
 
 @dataclass(frozen=True)
 class _Patches:
-    """The nested patches of some clips: clean [B, C, f, h, w] and coordinates per level, their numbers and
-    labels.
-    """
+    """Nested patches of a batch of clips: clean [B, C, f, h, w] and coordinates per level, with numbers and labels."""
 
     numbers: range
     clean: list[Tensor]
@@ -59,9 +55,10 @@ class _Patches:
 class HeldOutLoss:
     """The metric ``held_out_loss`` over ``patches`` nested chains of patches of ``split``.
 
-    ``self_conditioning``: every estimate is the second of two passes at the same noise, the first from zero
-    latents: what training does with most videos, and near what sampling does with the latents of its
-    previous step. False: one pass, as always where there are no latents: a second one would be the same.
+    ``self_conditioning``: each estimate comes from the second of two passes at the same noise; the second starts from
+    the latents of the first, and the first from zero latents. Training does this with most videos, and sampling starts
+    similarly from the latents of its previous step. False: one pass, which is also used for models without latents,
+    where a second pass would give the same.
     """
 
     name = "held_out_loss"
@@ -86,7 +83,7 @@ class HeldOutLoss:
         self.self_conditioning = self_conditioning
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return the grid of noise levels, the patches, and how the model is called."""
+        """Return the noise levels, the choice of patches, and how the model is called."""
         return {
             "metric": self.name,
             "measure": "mean squared error of the denoised estimate, data units [-1, 1], EMA weights",
@@ -103,9 +100,9 @@ class HeldOutLoss:
     def evaluate(self, context: EvaluationContext) -> list[Row]:
         """Return rows per (parents, level, sigma_eff), and their mean over sigma_eff with ``sigma_eff`` None.
 
-        Level 0 has no parents: it is computed once and stands under both kinds. The error of every patch by
-        itself goes into ``context.details``: per kind of parents and level a list over patches of lists over
-        sigma_eff. Patches are the same for all arms and seeds.
+        Level 0 has no parents: it is computed once and listed under both kinds of parents. The errors of the single
+        patches go into ``context.details``: per kind of parents and level, a list over patches of lists over sigma_eff.
+        Patches are the same for all arms and seeds.
         """
         levels = context.assembly.config.model.levels
         each: dict[tuple[str, int], list[Tensor]] = {
@@ -184,7 +181,7 @@ class HeldOutLoss:
         return context.denoiser.encode(level, z, sigma, patches.coords[level], patches.label, sources)
 
     def _errors(self, context: EvaluationContext, patches: _Patches, *, level: int, contexts: Any) -> Tensor:
-        """Return the squared error at each sigma_eff of each patch, averaged over it: [K, n], float64."""
+        """Return the mean squared error of each of n patches at each of K sigma_eff: [K, n], float64."""
         clean, coords = patches.clean[level], patches.coords[level]
         sigma_in = context.denoiser.sigma_in[level]
         errors = []
@@ -204,14 +201,12 @@ class HeldOutLoss:
 
 
 def _in_json(errors: Tensor) -> list[list[float | None]]:
-    """Return a matrix as lists; what is not finite has no number in JSON."""
+    """Return a matrix as lists, with None for values that are not finite, which JSON cannot hold."""
     return [[value if math.isfinite(value) else None for value in row] for row in errors.tolist()]
 
 
 def _nested(pyramid: Pyramid, number: int) -> tuple[Triple, ...]:
-    """Return the offsets of patch ``number`` on all levels: uniform on the finest, each coarser one as in
-    sampling.
-    """
+    """Return the offsets of patch ``number`` on all levels: uniform on the finest, parents chosen as in sampling."""
     drawn = generator(_STREAM, number, "offset")
     finest = pyramid.levels - 1
     f, h, w = (

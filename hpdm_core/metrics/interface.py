@@ -1,8 +1,7 @@
-"""What a metric and a feature extractor are, and the facts that every number carries.
+"""The interfaces of metrics and feature extractors.
 
-A metric turns a finished stage into rows. A number is never shown without its protocol: `Metric.protocol`
-lists everything that its value depends on besides the stage that it reads, and is hashed into the
-evaluation's key.
+A metric turns a finished stage into rows. Every number carries its protocol: `Metric.protocol` lists everything that
+the value depends on besides the stage that it reads, and is hashed into the evaluation's key.
 """
 
 from __future__ import annotations
@@ -44,17 +43,17 @@ __all__ = [
 ]
 
 Features = NDArray[np.float64]
-"""Features [n, d] of n videos, or what is made of them."""
+"""Features [n, d] of n videos, or arrays computed from them."""
 
 Need = Literal["configuration", "data", "training", "model", "samples"]
-"""What a metric reads, and so what its key hangs on: how the cell is set up (nothing is trained for it), the
-data alone (`data_facts`; computed once per study), the train stage's result, the trained weights (both: train
-key), or the sampled videos (sample key).
+"""What a metric reads, which also determines its key: the cell's configuration (nothing is trained for it), the data
+alone (`data_facts`; computed once per study), the train stage's result, the trained weights (both: train key), or the
+sampled videos (sample key).
 """
 
 Scaling = Literal["none", "features", "directions"]
-"""Fitted on real training clips: nothing; zero mean and unit variance of each feature; or the same of each
-principal direction (whitening), which also sees what varies little between real clips.
+"""How features are scaled, fitted on real training clips: not at all; each feature to zero mean and unit variance; or
+each principal direction to these (whitening), which also weighs directions that vary little between real clips.
 """
 
 Row = Mapping[str, Any]
@@ -66,50 +65,48 @@ further columns of plain values, such as ``sigma_eff``.
 class FeatureExtractor(Protocol):
     """A fixed map from videos to vectors.
 
-    One that reads files may have an attribute ``places``: the names of its options that say where they lie.
-    Features are then found again when the files have moved, as long as `describe` is the same.
+    An extractor that reads files may have an attribute ``places``: the names of its options that hold their paths.
+    Stored features are then reused after the files have moved, as long as `describe` returns the same.
     """
 
     name: str
-    """Column stem: a distance on these features is called ``frechet[NAME]``."""
+    """Name in result columns: a distance on these features is called ``frechet[NAME]``."""
     scaling: Scaling
     """How a distance brings the features to a common scale."""
 
     def features(self, videos: Tensor) -> Tensor:
         """Return float64 features [n, d] of uint8 ``videos`` [n, F, H, W, C] in 0..255, of any size.
 
-        Row i depends on video i alone. Not random: what is drawn is drawn from fixed streams.
+        Row i depends on video i alone. Deterministic: random numbers may come from fixed streams only.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the features, as JSON: name, dimension, SHA-256 of the weights if there
-        are any.
-        """
+        """Return what identifies the features, as JSON: name, dimension, SHA-256 of the weights if there are any."""
         ...
 
 
 class EvaluationContext(Protocol):
-    """What a metric gets to read of a cell. It opens what is asked for and nothing else."""
+    """A metric's access to a cell. Files are opened only when they are asked for."""
 
     assembly: Assembly
     """The cell's parts: configuration, pyramid, dataset, plugins."""
     model_path: Path | None
-    """The averaged weights."""
+    """The file of the averaged weights."""
     samples_folder: Path | None
-    """The stored videos."""
+    """The folder of the generated videos."""
     train_result: Mapping[str, Any]
     """The train stage's result; empty where there is none."""
     cache_folder: Path | None
-    """Where features of real clips are kept; None for memory only."""
+    """Folder in which features are stored; None keeps them in memory only."""
     facts: dict[str, Any]
-    """What is found while measuring, for the protocol: labels, the data's fingerprint."""
+    """Facts found while measuring, to be added to the protocol: labels, the data's fingerprint."""
     details: dict[str, Any]
-    """What belongs to this cell alone, beside the rows: intervals, points of a curve."""
+    """Results of this cell besides the rows: intervals, points of a curve."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         ...
 
     @property
@@ -124,7 +121,7 @@ class EvaluationContext(Protocol):
 
     @property
     def data_fingerprint(self) -> str:
-        """SHA-256 of what the dataset says of its files."""
+        """SHA-256 of the dataset's own description of its files."""
         ...
 
     def clip(self, stream: str, split: Split, number: int) -> Clip:
@@ -144,7 +141,7 @@ class EvaluationContext(Protocol):
         ...
 
     def extractor_facts(self, part: Part) -> dict[str, Any]:
-        """Return all that features by ``part`` depend on besides the videos, as JSON."""
+        """Return everything that features by ``part`` depend on besides the videos, as JSON."""
         ...
 
     def fake_features(self, part: Part) -> list[Features]:
@@ -158,15 +155,17 @@ class EvaluationContext(Protocol):
         ...
 
     def kept(self, facts: Mapping[str, Any], make: Callable[[], list[Features]]) -> list[Features]:
-        """Return what ``make`` makes of real clips, kept for all cells under ``facts`` and what the data are."""
+        """Return the arrays that ``make`` computes from real clips, stored for all cells under ``facts`` and the data's
+        fingerprint.
+        """
         ...
 
 
 class Metric(Protocol):
     """Something that is measured on a cell, or, with ``needs == "data"``, on its data.
 
-    One that can read the clips of one dataset only may have an attribute ``dataset``: its name. The conformance
-    cases then try it on that one; refusing others is its own task.
+    A metric that works with one dataset only may have an attribute ``dataset``: its name. The conformance tests then
+    use that dataset; the metric itself must refuse others.
     """
 
     name: str
@@ -174,24 +173,24 @@ class Metric(Protocol):
     needs: Need
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return everything that the values depend on besides the stage that is read, as JSON. Opens no
-        data.
-        """
+        """Return everything that the values depend on besides the stage that is read, as JSON. Opens no data."""
         ...
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return the rows. Raises TroubleError when what it needs is missing or not usable."""
+        """Return the rows. Raises TroubleError when something that it needs is missing or unusable."""
         ...
 
 
 def resolution(size: tuple[int, int, int]) -> str:
-    """Return how people are shown a level: ``16x64x64`` for frames, height and width."""
+    """Return the displayed name of a level: ``16x64x64`` for frames, height and width."""
     return "x".join(str(side) for side in size)
 
 
 def data_facts(config: CellConfig, plugins: Plugins, known: Known | None = None) -> dict[str, Any]:
-    """Return the part of ``config`` that real clips on every level depend on: the base of a key for ``needs
-    == "data"``. Where the clips lie is no part of it, what lies there is; ``known``: as in `train_key`.
+    """Return the part of ``config`` that real clips on every level depend on.
+
+    It is the base of a key for ``needs == "data"``. It contains the content of the clips' files, not their paths;
+    ``known``: as in `train_key`.
     """
     model = config.model
     return {
@@ -205,9 +204,7 @@ def data_facts(config: CellConfig, plugins: Plugins, known: Known | None = None)
 
 
 def colour(videos: Tensor) -> Tensor:
-    """Return ``videos`` [n, F, H, W, C] with three channels: grey ones are repeated, others refused with
-    InputError.
-    """
+    """Return ``videos`` [n, F, H, W, C] with three channels: a grey one is repeated. InputError for other numbers."""
     channels = videos.shape[-1]
     if channels == 3:
         return videos

@@ -1,4 +1,4 @@
-"""What training cost: speed, time, memory, size and arithmetic, from the train stage's result."""
+"""The metric ``throughput``: training speed, time, memory, parameters and FLOPs, from the train stage's result."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BEFORE = {
     "base_seconds": "seconds of training the models that this one started from, all attempts",
     "base_flops": "floating-point operations of training the models that this one started from",
 }
-"""Of a model that starts from another arm's; ``seconds`` and ``flops_per_step`` are its own."""
+"""Further figures of a model that starts from another arm's; ``seconds`` and ``flops_per_step`` are its own."""
 UNTOLD = ("peak_memory_bytes",)
-"""Figures that not every system can tell: None in the result, and then no row."""
+"""Figures that some systems cannot measure: the result then holds None, and there is no row."""
 
 
 class Throughput:
@@ -36,8 +36,9 @@ class Throughput:
     needs: Need = "training"
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return what each figure is. Where it was taken is no part of the key: ``device`` and ``threads`` are
-        found in the training result.
+        """Return the definition of each figure.
+
+        The machine does not enter the key: ``device`` and ``threads`` are taken from the training result.
         """
         start = assembly.config.training.start_from
         before = {} if start is None or start.arm is None else BEFORE

@@ -1,1 +1,1 @@
-"""The network: backbone, conditioning, context fusion, and entries through blocks."""
+"""The network: backbone, conditioning, context fusion, and the joint pass of entries through the blocks."""

@@ -1,6 +1,6 @@
-"""What the network asks of a backbone: blocks that update tokens, with or without a latent state beside them.
+"""The interface of backbones: blocks that update tokens, with or without a latent state.
 
-The backbone knows nothing of levels, patches or context: all active levels come folded into the batch.
+A backbone does not handle levels, patches or context: all active levels are folded into the batch.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ __all__ = ["Backbone"]
 
 
 class Backbone(nn.Module):
-    """Base class of backbones, built as ``factory(token_dim, blocks, *, options)``; one that names a third
-    positional parameter, ``grid``, is handed the tokens of a patch per axis (f, h, w) as well.
+    """Base class of backbones, built as ``factory(token_dim, blocks, *, options)``.
 
-    A backbone without state starts from None, and runs every block with None for the latents. Then there is
-    nothing for self-conditioning to pass on, and the network runs no first pass.
+    A factory with a third positional parameter, ``grid``, also gets the number of tokens of a patch per axis
+    (f, h, w). A backbone without latent state returns None from `start` and gets None as latents in every
+    block. Self-conditioning then has nothing to pass on, and the network runs no first pass.
     """
 
     def start(self, previous: Tensor | None, batch: int) -> Tensor | None:
-        """Return the latents [B, M, E] that enter the first block, or None where there is no state.
+        """Return the latents [B, M, E] that enter the first block, or None for a backbone without state.
 
-        ``previous`` [B, M, E] are the latents that an earlier pass ended with (self-conditioning); None means
-        zeros. Whether there are latents depends on neither argument.
+        ``previous`` [B, M, E] are the final latents of an earlier pass (self-conditioning); None means zeros.
+        Whether the result is None must not depend on the arguments.
         """
         raise NotImplementedError
 
@@ -33,13 +33,13 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run one block: tokens [B, N, D], latents [B, M, E], condition [B, K, D] -> (tokens, latents).
 
-        Tokens are row-major over the grid (f, h, w). Latents are None, in and out, where `start` gave none.
+        Tokens are row-major over the grid (f, h, w). Latents are None, in and out, if `start` returned None.
         """
         raise NotImplementedError
 
     def kind(self, block: int) -> Hashable:
-        """Return what tells a block from others by its cost: two of one kind do the same with inputs of one form,
-        each with its own weights, and are counted once (`hpdm_core.training.cost`). By default every block is of its
-        own.
+        """Return a key that is equal for blocks of equal cost: they do the same operations, with their own weights.
+
+        `hpdm_core.training.cost` counts the operations of one block per key. By default every block has its own key.
         """
         return block

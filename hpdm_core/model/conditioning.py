@@ -1,7 +1,7 @@
-"""What the network is told besides pixels: noise level, pyramid level, class, and place in the patch.
+"""Embeddings of the network's inputs besides pixels: noise level, pyramid level, class, and position in the patch.
 
-Everything here becomes vectors of the token width D. The scalar embedding is RIN's (a sinusoid normalised
-over its features, then a two-layer MLP) of the logarithm of sigma.
+All embeddings have the token width D. The noise level is embedded as in RIN: a sinusoid of the logarithm of
+sigma, normalised over its features, then a two-layer MLP.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["ClassEmbedding", "PositionEmbedding", "SigmaEmbedding", "sinusoid"]
 FEATURES = 256
 PERIOD = 10_000.0
 SMALLEST = 1e-3
-"""Noise levels below this fraction of sigma_min, zero among them, are embedded as this one."""
+"""Noise levels below this fraction of sigma_min, including zero, are embedded as this fraction of sigma_min."""
 
 
 def sinusoid(values: Tensor, features: int) -> Tensor:
-    """Return sines and cosines [B, features] of ``values`` [B], each row brought to mean 0 and std 1."""
+    """Return sines and cosines [B, features] of ``values`` [B], each row normalised to mean 0 and std 1."""
     half = features // 2
     steps = torch.arange(half, device=values.device, dtype=values.dtype)
     angles = values[:, None] * torch.exp(steps * (-math.log(PERIOD) / half))
@@ -38,8 +38,8 @@ class SigmaEmbedding(nn.Module):
     """The noise level and the level of the pyramid as one vector [B, D].
 
     tau = (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min); sinusoid(1000 tau) of 256 features ->
-    Linear -> SiLU -> Linear, plus a learned vector per level (level 0 has no coordinates that would tell its
-    scale).
+    Linear -> SiLU -> Linear, plus a learned vector per level (level 0 gets no coordinates from which the network
+    could infer its scale).
     """
 
     def __init__(self, width: int, *, levels: int, sigma_range: tuple[float, float]) -> None:
@@ -74,7 +74,7 @@ class ClassEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned place of a token in its patch, the sum of a table per axis: [N, D], row-major (f, h, w)."""
+    """Learned position of a token in its patch, the sum of a table per axis: [N, D], row-major (f, h, w)."""
 
     def __init__(self, grid: Triple, width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PositionEmbedding(nn.Module):
         self.w = Table(width_, width)
 
     def forward(self) -> Tensor:
-        """Return the code of every token of a patch."""
+        """Return the position embedding of every token of a patch."""
         f, h, w = self.f(), self.h(), self.w()
         codes: Tensor = f[:, None, None] + h[None, :, None] + w[None, None, :]
         return rearrange(codes, "f h w d -> (f h w) d")

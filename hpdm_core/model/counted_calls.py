@@ -1,8 +1,7 @@
-"""Counts the calls of a network's parts: what a block does, and what a fusion makes of parents, worked out once for all
-calls of one kind with arguments of one form, forward and backward.
+"""Counts FLOPs and kept memory of the calls of blocks and fusions, forward and backward.
 
-The first call of a kind runs under a `hpdm_core.model.counting.Counter` and is recorded. Every later one adds what
-that one counted.
+Calls with the same kind and arguments of the same form (sizes, strides, dtype) cost the same. The first such call runs
+under a `hpdm_core.model.counting.Counter` and is recorded; every later one adds the recorded counts.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ __all__ = ["Calls", "CountedExecution", "CountedFusion", "KnownCalls"]
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call does with tensors of one form.
+    """The recorded costs of a call.
 
-    ``flops`` forward; the outputs have ``forms``, stand where ``rebuild`` puts them, and take part in a backward pass
-    where ``differentiable``. Besides weights the call keeps the tensors number ``kept`` of its inputs and of what the
-    module holds, ``kept_outputs`` of its outputs, and ``kept_inside`` bytes. ``backward``: for each set of outputs
-    that have a gradient, the operations, and which inputs get one.
+    ``forms``: of the outputs; ``rebuild``: puts the outputs into the structure that the call returns;
+    ``differentiable``: whether each output takes part in the backward pass; ``flops``: of the forward pass. What the
+    call keeps for the backward pass, besides weights: ``kept``, indices into its inputs followed by the module's
+    buffers and tensor attributes; ``kept_outputs``, indices of outputs; ``kept_inside``, bytes of its own tensors.
+    ``backward``: for each set of outputs that have a gradient, the operations, and which inputs get a gradient.
     """
 
     forms: tuple[Form, ...]
@@ -48,13 +48,13 @@ class _Call:
 
 Rebuild: TypeAlias = Callable[[Iterator[Tensor]], Any]
 KnownCalls: TypeAlias = dict[Hashable, _Call | None]
-"""By kind of call and form of its tensors; None for one that hands on memory of others, and is made every time."""
+"""By kind of call and form of its tensors. None: its outputs share memory with other tensors, so it is always run."""
 
 
 class Calls:
-    """Makes each distinct call once under ``counter``, and counts it again each time that it is asked for.
+    """Runs each distinct call once under ``counter``; when it is repeated, only adds its recorded counts.
 
-    ``known``: the calls that were made; ``setting``: what they depend on besides modules and arguments.
+    ``known``: the recorded calls; ``setting``: what their counts depend on besides modules and arguments.
     """
 
     def __init__(self, counter: Counter, known: KnownCalls, setting: Hashable) -> None:
@@ -62,15 +62,15 @@ class Calls:
         self.known = known
         self.setting = setting
         self._begun: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        """Inputs and outputs of calls that were recorded and had no backward pass yet."""
+        """Inputs and outputs of recorded calls whose backward pass has not run yet."""
 
     def once(
         self, module: nn.Module, kind: Hashable, call: Callable[..., Any], *arguments: Any, keeps: bool = True
     ) -> Any:
-        """Return what ``call(*arguments)`` returns, tensors without contents.
+        """Return what ``call(*arguments)`` returns, as meta tensors.
 
-        ``kind``: what tells it, a call of ``module``, from calls that do something else with such arguments.
-        ``keeps``: whether what it keeps for a backward pass is counted.
+        ``kind``: a key that differs for calls of ``module`` that do different operations on the same arguments.
+        ``keeps``: whether the memory that the call keeps for the backward pass is counted.
         """
         inputs: list[Tensor] = []
         plain, rebuild = _apart(arguments, inputs)
@@ -101,7 +101,7 @@ class Calls:
     def _recorded(
         self, module: nn.Module, work: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
     ) -> _Call | None:
-        """Do ``work`` and return what it does."""
+        """Run ``work`` and return its recorded costs; None if an output shares memory with another tensor."""
         kept: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Calls:
         inputs: Sequence[tuple[Form, bool]],
         given: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Count the backward pass from the outputs that are ``given`` a gradient, and return the inputs' own."""
+        """Count the backward pass, where ``given`` says which outputs have a gradient; return the inputs' gradients."""
         if given not in found.backward:
             before = self.counter.flops
             with torch.enable_grad():
@@ -147,7 +147,7 @@ class Calls:
                 if not outputs:
                     leaves = [empty_of(form).requires_grad_(asked) for form, asked in inputs]
                     _apart(work(leaves), outputs)
-                # Of a sum: gradients that are handed over are looked at by a part of torch that is slow to load.
+                # Backward of a sum: passing gradients to backward() would load a slow part of torch.
                 total = torch.stack(
                     [each.sum() for each, has in zip(outputs, given, strict=True) if has]
                 ).sum()
@@ -164,13 +164,13 @@ class Calls:
 
 
 class _Counted(torch.autograd.Function):
-    """A known call: outputs and gradients without contents, and its place in the graph of autograd."""
+    """A recorded call as a node of the autograd graph; outputs and gradients are meta tensors."""
 
     @staticmethod
     def forward(
         ctx: Any, calls: Calls, found: _Call, work: Any, anchor: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return new outputs; ``anchor`` makes them differentiable where only weights are."""
+        """Return new outputs; ``anchor`` makes them differentiable when only the weights require a gradient."""
         ctx.set_materialize_grads(False)
         forms = [(form_of(each), each.requires_grad) for each in inputs]
         ctx.gradients = lambda given: calls.gradients(found, work, forms, given)
@@ -186,8 +186,8 @@ class _Counted(torch.autograd.Function):
 
 
 def _apart(value: Any, tensors: list[Tensor]) -> tuple[Hashable, Rebuild]:
-    """Add the tensors in ``value`` to ``tensors``; return what there is besides, and what puts others in their
-    place.
+    """Append the tensors in ``value`` to ``tensors``; return the rest of ``value`` as a hashable, and a function that
+    rebuilds ``value`` with other tensors.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -209,7 +209,7 @@ _weighed: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 
 
 def _holdings(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that a module holds besides its weights: buffers and plain attributes."""
+    """Return the tensors of a module besides its weights: buffers and plain attributes."""
     if module not in _held:
         own = (vars(each).values() for each in module.modules())
         plain = [each for values in own for each in values if isinstance(each, Tensor)]
@@ -238,9 +238,9 @@ def _never(packed: None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CountedExecution(Execution):
-    """Makes the calls of blocks by ``calls``; with ``checkpointing`` a block keeps its inputs alone.
+    """Runs blocks through ``calls``; with ``checkpointing`` a block keeps only its inputs.
 
-    ``kind``: what the backbone was made of.
+    ``kind``: a key of the backbone's configuration.
     """
 
     calls: Calls
@@ -249,7 +249,7 @@ class CountedExecution(Execution):
     def run(
         self, backbone: Backbone, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Do as `Execution.run` does, in float32."""
+        """Run one block as `Execution.run` does, in float32."""
         once = partial(
             self.calls.once, backbone, (self.kind, backbone.kind(block)), partial(backbone.run, block)
         )
@@ -263,7 +263,7 @@ class CountedExecution(Execution):
 
 
 class CountedFusion(ContextFusion):
-    """Makes the calls of ``fusion`` that depend on the parents by ``calls``; ``kind``: what it was made of."""
+    """Runs `pixel_context` and `token_context` of ``fusion`` through ``calls``; ``kind``: a key of its options."""
 
     def __init__(self, fusion: ContextFusion, calls: Calls, kind: Hashable) -> None:
         super().__init__()

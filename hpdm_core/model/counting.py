@@ -1,9 +1,9 @@
-"""Counts what code would compute and keep, without computing it: on the meta device, each operation worked out once.
+"""Counts the FLOPs and the kept memory of code by running it on the meta device, without computing values.
 
-Real code runs, with real autograd; `Counter` stands between it and the kernels of the meta device. Those work out
-shapes in Python, most of them through torch's compiler, which alone takes two seconds to load. So what an operation
-gives is remembered by its arguments' shapes, and the commonest ones go by the rules below, which say what the
-kernels say. `hpdm_core.model.counted_calls` remembers whole blocks in the same way.
+The real code runs, with real autograd; `Counter` intercepts its operations before the meta kernels. Most meta kernels
+infer shapes in Python through torch's compiler, which takes two seconds to load. Therefore `Counter` caches the result
+of each operation by its arguments' shapes, and infers the most common ones by the rules below, which give the same
+results as the kernels. `hpdm_core.model.counted_calls` caches whole blocks in the same way.
 """
 
 from __future__ import annotations
@@ -46,20 +46,19 @@ def empty_of(form: Form) -> Tensor:
 
 
 _operations: dict[Hashable, tuple[int, Callable[[], Any]]] = {}
-"""By operation and arguments, what was worked out in this process: floating-point operations, and what makes the
-result.
-"""
+"""The cache of this process, by operation and arguments: FLOPs, and a function that makes the result."""
 Kind: TypeAlias = Literal["composite", "in place", "pure", "other"]
-"""Made of other operations; changing the numbers of its first argument, element by element, and giving it back, which
-on the meta device has none; reading its arguments, making new tensors and doing nothing else; anything else."""
+"""Kinds of operations. "composite": consists of other operations. "in place": element-wise change of its first
+argument, which it returns (nothing to do on the meta device). "pure": makes new tensors from its arguments and has no
+other effect. "other": anything else."""
 _kinds: dict[int, Kind] = {}
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block ``flops`` counts the floating-point operations of matrix products and convolutions (a
-    multiply and an add are two) as `torch.utils.flop_counter` does, and `keep` the memory that is kept.
+    """Within the block, ``flops`` counts the floating-point operations of matrix products and convolutions (a
+    multiply and an add are two), as `torch.utils.flop_counter` does; `keep` records the memory that is kept.
 
-    Operations on tensors of other devices than meta run as ever.
+    Operations on tensors of other devices than meta run as usual.
     """
 
     supports_higher_order_operators = True
@@ -68,18 +67,18 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.kept_inside = 0
-        """Bytes that blocks keep of their own."""
+        """Bytes that blocks keep besides inputs, outputs and weights."""
         self._kept: dict[int, torch.UntypedStorage] = {}  # by identity: views share a storage
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise the compiler is loaded, to be told to leave this mode alone
+        return False  # otherwise torch loads its compiler only to exclude this mode from compilation
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = _kinds.get(id(func))  # there is one object for each operation, and its own hash is slow
+        kind = _kinds.get(id(func))  # each operation is one object; hashing the object itself is slow
         if kind is None:
             kind = _kinds[id(func)] = _kind(func)
         if kind == "composite":
@@ -102,13 +101,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note that ``tensor`` is kept, and return it. A storage counts once."""
+        """Record that ``tensor`` is kept, and return it. A storage counts once."""
         storage = tensor.untyped_storage()
         self._kept[storage._cdata] = storage
         return tensor
 
     def kept_bytes(self, *, besides: Iterable[Tensor]) -> int:
-        """Return the bytes of all that is kept, the storages of ``besides`` aside."""
+        """Return the bytes of all kept storages, without those of ``besides``."""
         others = {tensor.untyped_storage()._cdata for tensor in besides}
         kept = sum(storage.nbytes() for each, storage in self._kept.items() if each not in others)
         return kept + self.kept_inside
@@ -127,7 +126,7 @@ def _kind(func: Any) -> Kind:
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Hashable | None:
-    """Return what the result depends on, or None where there is more to it than shapes."""
+    """Return a key of all that the result depends on, or None if it depends on more than shapes and plain values."""
     key: list[Hashable] = [id(func)]
     if _known(args, key) and (not kwargs or _known(kwargs.items(), key)):
         return tuple(key)
@@ -135,7 +134,7 @@ def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Hashable | N
 
 
 def _known(values: Iterable[Any], key: list[Hashable]) -> bool:
-    """Add ``values`` to ``key``; return whether they are all there is to know."""
+    """Add ``values`` to ``key``; return whether the key then describes them fully."""
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
@@ -149,12 +148,12 @@ def _known(values: Iterable[Any], key: list[Hashable]) -> bool:
         elif isinstance(value, Tensor):
             return False
         else:
-            key += [cast(Hashable, kind), value]  # 1 and 1.0 are equal, and do not give the same
+            key += [cast(Hashable, kind), value]  # with its type: 1 == 1.0, but their results differ
     return True
 
 
 def _making(result: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
-    """Return what makes tensors as in ``result``, or None where one has no memory of its own."""
+    """Return a function that makes tensors as in ``result``; None if one of them shares memory with another tensor."""
     alone = isinstance(result, Tensor)
     results = (result,) if alone else result
     if not isinstance(results, tuple) or not all(
@@ -171,14 +170,14 @@ def _making(result: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
 
 
 def owns_memory(tensor: Tensor, seen: set[int]) -> bool:
-    """Whether ``tensor`` fills a storage that is not among ``seen``, to which it is added."""
+    """Whether ``tensor`` fills a storage that is not in ``seen``. Adds the storage to ``seen``."""
     storage = tensor.untyped_storage()
     new = storage._cdata not in seen
     seen.add(storage._cdata)
     return new and storage.nbytes() == empty_of(form_of(tensor)).untyped_storage().nbytes()
 
 
-# Rules: they give what the kernels of the meta device give, or None where they do not know
+# Rules: they return the same as the meta kernels, or None for cases that they do not cover
 
 
 def _by_rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -189,9 +188,7 @@ def _by_rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """Sizes by broadcasting, strides as a tensor iterator chooses them, the type by the operation itself on
-    nothing.
-    """
+    """Infer sizes by broadcasting, strides as TensorIterator does, the dtype by running it on no elements."""
     given = [each for each in args if isinstance(each, Tensor)]
     if not given or "memory_format" in kwargs or any(isinstance(each, Tensor) for each in kwargs.values()):
         return None
@@ -212,13 +209,13 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
 
 
 def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the sizes that ``shapes``, which fit together, are broadcast to."""
+    """Return the sizes that the compatible ``shapes`` broadcast to."""
     axes = itertools.zip_longest(*(reversed(each) for each in shapes), fillvalue=1)
     return tuple(next((size for size in axis if size != 1), 1) for axis in axes)[::-1]
 
 
 def _in_order(tensor: Tensor) -> bool:
-    """Whether no axis has to be moved for strides to fall; broadcast axes fit anywhere."""
+    """Whether strides decrease from the first axis to the last; broadcast axes are ignored."""
     last = math.inf
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if size > 1 and stride > 0:
@@ -229,7 +226,7 @@ def _in_order(tensor: Tensor) -> bool:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory, each place once."""
+    """Whether the elements fill their memory without gaps or overlaps."""
     filled = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -240,17 +237,18 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _strides_of_all(sizes: Sequence[int], given: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the strides of a dense result of ``sizes`` from operands whose layouts differ: an axis lies further in
-    than another where the first operand that can tell has it so (`TensorIterator`, `reorder_dimensions`).
+    """Return the strides of a dense result of ``sizes`` for operands with different layouts.
+
+    Two axes are ordered as in the first operand that orders them (`TensorIterator`, `reorder_dimensions`).
     """
     wide = [each.expand(sizes) for each in given]
 
     def compare(left: int, right: int) -> int:
-        """Return 1 where ``left`` has to lie further out than ``right``, -1 further in, 0 where nothing tells."""
+        """Return 1 if ``left`` must lie further out than ``right``, -1 if further in, 0 if no operand orders them."""
         for each in wide:
             one, other = each.stride(left), each.stride(right)
             if 0 in (one, other):
-                continue  # broadcast: its place is free
+                continue  # a broadcast axis does not order
             if one != other:
                 return 1 if one > other else -1
             if sizes[left] > sizes[right]:
@@ -338,7 +336,7 @@ def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
     if len(rest) > 1 or first.ndim == 0:
         return None
     if first.ndim in (4, 5) and all(0 < each.stride()[1] <= each.stride()[-1] for each in tensors):
-        return None  # channels may lie last
+        return None  # the memory format may be channels-last
     length = sum(each.shape[axis] for each in tensors)
     return _rows((*first.shape[:axis], length, *first.shape[axis + 1 :]), first)
 

@@ -1,5 +1,6 @@
-"""How the blocks of a backbone are run: precision of their matrix products, and what is kept for the backward
-pass. Choices of a machine, not of a model: weights and results mean the same.
+"""How the blocks of a backbone are run: the precision of their matrix products, and activation checkpointing.
+
+These settings depend on the machine, not on the model: the weights and the meaning of the results do not change.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ __all__ = ["Execution"]
 
 @dataclass(frozen=True)
 class Execution:
-    """``matmul_dtype``: what the blocks' matrix products and attention take and give (None: as the weights
-    are); ``attention_dtype``: the same for scaled_dot_product_attention alone, where it is to be another one;
-    ``checkpointing``: keep only a block's inputs, and run it again in the backward pass.
+    """Precision and checkpointing of the blocks.
 
-    With bfloat16 the residual streams of tokens and latents, norms, and the sums inside softmax and products
-    stay float32, and so does everything outside the blocks: tokenizer, fusion, embeddings and output.
+    ``matmul_dtype``: the dtype of inputs and outputs of the blocks' matrix products and attention (None: the
+    dtype of the weights). ``attention_dtype``: another dtype for scaled_dot_product_attention alone (None: the
+    same). ``checkpointing``: keep only a block's inputs, and run it again in the backward pass.
+
+    With bfloat16, the residual streams of tokens and latents, the norms, and the sums inside softmax and
+    products stay float32, and so does everything outside the blocks: tokenizer, fusion, embeddings and output.
     """
 
     matmul_dtype: torch.dtype | None = None
@@ -50,7 +53,7 @@ class Execution:
             return self._attend(backbone, block, tokens, latents, condition)
         with torch.autocast(tokens.device.type, dtype=self.matmul_dtype):
             made, read = self._attend(backbone, block, tokens, latents, condition)
-        # A backbone of somebody's own may end with a product instead of a sum.
+        # A plugin's backbone may end with a matrix product, whose result has the lower precision.
         return made.to(tokens.dtype), None if read is None or latents is None else read.to(latents.dtype)
 
     def _attend(
@@ -63,7 +66,7 @@ class Execution:
 
 
 class _AttentionIn(TorchFunctionMode):
-    """Within the block fused attention, whoever calls it, works in ``dtype`` and returns its inputs' type."""
+    """Within the block, every call of scaled_dot_product_attention runs in ``dtype`` and returns its input's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,4 +85,4 @@ class _AttentionIn(TorchFunctionMode):
 
     def _cast(self, value: Any) -> Any:
         real = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(self.dtype) if real else value  # a mask of booleans stays one
+        return value.to(self.dtype) if real else value  # a boolean mask is not cast

@@ -1,8 +1,8 @@
-"""How coarse patches inform finer ones: the base class that every context fusion extends.
+"""The base class of context fusions, which bring information from coarse patches into finer ones.
 
-A fusion answers three questions. What goes into a patch's tokenizer (`pixel_context`), what depends on the
-parents alone (`token_context`), and how tokens take it up before a block (`fuse`). Only `fuse` is called at
-each denoising step; the rest is computed once per tile and reused.
+A fusion has three methods. `pixel_context` makes additional channels for a patch's tokenizer, `token_context`
+computes all that depends on the parents alone, and `fuse` adds it to the tokens before a block. Only `fuse` is
+called at each denoising step; the results of the other two are computed once per tile and reused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["ContextFusion", "FusionShape", "Source"]
 
 @dataclass(frozen=True)
 class FusionShape:
-    """All that a fusion knows when it is built.
+    """The sizes that a fusion is built from.
 
-    ``grid`` tokens and ``patch`` pixels of a patch per axis; ``levels_per_block[b]`` levels that block b
-    runs.
+    ``grid``: tokens of a patch per axis; ``patch``: pixels of a patch per axis; ``levels_per_block[b]``: how many
+    levels block b runs.
     """
 
     token_dim: int
@@ -33,12 +33,12 @@ class FusionShape:
 
     @property
     def levels(self) -> int:
-        """Levels of the pyramid."""
+        """Number of levels of the pyramid."""
         return self.levels_per_block[-1]
 
     @property
     def fused_blocks(self) -> tuple[int, ...]:
-        """The blocks that run more than one level: those before which there is something to fuse."""
+        """The blocks that run more than one level. Context is fused only before these blocks."""
         return tuple(block for block, count in enumerate(self.levels_per_block) if count > 1)
 
     def first_block(self, level: int) -> int:
@@ -48,33 +48,33 @@ class FusionShape:
 
 @dataclass(frozen=True)
 class Source:
-    """A coarser patch as context: row i belongs to the child's row i."""
+    """A coarser patch as context. Row i is the context of the child's row i."""
 
     level: int
     coords: Coords
     sigma: Tensor
     """[B], noise level of the process."""
     sigma_embedding: Tensor
-    """[B, D], with the level's own vector in it."""
+    """[B, D], including the learned vector of the level."""
     noisy: Tensor
     """[B, C, F, H, W], c_in * z."""
     tokens: Tensor | None = None
-    """[B, N, D], the input of the block before the source's own fusion; None where no block is meant."""
+    """[B, N, D], the block's input before the source's own fusion; None where the context is not for a block."""
 
 
 class ContextFusion(nn.Module):
-    """Base class: no context at all. Subclasses are built as ``factory(shape, *, options)``.
+    """Base class, without any context. Subclasses are built as ``factory(shape, *, options)``.
 
-    Parameters that a subclass makes in its constructor start from a stream of the cell's seed.
+    Parameters that a subclass makes in its constructor are drawn from a random stream keyed by the cell's seed.
     """
 
     extra_channels: int = 0
-    """Channels added to every level's tokenizer input; the network writes zeros where there is no context."""
+    """Channels added to every level's tokenizer input; they are zero where there is no pixel context."""
 
     reads_tokens: bool = True
-    """Whether `token_context` looks at ``Source.tokens``.
+    """Whether `token_context` uses ``Source.tokens``.
 
-    When False they are None, and parents that only serve as context are never run through the network.
+    When False, they are None, and parents that only serve as context are never run through the network.
     """
 
     def __init__(self, shape: FusionShape | None = None) -> None:
@@ -83,27 +83,27 @@ class ContextFusion(nn.Module):
             self.shape = shape
 
     def pixel_context(self, level: int, coords: Coords, sources: Sequence[Source]) -> Tensor | None:
-        """Return [B, extra_channels, F, H, W] for a patch's tokenizer; ``level`` >= 1; once per patch."""
+        """Return [B, extra_channels, F, H, W] for a patch's tokenizer. Called once per patch, for ``level`` >= 1."""
         return None
 
     def token_context(
         self, block: int, level: int, coords: Coords, sources: Sequence[Source]
     ) -> Tensor | None:
-        """Return anything batch-first that depends on the parents (levels 0..level-1, coarsest first) alone.
+        """Return a tensor, batch first, computed from the parents alone; None for no context.
 
-        Row i comes from row i only. The child itself is never seen.
+        ``sources`` are the parents, levels 0..level-1, coarsest first. Row i depends on row i only. The pixels and
+        tokens of the child are not available here.
         """
         return None
 
     def fuse(
         self, block: int, level: int, tokens: Tensor, context: Tensor | None, coords: Coords, sigma: Tensor
     ) -> Tensor:
-        """Return the child's tokens [B, N, D]; called for every block that runs ``level`` >= 1."""
+        """Return the child's tokens [B, N, D] with context. Called for every block that runs ``level`` >= 1."""
         return tokens
 
     def kind(self, block: int) -> Hashable:
-        """Return what tells a block's `token_context` from others by its cost: those of one kind do the same with
-        arguments of one form, each with its own weights, and are counted once. By default every block is of its
-        own.
+        """Return a key that is equal for blocks whose `token_context` costs the same: they do the same operations, with
+        their own weights. `hpdm_core.training.cost` counts one block per key. By default every block has its own key.
         """
         return block

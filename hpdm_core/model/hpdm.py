@@ -1,12 +1,11 @@
-"""The network: entries (batches of patches of one level each) through shared blocks, coarse informing fine.
+"""The network: it runs entries (batches of patches of one level each) through shared blocks, with context fusion.
 
-Paper: section 4.2 (deep context fusion, Eq 7, Fig 11) and 4.3 (adaptive computation, Listing 1). Per block
-the input of every active entry is noted, each entry above level 0 is fused from its sources' notes, and one
-call of the block runs all active entries folded into the batch. The same path serves joint training (sources
-are other entries) and tiled inference (one entry with `Contexts` computed beforehand); both give the same
-numbers.
+Paper: section 4.2 (deep context fusion, Eq 7, Fig 11) and 4.3 (adaptive computation, Listing 1). Before each
+block, every active entry above level 0 is fused with the block inputs of its sources. Then one call of the
+block runs all active entries, folded into the batch. Joint training (the sources are other entries) and tiled
+inference (one entry with `Contexts` computed beforehand) use the same code and give the same numbers.
 
-The network holds no state: latents of self-conditioning come in with an entry and go out with its result.
+The network holds no state: latents of self-conditioning are passed in with an entry and returned with its result.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ __all__ = ["HPDM", "Contexts", "Encoded", "Patches"]
 class Patches:
     """One entry: a batch of patches of one level.
 
-    ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources`` indices
-    of the entries of levels 0..level-1 that feed this one, coarsest first; ``latents`` [B, M, E] of an
-    earlier pass, None for none and always None where the backbone has no state. ``context_only``: nothing is asked of
-    it but to feed others, so it stops where the last of them has read it.
+    ``noisy`` [B, C, F, H, W] = c_in * z; ``sigma`` [B]; ``label`` int64 [B], -1 for none; ``sources``: indices
+    of the entries of levels 0..level-1 that are context for this one, coarsest first; ``latents`` [B, M, E] of an
+    earlier pass, None for none and for a backbone without state. ``context_only``: the entry only serves as context;
+    it has no prediction, and is run only up to the last block before which another entry reads its tokens.
     """
 
     level: int
@@ -51,7 +50,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A patch as context for finer ones: what a `Source` holds, with the inputs of several blocks."""
+    """A patch encoded as context for finer ones: the fields of `Source`, with the token inputs of several blocks."""
 
     level: int
     coords: Coords
@@ -89,7 +88,7 @@ class Encoded:
 
     @classmethod
     def cat(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Return the rows of all ``parts`` (one level, tokens of the same blocks), one after the other."""
+        """Concatenate the rows of all ``parts``, which must have one level and tokens of the same blocks."""
         first = parts[0]
         return cls(
             level=first.level,
@@ -101,7 +100,7 @@ class Encoded:
         )
 
     def source(self, block: int | None) -> Source:
-        """Return this patch as a source, with its tokens before ``block`` where they were noted."""
+        """Return this patch as a source, with its tokens before ``block`` if they were recorded."""
         return Source(
             level=self.level,
             coords=self.coords,
@@ -114,7 +113,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Contexts:
-    """What depends on a patch's parents alone: pixels, and what the fusion made per block."""
+    """All that depends on a patch's parents alone: the pixel context, and the fusion's token context per block."""
 
     pixel: Tensor | None = None
     tokens: dict[int, Tensor | None] = field(default_factory=dict)
@@ -128,7 +127,7 @@ class Contexts:
         return self.map(lambda tensor: tensor.to(device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Contexts:
-        """Return the same with every tensor changed."""
+        """Return a copy with ``change`` applied to every tensor."""
         return Contexts(
             pixel=None if self.pixel is None else change(self.pixel),
             tokens={block: None if made is None else change(made) for block, made in self.tokens.items()},
@@ -143,7 +142,7 @@ class Contexts:
 
 @dataclass
 class _State:
-    """An entry on its way through the blocks."""
+    """The state of an entry while it runs through the blocks."""
 
     entry: Patches
     sources: tuple[int, ...]
@@ -152,7 +151,7 @@ class _State:
     condition: Tensor
     tokens: Tensor
     end: int
-    """The first of the blocks that do not run it any more."""
+    """The first block that does not run the entry any more."""
     latents: Tensor | None = None
 
     def as_source(self, *, with_tokens: bool) -> Source:
@@ -170,8 +169,8 @@ class _State:
 class HPDM(nn.Module):
     """The hierarchical patch diffusion network.
 
-    ``levels_per_block[b]``: how many of the coarsest levels block b runs; ``sigma_range``: the noise levels
-    that the embedding maps to 0 and 1.
+    ``levels_per_block[b]``: how many levels block b runs, counted from the coarsest; ``sigma_range``: the noise
+    levels that the embedding maps to 0 and 1.
     """
 
     def __init__(
@@ -210,11 +209,11 @@ class HPDM(nn.Module):
     def forward(
         self, entries: Sequence[Patches], contexts: Sequence[Contexts | None] | None = None
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Return per entry the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block (None
-        where the backbone has no state); None and None for one that is only context.
+        """Return, per entry, the prediction [B, C, F, H, W] and the latents [B, M, E] after the last block.
 
-        An entry with contexts is fused from them; one without, from its sources. Raises ValueError when an
-        entry above level 0 has neither, or sources of other levels than 0..level-1.
+        Latents are None for a backbone without state; both are None for an entry that is ``context_only``. An
+        entry with contexts is fused with them; one without, with its sources. Raises ValueError if an entry
+        above level 0 has neither, or has sources of other levels than 0..level-1.
         """
         states = self._begin(entries, contexts)
         self._run(states, range(self.blocks))
@@ -224,7 +223,7 @@ class HPDM(nn.Module):
         ]
 
     def child_blocks(self, level: int) -> tuple[int, ...]:
-        """Return the blocks that a child of ``level`` runs: those whose inputs serve as context."""
+        """Return the blocks that run a child of ``level``; the inputs of these blocks serve the child as context."""
         return tuple(block for block, count in enumerate(self.levels_per_block) if count > level + 1)
 
     def encode(
@@ -232,10 +231,10 @@ class HPDM(nn.Module):
     ) -> Encoded:
         """Return ``entry`` as context for finer levels, with its tokens before each of ``blocks``.
 
-        ``blocks`` defaults to `child_blocks`. Always two passes, the second self-conditioned on the first
-        one's latents, so that a parent does not depend on how often it is asked for; the second pass stops
-        before the last of ``blocks``, and is the only one where the backbone has no state. Where the fusion
-        reads no tokens, the blocks are not run at all.
+        ``blocks`` defaults to `child_blocks`. There are always two passes, the second self-conditioned on the
+        latents of the first, so that the result does not depend on earlier calls; for a backbone without state
+        there is one. The last pass stops before the last of ``blocks``. If the fusion reads no tokens, the
+        blocks are not run at all.
         """
         wanted = self.child_blocks(entry.level) if blocks is None else tuple(sorted(blocks))
         outside = [b for b in wanted if not 0 <= b < self.blocks or self.levels_per_block[b] <= entry.level]
@@ -262,7 +261,7 @@ class HPDM(nn.Module):
         )
 
     def contexts(self, level: int, coords: Coords, sources: Sequence[Encoded]) -> Contexts:
-        """Return what patches at ``coords`` take from ``sources`` (levels 0..level-1, rows matching)."""
+        """Return the contexts of patches at ``coords`` from ``sources`` (levels 0..level-1, rows matching)."""
         self._check_sources(level, [source.level for source in sources])
         if level == 0:
             return Contexts()
@@ -309,8 +308,9 @@ class HPDM(nn.Module):
         return states
 
     def _ends(self, entries: Sequence[Patches], contexts: Sequence[Contexts | None]) -> list[int]:
-        """Return for each entry the first block that does not run it any more: of those that are only context, the
-        last one before which an entry that they feed reads their tokens.
+        """Return, for each entry, the first block that does not run it any more.
+
+        For an entry that is ``context_only``, that is the last block before which another entry reads its tokens.
         """
         ends = [0 if entry.context_only else self.blocks for entry in entries]
         for index in reversed(range(len(entries))):  # sources are earlier entries
@@ -324,7 +324,7 @@ class HPDM(nn.Module):
     def _run(
         self, states: Sequence[_State], blocks: Iterable[int], *, noted: Collection[int] = ()
     ) -> dict[int, Tensor]:
-        """Run ``blocks`` in place; return the first state's inputs of the blocks in ``noted``."""
+        """Run ``blocks``, updating ``states`` in place; return the first state's tokens before the blocks ``noted``."""
         notes = {}
         for block in blocks:
             count = self.levels_per_block[block]
@@ -333,10 +333,10 @@ class HPDM(nn.Module):
                 continue
             if block in noted:
                 notes[block] = states[0].tokens
-            # All are fused before any is updated: sources show the block's input before their own fusion.
+            # Fuse all entries before updating any: context is the sources' block input before their own fusion.
             fused = [self._fuse(block, state, states) for state in active]
             started = [self._latents(state) for state in active]
-            latents = [made for made in started if made is not None]  # all have latents, or none has
+            latents = [made for made in started if made is not None]  # all entries have latents, or none has
             rows = [tokens.shape[0] for tokens in fused]
             condition = _fold([state.condition for state in active])
             folded_tokens, folded_latents = self.execution.run(
@@ -350,15 +350,15 @@ class HPDM(nn.Module):
         return notes
 
     def _latents(self, state: _State) -> Tensor | None:
-        """Return an entry's latents; before its first block they are made from those of an earlier pass. None
-        where the backbone has no state.
+        """Return an entry's latents; before its first block, those that the backbone starts from. None for a backbone
+        without state.
         """
         if state.latents is None:
             return self.backbone.start(state.entry.latents, state.entry.noisy.shape[0])
         return state.latents
 
     def _fuse(self, block: int, state: _State, states: Sequence[_State]) -> Tensor:
-        """Return an entry's tokens for ``block`` with its context taken up."""
+        """Return an entry's tokens for ``block``, fused with its context."""
         entry = state.entry
         if entry.level == 0:
             return state.tokens
@@ -373,10 +373,10 @@ class HPDM(nn.Module):
 
     def _check_sources(self, level: int, levels: list[int]) -> None:
         if levels != list(range(level)):
-            raise ValueError(f"level {level} is fed by levels {levels}; allowed is {list(range(level))}")
+            raise ValueError(f"level {level} has sources of levels {levels}; allowed is {list(range(level))}")
 
     def _condition(self, embedding: Tensor, label: Tensor | None) -> Tensor:
-        """Return the condition tokens [B, K, D]: noise level, and class where the model has classes."""
+        """Return the condition tokens [B, K, D]: noise level, and the class if the model has classes."""
         if self.class_embedding is None:
             return embedding[:, None]
         if label is None:
@@ -384,7 +384,7 @@ class HPDM(nn.Module):
         return torch.stack([embedding, self.class_embedding(label)], dim=1)
 
     def _tokenize(self, noisy: Tensor, pixel: Tensor | None) -> Tensor:
-        """Turn pixels [B, C, F, H, W] and the fusion's own channels into tokens [B, N, D]."""
+        """Turn pixels [B, C, F, H, W] and the fusion's extra channels into tokens [B, N, D]."""
         extra = self.fusion.extra_channels
         if extra:
             if pixel is None:
@@ -406,7 +406,7 @@ class HPDM(nn.Module):
 
 
 def _source(entry: Patches, embedding: Tensor) -> Source:
-    """An entry as a source before any block: pixels and noise level only."""
+    """Return an entry as a source without tokens: pixels and noise level only."""
     return Source(
         level=entry.level,
         coords=entry.coords,

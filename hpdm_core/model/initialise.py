@@ -1,8 +1,8 @@
 """Initial weights, keyed by (seed, parameter name).
 
-So all arms of a seed start equal in every parameter of equal name and shape, whatever else they contain. A
-plugin's own layers keep what their constructors drew; the assembly builds them at the start of a stream of
-their own.
+Therefore, in all arms of a seed, parameters of equal name and shape have equal initial values. A plugin's own
+layers keep the values that their constructors drew; the assembly runs these constructors with torch's global
+generator seeded from a keyed stream.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["initialise"]
 def initialise(
     model: nn.Module, *, seed: int, table_std: float = TABLE_STD, zero_residual: bool = False
 ) -> None:
-    """Set, in place, every parameter of an `Initialised` module to its start in the stream of its own name.
+    """Set, in place, every parameter of an `Initialised` module to its initial value, drawn from its own stream.
 
     The stream is (seed, "parameter", full name). Values are drawn on the CPU, so they are the same on every
-    device. ``table_std``: standard deviation of learned tables; ``zero_residual``: the last map of every
-    attention and MLP, and the network's output map, start at zero.
+    device. ``table_std``: standard deviation of learned tables; ``zero_residual``: the weights of the last linear
+    layer of every attention and MLP, and of the network's output layer, start at zero.
     """
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))

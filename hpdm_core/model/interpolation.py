@@ -1,12 +1,12 @@
 """Trilinear sampling of a coarse patch at the cells of a nested, axis-aligned finer one.
 
 Equal to `torch.nn.functional.grid_sample` (align_corners=False, padding "border") at u -> 2u - 1, but written
-for tokens, channels last: the grid is separable, so the work is three small matrix products over the part of
-the parent that the child covers. Sampling is linear and its weights sum to one: whatever is linear in the
-features, such as a map of their width, may be applied to the few covered cells instead of the many samples.
+for tokens, channels last. The grid is separable, so the computation is three small matrix products over the
+part of the parent that the child covers. Sampling is linear and its weights sum to one, so a linear layer may be
+applied to the few covered cells instead of the many samples.
 
-How many cells are covered follows from the two patches' extents alone, which are plain numbers: nothing is
-waited for on an accelerator, and shapes are the same at every step.
+The number of covered cells follows from the extents of the two patches alone, which are Python numbers. So
+there is no device synchronisation, and shapes are the same at every step.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from hpdm_core.pyramid import Triple
 __all__ = ["Cover", "cover", "sample_cells", "sample_tokens"]
 
 ROUNDING = 1e-5
-"""Cells: a sample this near to a cell's centre counts as lying on it."""
+"""In cells: a sample within this distance of a cell's centre is treated as lying on it."""
 
 
 @dataclass(frozen=True)
 class Cover:
-    """The box of a patch's cells that each row's samples need, and the samples' weights over it.
+    """The box of a patch's cells that the samples of each row need, and the interpolation weights over it.
 
-    ``rows`` [B * count] are the box's cells among all B * N of the batch, row-major; None for the whole
-    patch. ``weights``: per axis [B, n, count of the axis], each row summing to one.
+    ``rows`` [B * count]: indices of the box's cells among all B * N cells of the batch, row-major; None for the
+    whole patch. ``counts``: cells of the box per axis. ``weights``: per axis [B, n, count of the axis], each row
+    summing to one.
     """
 
     rows: Tensor | None
@@ -41,22 +42,22 @@ class Cover:
 
     @property
     def cells(self) -> int:
-        """Cells of a row's box."""
+        """Number of cells of a row's box."""
         return math.prod(self.counts)
 
     def cut(self, cells: Tensor) -> Tensor:
-        """Cut each row's box out of the patches' cells [B, N, D]: [B, count, D]."""
+        """Return each row's box out of the patches' cells [B, N, D]: [B, count, D]."""
         if self.rows is None:
             return cells
         batch, _, width = cells.shape
         return cells.reshape(-1, width).index_select(0, self.rows).view(batch, -1, width)
 
     def sample(self, box: Tensor) -> Tensor:
-        """Interpolate what was cut, [B, count, D], at the samples: [B, n_f * n_h * n_w, D]."""
+        """Interpolate the box from `cut`, [B, count, D], at the samples: [B, n_f * n_h * n_w, D]."""
         f, h, w = (weights.to(box.dtype) for weights in self.weights)
         width = box.shape[-1]
         cells = rearrange(box, "b (f h w) d -> b f h w d", f=self.counts[0], h=self.counts[1])
-        # Width first and frames last: the largest product is then one wide matrix per row of the batch.
+        # Width first and frames last: the largest product is then one wide matrix product per row of the batch.
         cells = torch.matmul(w[:, None, None], cells)  # [B, F, H, n_w, D]
         lines = rearrange(cells, "b f h w d -> b f h (w d)")
         lines = torch.matmul(h[:, None], lines)  # [B, F, n_h, n_w D]
@@ -65,16 +66,16 @@ class Cover:
 
 
 def cover(positions: Sequence[Tensor], grid: Triple, extent: Sequence[float] | None = None) -> Cover:
-    """Return what samples at ``positions`` need of a patch of ``grid`` cells.
+    """Return the cells of a patch of ``grid`` cells, with weights, that interpolation at ``positions`` needs.
 
     ``positions``: per axis (f, h, w) a tensor [B, n_axis] in the patch's unit frame (0 = lower face, 1 =
-    upper face), evenly spread and rising, as `Coords.within` gives them. ``extent``: how much of the patch
-    the samples' own patch covers per axis, 1 for all of it; None looks for it in the positions, for which an
-    accelerator has to be waited for.
+    upper face), evenly spaced and increasing, as `Coords.within` returns them. ``extent``: the share of the
+    patch that the samples' own patch covers per axis, 1 for all of it; None computes it from the positions,
+    which needs a device synchronisation on an accelerator.
     """
     starts, counts, weights = [], [], []
     for index, (axis, size) in enumerate(zip(positions, grid, strict=True)):
-        places = (axis.detach() * size - 0.5).clamp(0, size - 1)  # in cells; beyond the border: on it
+        places = (axis.detach() * size - 0.5).clamp(0, size - 1)  # in cells; clamped to the border
         count = _count(places, size, None if extent is None else extent[index], axis.shape[1])
         start = (places[:, 0] + ROUNDING).floor().clamp(max=size - count)  # [B]
         steps = torch.arange(count, device=axis.device, dtype=axis.dtype)
@@ -92,18 +93,18 @@ def cover(positions: Sequence[Tensor], grid: Triple, extent: Sequence[float] | N
 
 
 def _count(places: Tensor, size: int, extent: float | None, samples: int) -> int:
-    """Return how many cells from the first one on serve every row's ``samples``."""
+    """Return how many cells, counted from a row's first one, are enough for the ``samples`` of every row."""
     if extent is None:
         first = (places[:, 0] + ROUNDING).floor()
         count = int((places[:, -1] - ROUNDING).ceil().sub(first).max()) + 1
     else:
         span = extent * size * (samples - 1) / samples  # from the first sample to the last
-        count = math.ceil(span - 2 * ROUNDING) + 2  # wherever between two cells the first one lies
+        count = math.ceil(span - 2 * ROUNDING) + 2  # for any position of the first one between two cells
     return min(count, size)
 
 
 def _rows(starts: Sequence[Tensor], counts: Triple, grid: Triple) -> Tensor:
-    """Return the numbers of the boxes' cells among all cells of the batch, row-major."""
+    """Return the indices of the boxes' cells among all cells of the batch, row-major."""
     index = torch.arange(len(starts[0]), device=starts[0].device)[:, None]
     for start, count, size in zip(starts, counts, grid, strict=True):
         along = start[:, None] + torch.arange(count, device=start.device)  # [B, count]

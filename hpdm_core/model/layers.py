@@ -1,6 +1,6 @@
-"""The few layers that the network is made of, each able to say what its parameters start from.
+"""The layers of the network. Each can draw the initial values of its own parameters.
 
-Initial values follow the official RIN code: Glorot-uniform kernels, zero biases, truncated normal tables of
+Initial values follow the official RIN code: Glorot-uniform weights, zero biases, truncated normal tables of
 standard deviation 0.02. A layer draws them when it is built (from torch's global generator) and again, keyed
 by its name in the network, through `Initialised.initial` (see `hpdm_core.model.initialise`).
 """
@@ -20,7 +20,7 @@ __all__ = ["MLP", "Attention", "Initialised", "LayerNorm", "LevelTable", "Linear
 EPSILON = 1e-6
 TABLE_STD = 0.02
 FEW_KEYS = 128
-"""Keys (and values) of a head that stay in a core's cache wherever they lie."""
+"""Up to this number, the keys and values of a head stay in a core's cache in any memory layout."""
 
 
 @runtime_checkable
@@ -28,17 +28,17 @@ class Initialised(Protocol):
     """A module whose own parameters can be drawn from a keyed generator."""
 
     def initial(self, name: str, generator: torch.Generator | None) -> Tensor:
-        """Return the start (CPU, float32) of the own parameter ``name``; None = global generator."""
+        """Return the initial value (CPU, float32) of the module's own parameter ``name``; None = global generator."""
         ...
 
 
 class Linear(nn.Linear):
-    """Affine map; Glorot-uniform kernel, zero bias."""
+    """Affine map; Glorot-uniform weights, zero bias."""
 
     def reset_parameters(self) -> None:
-        """Draw the start from the global generator (called by the constructor)."""
+        """Draw the initial values from the global generator (called by the constructor)."""
         if self.weight.is_meta:
-            return  # no contents; counting a model's cost builds many
+            return  # nothing to draw; cost counting builds many models on the meta device
         with torch.no_grad():
             self.weight.copy_(self.initial("weight", None))
         if self.bias is not None:
@@ -54,14 +54,14 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with epsilon 1e-6; ``gain`` is where its scale starts."""
+    """Layer norm with epsilon 1e-6; ``gain`` is the initial value of its scale."""
 
     def __init__(self, width: int, *, gain: float = 1.0) -> None:
         self.gain = gain
         super().__init__(width, eps=EPSILON)
 
     def reset_parameters(self) -> None:
-        """Set the start (called by the constructor)."""
+        """Set the initial values (called by the constructor)."""
         if self.weight.is_meta:
             return
         nn.init.constant_(self.weight, self.gain)
@@ -74,7 +74,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Table(nn.Module):
-    """A learned table ``rows`` [*shape]; starts truncated normal, deviation 0.02, cut at two of them."""
+    """A learned table ``rows`` [*shape]; truncated normal start, standard deviation 0.02, cut at two of them."""
 
     rows: nn.Parameter
 
@@ -100,7 +100,7 @@ class Table(nn.Module):
 class LevelTable(Table):
     """A table with a row per level of the pyramid, coarsest first, [levels, width].
 
-    ``training.start_from.resize: [levels]`` fills the first rows of one from a model of fewer levels.
+    ``training.start_from.resize: [levels]`` fills its first rows from a model with fewer levels.
     """
 
 
@@ -113,7 +113,7 @@ class MLP(nn.Module):
         self.down = Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map every row by itself."""
+        """Map every row independently."""
         hidden: Tensor = self.down(F.gelu(self.up(x)))
         return hidden
 
@@ -121,8 +121,8 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with separate, biased query, key, value and output maps.
 
-    The residual and the norms stand outside. Queries [B, N, query_dim], keys and values from [B, K,
-    source_dim], inner width ``heads * head_dim``.
+    The residual connection and the norms are outside this layer. Queries [B, N, query_dim], keys and values from
+    [B, K, source_dim], inner width ``heads * head_dim``.
     """
 
     def __init__(self, query_dim: int, source_dim: int, *, heads: int, head_dim: int) -> None:
@@ -135,9 +135,9 @@ class Attention(nn.Module):
         self.o = Linear(inner, query_dim)
 
     def forward(self, query: Tensor, source: Tensor) -> Tensor:
-        """Return what each query gathers from ``source``: [B, N, query_dim]."""
+        """Return the attention of ``query`` over ``source``: [B, N, query_dim]."""
         q, k, v = (self._split(made) for made in (self.q(query), self.k(source), self.v(source)))
-        if k.is_cpu and k.shape[-2] > FEW_KEYS:  # read again for every block of queries
+        if k.is_cpu and k.shape[-2] > FEW_KEYS:  # the CPU kernel reads them again for every block of queries
             k, v = k.contiguous(), v.contiguous()
         gathered = F.scaled_dot_product_attention(q, k, v)  # scale 1/sqrt(head_dim)
         merged: Tensor = self.o(rearrange(gathered, "b heads n d -> b n (heads d)"))

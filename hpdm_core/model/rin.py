@@ -1,9 +1,8 @@
 """Recurrent interface network: blocks that read tokens into latents, process, and write back.
 
 RIN (2212.11972) with the block order of Snap Video (2402.14797): condition read + MLP, patch read + MLP,
-self-attention layers, patch write + token MLP. Conditioning enters as tokens, not as modulation. The widths
-follow the composition that meets the parameter counts of HPDM's Table 8 (docs: the paper does not print
-them).
+self-attention layers, patch write + token MLP. Conditioning enters as tokens, not as modulation. The paper does
+not print the widths; ours are chosen to match the parameter counts of HPDM's Table 8 (see docs).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Gather(nn.Module):
-    """x += Attention(LN(x), LN(source)); x += MLP(LN(x)). Without source width: self-attention, one norm."""
+    """x += Attention(LN(x), LN(source)); x += MLP(LN(x)). ``source_width`` None: self-attention, with one norm."""
 
     def __init__(
         self, width: int, source_width: int | None, *, heads: int, head_dim: int, mlp_ratio: int
@@ -47,7 +46,7 @@ class Gather(nn.Module):
         elif source is not None:
             keys = self.source_norm(source)
         else:
-            raise ValueError("this layer reads a source, none was given")
+            raise ValueError("no source was given; this layer attends to a source")
         x = x + self.attention(query, keys)
         updated: Tensor = x + self.mlp(self.mlp_norm(x))
         return updated
@@ -96,10 +95,10 @@ class RINBlock(nn.Module):
 class RIN(Backbone):
     """``blocks`` RIN blocks over tokens of width ``token_dim``, with latent self-conditioning.
 
-    The width of the latents' self-attention is ``latent_heads * latent_head_dim``, whatever ``latent_dim``;
-    reads and writes have inner width ``token_dim`` in ``heads`` heads. The defaults are
-    HPDM-S; ``latent_dim`` 512 and 1024 are M and L. Raises `InputError` when the heads do
-    not divide it.
+    The inner width of the latents' self-attention is ``latent_heads * latent_head_dim``, independent of
+    ``latent_dim``; reads and writes have inner width ``token_dim``, split into ``heads`` heads. The defaults are
+    HPDM-S; ``latent_dim`` 512 and 1024 are M and L. Raises `InputError` if ``heads`` does not divide
+    ``token_dim``.
     """
 
     def __init__(

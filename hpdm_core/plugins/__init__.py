@@ -1,4 +1,4 @@
-"""Plugins: found, loaded, checked, named and resolved. `build_plugins` is the way in.
+"""Plugins: how they are found, loaded and checked, and how a name becomes a part. Start with `build_plugins`.
 
 A plugin is a module with functions marked ``@hookimpl`` (`hpdm_core.hookspecs` lists the hooks), or a package
 that names such submodules in ``PLUGIN_MODULES`` and may ship a folder ``presets``.

@@ -1,6 +1,5 @@
 """``python -m hpdm_core.plugins list | why FAMILY/KEY | check NAME [--plugin FILE]``."""
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hpdm_core.base.command_line import CommandParser
 from hpdm_core.base.errors import InputError, did_you_mean, report_errors
 from hpdm_core.config.overrides import parse_set
 from hpdm_core.config.problems import MISSING
@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report_errors(_main, arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hpdm plugins",
-        description="What plugins there are, where parts come from, whether a plugin keeps the rules.",
+        description="List plugins, show where a part comes from, check whether a plugin keeps its contract.",
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = CommandParser(add_help=False)
     shared.add_argument(
         "--plugin",
         metavar="FILE",
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="an option of the part, for parts that cannot be built without; may be repeated",
+        help="an option of the part, needed for options without a default; may be repeated",
     )
     return parser
 
@@ -130,9 +130,7 @@ def _meant(plugins: Plugins, name: str) -> tuple[list[Registration], list[Plugin
 
 
 def _refuse_wrong(plugins: Plugins, parts: Sequence[Registration], options: Mapping[str, Any]) -> None:
-    """Raise InputError for options that a part does not have or that have a wrong value; those that are
-    missing are a failed check.
-    """
+    """Raise InputError for unknown options and wrong values. Missing options are reported as a failed check instead."""
     lines = []
     for part in parts:
         _, problems = plugins.check(part.family, Part(use=part.name, options=dict(options)), ())

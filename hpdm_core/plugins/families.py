@@ -1,4 +1,4 @@
-"""The families of parts: which hook fills each, where it stands in a study file, what its factories are handed."""
+"""The families of parts: the hook, the key in a study file and the positional arguments of the factories of each."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ __all__ = ["FAMILIES", "Family"]
 class Family:
     """One family of parts.
 
-    ``name`` is the plural used in messages and by ``why FAMILY/KEY``; ``path`` the key in a study file; ``positional``
-    the names of the positional parameters that every factory of the family is handed; ``optional`` those that may
-    follow, handed to a factory that names them.
+    ``name``: the plural used in messages and by ``why FAMILY/KEY``; ``path``: the key in a study file; ``positional``:
+    names of the positional parameters that every factory of the family takes; ``optional``: further positional
+    parameters, which are passed only to a factory that has them.
     """
 
     name: str
@@ -21,12 +21,12 @@ class Family:
 
     @property
     def of_cell(self) -> bool:
-        """Whether the part belongs to a cell; a backend is a study's."""
+        """Whether the part belongs to a cell; a backend belongs to a study."""
         return "." in self.path
 
     @property
     def hook(self) -> str:
-        """The name of the hook that fills this family."""
+        """The name of the hook that registers parts of this family."""
         return f"register_{self.name}"
 
 

@@ -1,6 +1,6 @@
-"""Finding plugins: installed ones by the entry-point group ``hpdm``, and those named as a file or a module.
+"""Finds plugins: installed ones by the entry-point group ``hpdm``, and those named as a file or a module.
 
-No folder is scanned. A package may hold several plugins: it names its submodules in ``PLUGIN_MODULES``.
+No folder is scanned. A package may contain several plugins: it lists its submodules in ``PLUGIN_MODULES``.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ GROUP = "hpdm"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A plugin that was looked for: loaded as ``plugin``, or not, for the ``reason`` given.
+    """A plugin that was looked for: either loaded as ``plugin``, or not loaded, with the ``reason``.
 
-    ``name`` is unique among plugins; ``file`` where it was loaded from; ``version`` that of its distribution;
-    ``sha256`` that of its source, for plugins that have no version that would tell two states apart; ``package`` the
-    folder of the package that named it in PLUGIN_MODULES.
+    ``name``: unique among plugins; ``file``: where it was loaded from; ``version``: of its distribution; ``sha256``: of
+    its source, for a plugin named as a file or module, which may change without a new version; ``package``: the folder
+    of the package that lists it in PLUGIN_MODULES.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Candidate:
 
 
 def installed() -> Iterator[Candidate]:
-    """Yield the plugins of the entry-point group, ours first, then by name, with reasons for broken ones."""
+    """Yield the plugins of the entry-point group, built-in ones first, then by name; broken ones with the reason."""
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name != "hpdm_plugins", point.name))
     seen = set()
     for point in points:
@@ -62,7 +62,7 @@ def _from_entry_point(point: EntryPoint) -> Iterator[Candidate]:
 
 
 def _expanded(candidate: Candidate) -> Iterator[Candidate]:
-    """Yield the plugins that a package names in PLUGIN_MODULES, or the plugin itself."""
+    """Yield the plugins that a package lists in PLUGIN_MODULES, or the plugin itself."""
     plugin = candidate.plugin
     modules = getattr(plugin, "PLUGIN_MODULES", None) if isinstance(plugin, ModuleType) else None
     if modules is None:
@@ -88,7 +88,7 @@ def _expanded(candidate: Candidate) -> Iterator[Candidate]:
 def named(name: str) -> list[Candidate]:
     """Return the plugins called ``name``: a path to a Python file, or a module that can be imported.
 
-    Raises InputError, one line, when there is no such file or module or when it cannot be imported.
+    Raises InputError with one line when there is no such file or module or when it cannot be imported.
     """
     if name.endswith(".py") or "/" in name or "\\" in name:
         return [_from_file(Path(name))]
@@ -99,7 +99,7 @@ def named(name: str) -> list[Candidate]:
             raise InputError(f"plugin '{name}' does not import: {_import_reason(error)}") from None
         known = [point.name for point in entry_points(group=GROUP)]
         raise InputError(
-            f"plugin '{name}': no module of this name can be imported, and it is no path to a .py file"
+            f"plugin '{name}': no module of this name can be imported, and it is not a path to a .py file"
             f"{did_you_mean(name, known)}"
         ) from None
     except Exception as error:
@@ -122,7 +122,7 @@ def _from_file(path: Path) -> Candidate:
     source = path.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     stem = re.sub(r"\W", "_", path.stem)
-    # The name follows place and content: an edited file is a new module, an unchanged one is loaded once.
+    # The module name depends on path and content: an edited file is a new module, an unchanged one is loaded once.
     place = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     name = f"hpdm_plugin_{stem}_{place}_{digest[:16]}"
     module = sys.modules.get(name)
@@ -133,7 +133,7 @@ def _from_file(path: Path) -> Candidate:
         module = importlib.util.module_from_spec(specification)
         sys.modules[name] = module
         try:
-            # Compiled from the bytes that were hashed; a stale bytecode cache cannot stand in for them.
+            # Compiled from the bytes that were hashed, never from a bytecode cache, which may be out of date.
             exec(compile(source, str(path), "exec"), module.__dict__)
         except BaseException as error:
             del sys.modules[name]
@@ -144,7 +144,7 @@ def _from_file(path: Path) -> Candidate:
 
 
 def _import_reason(error: BaseException, path: Path | None = None) -> str:
-    """Return ``file:line: Type: message`` in one line; the last line in ``path`` when that is given."""
+    """Return ``file:line: Type: message`` as one line, for the innermost frame, in ``path`` if it is given."""
     where = ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}: "
@@ -175,7 +175,7 @@ def _version(module: str) -> str | None:
 
 
 def _source_hash(plugin: ModuleType) -> str | None:
-    """SHA-256 over the module's source, or over every module of the package."""
+    """Return the SHA-256 of the module's source, or of all modules of the package."""
     file = _file(plugin)
     if file is None:
         return None

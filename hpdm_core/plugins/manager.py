@@ -1,7 +1,6 @@
-"""The plugins of one run: a value, made by `build_plugins`; there is no global.
+"""The plugins of one run: an object made by `build_plugins`; there is no global registry.
 
-Parts are looked up by (family, key), their options validated, and built; observers are called through
-``hook``.
+It looks up parts by (family, key), validates their options and builds them; observers are called through ``hook``.
 """
 
 import inspect
@@ -27,13 +26,13 @@ __all__ = ["PluginInfo", "Plugins", "Registration", "build_plugins"]
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """One part under its key, and where it comes from."""
+    """A part registered under its key, and where it comes from."""
 
     family: str
     name: str
     factory: Callable[..., Any]
     source: str
-    """Where the idea comes from, in the words of the plugin."""
+    """Where the idea comes from, as the plugin's author states it."""
     plugin: str
     file: Path | None
     version: str | None
@@ -45,7 +44,7 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginInfo:
-    """A plugin that was found; ``skipped`` is the reason when it is not in use."""
+    """A plugin that was found; ``skipped`` is the reason if it is not used."""
 
     name: str
     file: Path | None
@@ -62,9 +61,9 @@ class Plugins:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names: tuple[str, ...] = tuple(names)
-        """The plugins that were asked for by file or module; ``build_plugins(names)`` builds the same."""
+        """The plugins that were named as a file or module; ``build_plugins(names)`` builds an equal object."""
         self.infos: list[PluginInfo] = []
-        """Every plugin found, in order of registration, skipped ones among them."""
+        """Every plugin found, in order of registration, including skipped ones."""
         self.preset_folders: tuple[Path, ...] = ()
         """The ``presets`` folders of plugins that are packages."""
         self.study_folders: tuple[Path, ...] = ()
@@ -89,14 +88,14 @@ class Plugins:
         return sorted(self._registrations[self._family(family).name])
 
     def get(self, family: str, key: str) -> Registration:
-        """Return the part ``key`` of ``family``; InputError with the nearest key when there is none."""
+        """Return the part ``key`` of ``family``. Raises InputError with the nearest key if there is none."""
         registered = self._registrations[self._family(family).name]
         if key not in registered:
             raise InputError(self.unknown(family, key))
         return registered[key]
 
     def unknown(self, family: str, key: str) -> str:
-        """Return the line that says that ``family`` has no ``key``."""
+        """Return the error message for a ``key`` that ``family`` does not have."""
         skipped = [info.name for info in self.infos if info.skipped]
         return (
             f"unknown part '{key}' of {family}{did_you_mean(key, self.keys(family))}; "
@@ -109,13 +108,13 @@ class Plugins:
         return self.get(family, key).options
 
     def models(self, family: str) -> dict[str, type[BaseModel]]:
-        """Return key -> the pydantic model of the part's options, of every part of ``family``."""
+        """Return key -> the pydantic model of the options, for every part of ``family``."""
         return {key: self.options(family, key) for key in self.keys(family)}
 
     def check(self, family: str, part: Part, path: KeyPath = ()) -> tuple[Part, list[Problem]]:
-        """Return ``part`` with its options validated and every default filled in, and what is wrong with it.
+        """Return ``part`` with its options validated and every default filled in, and the list of its problems.
 
-        ``path`` leads to the part within its document; problems carry it on. Options come back as JSON types.
+        ``path``: the path of the part within its document, which problems include. Returned options are JSON types.
         """
         if part.use not in self._registrations[self._family(family).name]:
             return part, [Problem((*path, "use"), self.unknown(family, part.use))]
@@ -143,17 +142,17 @@ class Plugins:
         return value
 
     def validate(self, family: str, part: Part) -> Part:
-        """Return ``part`` with its options validated and every default filled in; InputError with all
-        problems.
-        """
+        """Return ``part`` with its options validated and defaults filled in. Raises InputError with all problems."""
         checked, problems = self.check(family, part)
         if problems:
             raise InputError(*(f"{family}/{part.use}: {problem}" for problem in problems))
         return checked
 
     def make(self, family: str, part: Part, *positional: Any) -> Any:
-        """Build a part: its factory called with what it is handed of the family's positional values, optional ones
-        at the end, and with its validated options."""
+        """Build a part: call its factory with the ``positional`` values that it takes, and with its validated options.
+
+        ``positional``: the values of the family's positional parameters, optional ones at the end.
+        """
         checked = self.validate(family, part)
         registration = self.get(family, part.use)
         made, problems = check(registration.options, checked.options)
@@ -162,7 +161,7 @@ class Plugins:
         return registration.factory(*handed(registration.factory, positional), **values)
 
     def nested(self, family: str, part: Part) -> Iterator[tuple[str, Part]]:
-        """Yield (family, part) of a part and of every part among its options. The part must be valid."""
+        """Yield (family, part) for a valid part and for every part in its options, recursively."""
         yield family, part
         model = self.options(family, part.use)
         made, _ = check(model, part.options)
@@ -173,7 +172,7 @@ class Plugins:
                         yield from self.nested(inner, item)
 
     def versions(self) -> dict[str, str]:
-        """Return plugin -> version, or ``sha256:...`` for one without a version, of the plugins in use."""
+        """Return plugin -> version for the plugins in use; ``sha256:...`` for those named as a file or module."""
         return {
             info.name: f"sha256:{info.sha256}" if info.sha256 else str(info.version)
             for info in self.infos
@@ -190,7 +189,7 @@ class Plugins:
     # Loading
 
     def _add(self, candidate: loading.Candidate) -> None:
-        """Register one plugin, whole or not at all. Raises RuleError."""
+        """Register one plugin completely, or raise RuleError and register nothing."""
         functions = hook_functions(candidate.plugin)
         registrations: list[Registration] = []
         for hook, function in functions.items():
@@ -277,9 +276,9 @@ def _folders(candidates: Iterable[loading.Candidate], name: str) -> tuple[Path, 
 def build_plugins(names: Sequence[str] = (), *, objects: Sequence[Any] = ()) -> Plugins:
     """Return the installed plugins and those called ``names``: paths to Python files, or modules.
 
-    ``objects`` are instances with ``@hookimpl`` methods, for use as a library; a worker cannot rebuild
-    them. A plugin that was asked for and breaks a rule is an InputError; one that is merely installed is
-    skipped, with the reason in ``infos``.
+    ``objects`` are instances with ``@hookimpl`` methods, for use as a library; worker processes cannot rebuild
+    them. Raises InputError if a plugin in ``names`` or ``objects`` breaks a rule. An installed plugin that breaks
+    one is skipped, with the reason in ``infos``.
     """
     resolved = dict.fromkeys(_resolved(name) for name in names)
     asked = [candidate for name in resolved for candidate in loading.named(name)]
@@ -331,7 +330,7 @@ def build_plugins(names: Sequence[str] = (), *, objects: Sequence[Any] = ()) -> 
 
 
 def _resolved(name: str) -> str:
-    """Make paths absolute, so that a worker in another folder finds them."""
+    """Make paths absolute, so that a worker in another working directory finds them."""
     if name.endswith(".py") or "/" in name:
         return str(Path(name).expanduser().resolve())
     return name

@@ -1,4 +1,4 @@
-"""Calls of lifecycle hooks, in which an observer's mistake costs a line in the log and in the result."""
+"""Calls lifecycle hooks. An error in an observer is logged and recorded in the result; it does not stop the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """The lifecycle hooks of ``plugins``, called for ``cell``; with ``cell`` None those of a cell are not
-    called.
+    """Calls the lifecycle hooks of ``plugins`` for ``cell``; with ``cell`` None, hooks about a cell are not called.
 
-    An observer that raises is logged at its first mistake, counted, and called again next time; the others
-    are called all the same. `errors` goes into a stage's result.
+    The first error of an observer in a hook is logged, all are counted. After an error the other observers are
+    still called, and the observer itself is called again the next time. `errors` is written into a stage's result.
     """
 
     def __init__(self, plugins: Plugins, cell: CellInfo | None) -> None:
@@ -32,11 +31,11 @@ class Observers:
 
     @property
     def errors(self) -> list[str]:
-        """One line per observer that has raised: plugin, hook, first error, how often."""
+        """One line per observer and hook that raised: plugin, hook, first error, number of errors."""
         return [f"{self._messages[key]} ({count}x)" for key, count in self._counts.items()]
 
     def call(self, hook: str, **arguments: Any) -> None:
-        """Call every observer of ``hook`` with ``cell`` and ``arguments``; the last registered first."""
+        """Call every observer of ``hook`` with ``cell`` and ``arguments``, the last registered first."""
         if self.cell is None:
             return
         self._call(hook, {"cell": self.cell, **arguments})
@@ -58,5 +57,5 @@ class Observers:
             key = (plugin, hook)
             if key not in self._counts:
                 self._messages[key] = f"plugin '{plugin}', {hook}: {type(error).__name__}: {error}"
-                log.warning("%s (an observer fails nothing; shown once)", self._messages[key])
+                log.warning("%s (an observer's error does not stop the run; shown once)", self._messages[key])
             self._counts[key] = self._counts.get(key, 0) + 1

@@ -1,8 +1,8 @@
 """A part's options: the keyword-only parameters of its factory, as a pydantic model.
 
-The positional parameters of a factory are what the core hands over (`hpdm_core.plugins.families`); whatever
-the user may choose is keyword-only and annotated. An option that names another part, such as a metric's
-extractor, is annotated ``Annotated[Part, "feature_extractors"]``.
+The positional parameters of a factory are passed by the core (`hpdm_core.plugins.families`); options, which the
+user may set, are keyword-only and annotated. An option that names another part, such as a metric's extractor, is
+annotated ``Annotated[Part, "feature_extractors"]``.
 """
 
 import functools
@@ -30,17 +30,17 @@ STRICT = ConfigDict(
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-RESERVED = ("use", "options")  # what a part is made of in a file
+RESERVED = ("use", "options")  # keys of a part in a study file
 
 
 class FactoryError(Exception):
-    """A factory that breaks the rules of its family; the message finishes "PLUGIN registers KEY: "."""
+    """A factory breaks the rules of its family. The message is appended to "PLUGIN registers KEY: "."""
 
 
 def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type[BaseModel]:
-    """Return the model of the options of ``factory``: frozen, unknown options refused, defaults filled in.
+    """Return the pydantic model of the options of ``factory``: frozen, without extra fields, with defaults.
 
-    Raises FactoryError for a signature that does not fit the family.
+    Raises FactoryError for a signature that does not match the family.
     """
     try:
         signature = inspect.signature(factory)
@@ -72,9 +72,10 @@ def options_model(family: Family, key: str, factory: Callable[..., Any]) -> type
 def options_from(
     model: type[BaseModel], *positional: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Mark a factory that takes ``**options``: its options are the fields of ``model``, with their limits.
+    """Decorate a factory that takes ``**options``: its options are the fields of ``model``, with their limits.
 
-    For a part whose options are a model already. ``positional``: what the factory is handed (`Family.positional`).
+    For a part whose options are already defined as a model. ``positional``: names of the factory's positional
+    parameters (`Family.positional`).
     """
 
     def mark(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +101,7 @@ def options_from(
 
 
 def handed(factory: Callable[..., Any], positional: Sequence[Any]) -> Sequence[Any]:
-    """Return those of the ``positional`` values of a family, optional ones at the end, that ``factory`` takes."""
+    """Return those of the family's ``positional`` values (optional ones at the end) that ``factory`` takes."""
     parameters = inspect.signature(factory).parameters.values()
     return positional[: sum(parameter.kind in POSITIONAL for parameter in parameters)]
 
@@ -110,7 +111,7 @@ def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise FactoryError(
-                f"its factory takes **{parameter.name}; name every option, to have it checked: {wanted}"
+                f"its factory takes **{parameter.name}; name every option, so that it can be checked: {wanted}"
             )
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             raise FactoryError(f"its factory takes *{parameter.name}; allowed is {wanted}")
@@ -125,7 +126,7 @@ def _check_kinds(family: Family, parameters: list[inspect.Parameter]) -> None:
 
 
 def _evaluated(factory: Callable[..., Any], options: list[inspect.Parameter]) -> dict[str, Any]:
-    """Evaluate the annotations of the options alone: others may be for type checkers only."""
+    """Evaluate the annotations of the options only: other annotations may exist only for type checkers."""
     while isinstance(factory, functools.partial):
         factory = factory.func
     function: Any = inspect.unwrap(factory)
@@ -158,9 +159,9 @@ def _mentions_part(annotation: Any) -> bool:
 
 
 def named_family(option: str, annotation: Any) -> str | None:
-    """Return the family of the parts that an option's annotation mentions; None when it mentions no part.
+    """Return the family of the parts in an option's annotation; None if the annotation contains no part.
 
-    Raises FactoryError when it mentions a part without a family, an unknown family, or two families.
+    Raises FactoryError for a part without a family, an unknown family, or two families.
     """
     if not _mentions_part(annotation):
         return None
@@ -180,7 +181,7 @@ def named_family(option: str, annotation: Any) -> str | None:
 
 
 def parts_of(model: type[BaseModel], options: BaseModel) -> dict[str, tuple[str, Any]]:
-    """Return option -> (family, value) for those options whose value holds parts."""
+    """Return option -> (family, value) for the options whose value is a part or contains parts."""
     hints = typing.get_type_hints(model, include_extras=True)
     found = {}
     for name in model.model_fields:
@@ -205,7 +206,7 @@ def _default_text(value: Any) -> str:
 
 
 def _type_text(annotation: Any) -> str:
-    """Return an annotation as its author would write it, limits of a number included."""
+    """Return an annotation as text, as it is written in the source, including limits of a number."""
     if typing.get_origin(annotation) is Annotated:
         inside, *marks = typing.get_args(annotation)
         limits = [repr(limit) for mark in marks for limit in getattr(mark, "metadata", ())]

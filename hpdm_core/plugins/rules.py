@@ -1,8 +1,8 @@
-"""What pluggy lets through and we do not: the rules that a plugin's hook functions must keep.
+"""Rules for a plugin's hook functions that pluggy itself does not check.
 
-pluggy registers a misspelt hook without a word and never calls it, fails for a class only at the first call,
-reads a parameter with a default in different ways in different releases, and breaks on keyword-only
-parameters when the hook is called. Each is found here before anything runs.
+pluggy registers a misspelt hook without an error and never calls it. It fails for a class only at the first call.
+A parameter with a default is treated differently in different releases, and a keyword-only parameter raises only
+when the hook is called. All this is checked here before anything runs.
 """
 
 import inspect
@@ -20,11 +20,11 @@ HOOKS: dict[str, tuple[str, ...]] = {
     for name, function in vars(hookspecs).items()
     if inspect.isfunction(function) and hasattr(function, "hpdm_spec")
 }
-"""Every hook and the names of its parameters."""
+"""Hook -> names of its parameters."""
 
 
 class RuleError(Exception):
-    """A plugin that breaks a rule; the message finishes "plugin NAME (FILE): "."""
+    """A plugin breaks a rule. The message is appended to "plugin NAME (FILE): "."""
 
 
 def _marked(plugin: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
@@ -38,9 +38,10 @@ def _marked(plugin: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
 
 
 def hook_functions(plugin: Any) -> dict[str, Callable[..., Any]]:
-    """Return hook name -> function of the plugin's functions marked ``@hookimpl``, checked.
+    """Return hook name -> function for the plugin's functions marked ``@hookimpl``, after checking them.
 
-    Raises RuleError for a class, an unknown hook, a wrapped registration, or a parameter that is not passed.
+    Raises RuleError for a class, an unknown hook, a wrapper of a registration hook, or a parameter that the hook does
+    not pass.
     """
     if inspect.isclass(plugin):
         raise RuleError(f"{plugin.__name__} is a class; give an instance of it, or a module")
@@ -84,7 +85,7 @@ def _place(function: Callable[..., Any]) -> str:
 
 
 def _example(plugin: Any) -> str:
-    """Point at the likeliest slip: an undecorated function, or hooks inside a class of the module."""
+    """Return a hint at the likeliest mistake: an undecorated function, or hooks inside a class of the module."""
     for name in dir(plugin):
         if name in HOOKS and inspect.isroutine(getattr(plugin, name)):
             return f"'{name}', which is not marked"

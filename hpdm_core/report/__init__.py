@@ -1,4 +1,4 @@
-"""The report of a study: made of result files and nothing else, at any time, also while the study runs."""
+"""The report of a study, made from its result files only, at any time, also while the study runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from hpdm_core.report.text import HOLE, Table, to_latex, to_markdown
 __all__ = ["load_results", "write_report"]
 
 _WIDTH = 110
-_NAMED = 12  # cells that a sentence names
+_NAMED = 12  # most cells that a sentence names
 
 
 def write_report(folder: Path) -> str:
-    """Write results.{parquet,csv}, table.{md,tex}, arms.png and perhaps fakes.png into ``folder``/report, and
-    return the tables as text.
+    """Write results.{parquet,csv}, table.{md,tex} and, where there is data for them, arms.png, fakes.png and pareto.png
+    into ``folder``/report, and return the tables as text.
 
-    ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is none, TroubleError when
-    nothing can be written there; what is missing is shown as a hole.
+    ``folder`` is RESULTS_DIR/NAME of a study. Raises InputError when it is not a study's folder, TroubleError when
+    nothing can be written there. A missing value is shown as a hole (`HOLE`).
     """
     results = load_results(folder)
     target = folder / "report"
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> str:
         ]
     )
     try:
-        with disk_trouble(target):  # a full disk has a line of its own
+        with disk_trouble(target):  # reports a full disk with its own message
             _write_files(target, results, text, tables, first=lead[0])
     except OSError as error:
         raise TroubleError(f"{target}: the report cannot be written: {error.strerror or error}") from error
@@ -74,13 +74,13 @@ def _write_files(
     }
     for name, picture in pictures.items():
         if picture is None:
-            (target / name).unlink(missing_ok=True)  # of samples that are there no more
+            (target / name).unlink(missing_ok=True)  # an old figure whose data no longer exist
         else:
             write_bytes(target / name, picture)
 
 
 def _lead(results: StudyResults) -> list[str]:
-    """Return the paragraphs before the tables: what is missing, the headline, what the metrics do not see."""
+    """Return the paragraphs before the tables: missing cells, the headline, and what the distances are blind to."""
     total, missing = len(results.cells), results.missing
     if missing:
         named = ", ".join(f"{cell.arm} seed {cell.seed} ({cell.state})" for cell in missing[:_NAMED])
@@ -115,7 +115,7 @@ def _lead(results: StudyResults) -> list[str]:
 
 
 def _arms(results: StudyResults) -> list[str]:
-    """Return what each arm changes, and in what every other pair differs, as paragraphs."""
+    """Return paragraphs on what each arm changes against the baseline, and how every other pair of arms differs."""
     others = [arm for arm in results.arms if arm != results.baseline]
     if not others:
         return []
@@ -132,7 +132,7 @@ def _arms(results: StudyResults) -> list[str]:
 
 
 def _provenance(results: StudyResults) -> list[str]:
-    """Return on what machine and with what versions the numbers were made, as paragraphs."""
+    """Return paragraphs on the machines and versions that computed the numbers."""
     found = provenance_of(results.cells)
     if not found:
         return []

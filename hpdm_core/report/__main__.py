@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpdm_core.base.command_line import CommandParser
 from hpdm_core.base.errors import report_errors
 from hpdm_core.report import write_report
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hpdm_core.report", description="Rebuild the report of a study from its result files."
     )
     parser.add_argument(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Curve", "curves_figure", "curves_of"]
 
 PALETTE = ("#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b")
-"""Pale to dark: few fakes to many."""
+"""Colours from pale to dark, for few to many fakes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Curve:
 
 
 def curves_of(results: StudyResults) -> list[Curve]:
-    """Return the curves that metrics left in their details, by arm, level and number of fakes."""
+    """Return the curves from the metrics' details, by arm, level and number of fakes."""
     found: dict[tuple[str, str, int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in results.cells:
         for distance, point in _points(cell):
@@ -59,7 +59,7 @@ def _points(cell: CellRecord) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def curves_figure(results: StudyResults) -> bytes | None:
-    """Return the PNG, None when no metric left curves. Panels of one level share their axis of values."""
+    """Return the PNG, or None when no metric recorded curves. Panels of one level share their y axis."""
     curves = curves_of(results)
     if not curves:
         return None
@@ -99,7 +99,7 @@ def curves_figure(results: StudyResults) -> bytes | None:
     figure.legend(handles, labels, loc="outside right center", fontsize=8, title="fakes", title_fontsize=8)
     seeds = max(curve.seeds for curve in curves)
     figure.suptitle(
-        f"{results.study}: each curve is another number; compare points of one curve only"
+        f"{results.study}: distances at different numbers of fakes do not compare; compare within a curve only"
         + (f" (mean of {seeds} seeds)" if seeds > 1 else ""),
         fontsize=10,
     )
@@ -109,7 +109,7 @@ def curves_figure(results: StudyResults) -> bytes | None:
 
 
 def _wide(curves: list[Curve]) -> bool:
-    """Whether the values call for a logarithmic axis."""
+    """Whether the values need a logarithmic axis: all positive, over more than a factor of 10."""
     values = [value for curve in curves for value in curve.values.values()]
     return min(values) > 0 and max(values) > 10 * min(values)
 

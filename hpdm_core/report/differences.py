@@ -1,8 +1,8 @@
-"""In what two arms differ: configuration keys, and parameters by name and shape.
+"""Differences between two arms: configuration keys, and parameters by name and shape.
 
-What training depends on is compared in the cells' specs, with every default filled in; the rest (sampling,
-evaluation) and arms that never ran in the overrides of ``study.yaml``, which is all that arms of a study
-may differ in.
+Sections that training depends on are compared by the cells' specs, with every default filled in. Other sections
+(sampling, evaluation), and arms that never ran, are compared by their overrides in ``study.yaml``, which hold all
+differences between arms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAMES_SHOWN = 3
 
 
 def configuration_differences(results: StudyResults, arm: str, *, against: str | None = None) -> list[str]:
-    """Return lines ``key: value of against -> value of arm``; ``against`` None is the baseline."""
+    """Return lines ``KEY: OLD -> NEW``, OLD of the arm ``against`` (None: the baseline), NEW of ``arm``."""
     against = results.baseline if against is None else against
     old, new = _spec(results, against), _spec(results, arm)
     if old is not None and new is not None:
@@ -46,8 +46,9 @@ def configuration_differences(results: StudyResults, arm: str, *, against: str |
 
 
 def parameter_differences(results: StudyResults, arm: str, *, against: str | None = None) -> str | None:
-    """Return one line on the parameters that differ from those of ``against`` (None: the baseline); None
-    where weights are missing.
+    """Return one line on the parameters that differ from those of ``against`` (None: the baseline).
+
+    None if the weights of either arm are missing.
     """
     pairs = [
         (cell.parameters, other.parameters)
@@ -74,7 +75,7 @@ def parameter_differences(results: StudyResults, arm: str, *, against: str | Non
 
 
 def pair_lines(results: StudyResults) -> list[str]:
-    """Return one line per pair of arms without the baseline: the keys and the parameters that differ."""
+    """Return one line per pair of arms other than the baseline: the keys and the parameters that differ."""
     lines = []
     others = [arm for arm in results.arms if arm != results.baseline]
     for old, new in itertools.combinations(others, 2):
@@ -117,7 +118,7 @@ def _compare(path: str, old: Any, new: Any) -> list[str]:
 
 
 def _is_newer_neutral(old: Any, new: Any) -> bool:
-    """Whether one of the two has no such field, which came later than it, and the other leaves it neutral."""
+    """Whether one of two specs is older and lacks the field, and the other one has it at a neutral value."""
     return (old == _ABSENT and _is_neutral(new)) or (new == _ABSENT and _is_neutral(old))
 
 
@@ -141,7 +142,7 @@ def _show(value: Any) -> str:
 
 
 def _lookup(data: Mapping[str, Any], dotted: str) -> Any:
-    """Return what ``data`` gives for a key, else the schema's default."""
+    """Return the value of a dotted key in ``data``, or else the schema's default."""
     found: Any = data
     for part in dotted.split("."):
         found = found.get(part, _ABSENT) if isinstance(found, Mapping) else _ABSENT

@@ -1,8 +1,7 @@
-"""Tables of what networks cost: measured by the metric `efficiency`, and predicted against real for cells that
-were trained.
+"""Tables of costs: those measured by the metric `efficiency`, and predicted against real costs of trained cells.
 
-Out of memory is written OOM. The paper's Table 1 stands beside ours as ratios to full resolution, in columns
-of its own.
+Out of memory is written OOM. The paper's Table 1 is shown in separate columns beside ours, as ratios to full
+resolution.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def paper_table1() -> dict[str, Any]:
 
 
 def efficiency_tables(results: StudyResults) -> list[Table]:
-    """Return what the metric `efficiency` found, and its ratios beside the paper's; nothing without it."""
+    """Return a table of the metric `efficiency` and one of its ratios beside the paper's; none without the metric."""
     frame = results.frame
     rows = frame[frame["metric"].str.startswith(PREFIX)]
     if rows.empty:
@@ -100,7 +99,7 @@ def _ratios(results: StudyResults, found: Mapping[str, Mapping[str, Any]]) -> Ta
         caption=(
             "Each row over the full-resolution network of the same video size. Columns marked paper are the "
             f"paper's own numbers, not measured here: {paper['source']}. A row or its reference that ran out of "
-            f"memory is {OOM}. Sizes and machines differ: compare ratios, not more."
+            f"memory is {OOM}. Sizes and machines differ: compare the ratios only."
         ),
     )
 
@@ -124,7 +123,7 @@ def _shown(value: Any, text: Any) -> str:
 
 
 def _brief(protocols: pd.Series) -> str:
-    """Return the protocols without the probes, which are in the results."""
+    """Return the protocols as text, without probes and levels, which are in the results."""
     kept = []
     for text in protocols.unique():
         facts = json.loads(text)
@@ -135,7 +134,7 @@ def _brief(protocols: pd.Series) -> str:
 
 
 def cost_table(results: StudyResults) -> Table | None:
-    """Return what training was predicted to cost and what it did cost; None where nothing was predicted."""
+    """Return a table of predicted and real costs of training; None if there are no predictions."""
     cells: dict[str, dict[str, str]] = {}
     rates: set[str] = set()
     started = False
@@ -160,14 +159,14 @@ def cost_table(results: StudyResults) -> Table | None:
     if not cells:
         return None
     return Table(
-        title="What training was predicted to cost, and what it did cost",
+        title="Cost of training, predicted and real",
         first="",
         cells=_frame(cells),
         caption=(
-            f"Means over seeds. Predicted for one GPU that does {', '.join(sorted(rates))} "
-            "(runtime.utilisation of runtime.peak_tflops); real on the device named, in one process's memory: "
+            f"Means over seeds. Predicted for one GPU at {', '.join(sorted(rates))} "
+            "(runtime.utilisation of runtime.peak_tflops); real on the device named. Memory is that of one process: "
             "on a CPU the whole process's, with Python and libraries."
-            + (" Hours are with those of the models that an arm started from." if started else "")
+            + (" Hours include those of the models that an arm started from." if started else "")
         ),
     )
 
@@ -178,7 +177,7 @@ def _predicted_seconds(result: Mapping[str, Any]) -> float:
 
 
 def _before(result: Mapping[str, Any], name: str) -> float:
-    """Return what the models that this one started from took."""
+    """Return the cost ``name`` of the models that this one started from."""
     return float(result.get("started_from", {}).get(name, 0.0))
 
 

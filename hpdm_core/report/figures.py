@@ -1,4 +1,4 @@
-"""``arms.png``: the same generated videos of every arm, one row each. For looking, not for measuring."""
+"""``arms.png``: generated videos with the same indices from every arm, one row per arm, for visual comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Picture = NDArray[np.uint8]
 
 SAMPLES = 4
 FRAMES = 4
-_GAP = 2  # pixels between frames; between samples four times as many
+_GAP = 2  # pixels between frames; four times as many between samples
 _WHITE = 255
 
 
@@ -39,7 +39,7 @@ def arms_figure(results: StudyResults) -> bytes | None:
     strips = {arm: _strip(videos, indices, times, (height, width)) for arm, (_, videos) in rows.items()}
     strip_height, strip_width = next(iter(strips.values())).shape[:2]
 
-    # Every pixel is drawn as at least two dots: 64 pixels are small on a screen.
+    # Enlarge each pixel up to twofold: 64 pixels are small on a screen.
     scale, dpi = max(1.0, min(2.0, 2400 / strip_width)), 100
     names = {
         arm: arm if seed == results.seeds[0] else f"{arm}\n(seed {seed})" for arm, (seed, _) in rows.items()
@@ -113,7 +113,7 @@ def _finest(path: Path) -> Picture | None:
 def _strip(
     videos: dict[int, Picture], indices: list[int], times: NDArray[np.int64], size: tuple[int, int]
 ) -> Picture:
-    """Return one row of pictures: all frames of the first sample, then of the next."""
+    """Return one row of pictures: the frames ``times`` of the first sample, then of the next."""
     height, width = size
     parts: list[Picture] = []
     for place, index in enumerate(indices):

@@ -1,8 +1,7 @@
 """A study's result files as one tidy table: a row per number, with its protocol and keys.
 
-Reads ``index.csv``, ``study.yaml`` and ``versions.json`` of the study's folder, and results, specs and
-weights' headers of the store beside it; nothing else, and no plugin. What is missing or not readable is a
-hole, never an error.
+Reads only ``index.csv``, ``study.yaml`` and ``versions.json`` of the study's folder, and results, specs and headers of
+weight files in the store beside it; loads no plugin. Missing or unreadable results are left out and raise no error.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ COLUMNS = (
     "evaluation_key",
     "stale",
 )
-"""Columns of every table; metrics may add their own. ``stale``: computed with other versions of hpdm or of an
-installed plugin than the study was last planned with; other plugin files give other keys."""
+"""Columns of every table; metrics may add their own. ``stale``: computed with other versions of hpdm or of an installed
+plugin than the study was last planned with (changed plugin files change the keys instead)."""
 
 TRAIN_SECTIONS = ("model", "diffusion", "data", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:
-    """One planned cell: what the index says, and what was found for it."""
+    """One planned cell: its row of index.csv, and the results found for it."""
 
     arm: str
     seed: int
@@ -61,12 +60,12 @@ class CellRecord:
     weights: Path
     samples: Path
     stale: tuple[str, ...] = ()
-    """What was computed with other versions than the study was last planned with: ``NAME OLD, now NEW``."""
+    """Versions that have changed since its results were computed: ``NAME OLD, now NEW``."""
 
     @property
     def complete(self) -> bool:
-        """Whether every number that was asked for is there."""
-        # Not the train stage: an evaluation that is done proves it, and the store may have been thinned out.
+        """Whether it has all of its numbers."""
+        # The train stage is not checked: evaluations prove it, and the user may have deleted it from the store.
         return self.state == "done" or (
             bool(self.evaluation_keys) and len(self.evaluations) == len(self.evaluation_keys)
         )
@@ -92,13 +91,11 @@ class StudyResults:
     seeds: tuple[int, ...]
     cells: tuple[CellRecord, ...]
     plan: Mapping[str, Any] = field(default_factory=dict)
-    """study.yaml."""
+    """The content of study.yaml."""
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row per number: `COLUMNS`, then the columns that metrics add. ``level`` is nullable,
-        ``protocol`` JSON.
-        """
+        """A row per number: `COLUMNS`, then the columns that metrics add. ``level`` is nullable, ``protocol`` JSON."""
         rows = [row for cell in self.cells for row in _rows(self.study, cell)]
         extra = sorted({name for row in rows for name in row} - set(COLUMNS))
         frame = pd.DataFrame(rows, columns=[*COLUMNS, *extra])
@@ -127,7 +124,7 @@ class StudyResults:
 
 
 def load_results(folder: Path) -> StudyResults:
-    """Read the study in ``folder`` (RESULTS_DIR/NAME). Raises InputError when it is none."""
+    """Read the study in ``folder`` (RESULTS_DIR/NAME). Raises InputError when it is not a study's folder."""
     index = folder / "index.csv"
     try:
         with index.open(newline="", encoding="utf-8") as handle:
@@ -189,7 +186,7 @@ def _versions(data: Any) -> dict[str, str]:
     return {
         name: version
         for name, version in found.items()
-        if isinstance(version, str) and not version.startswith("sha256:")  # a file's hash is in the keys
+        if isinstance(version, str) and not version.startswith("sha256:")  # file hashes are in the keys
     }
 
 
@@ -199,7 +196,7 @@ def _changes(used: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
         f"{name} {old}, now {planned[name]}"
         for name, old in used.items()
         if planned.get(name, old) != old
-        # What comes with hpdm changes with it: that is one change.
+        # Plugins that are shipped with hpdm change with it: report only hpdm.
         and (name == "hpdm" or (old, planned[name]) != own)
     ]
 
@@ -233,12 +230,12 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def by_seed(frame: pd.DataFrame) -> dict[int, float]:
-    """Return seed -> value of the rows of one arm, level and metric."""
+    """Return seed -> value, for ``frame`` with the rows of one arm, level and metric."""
     return {int(seed): float(value) for seed, value in zip(frame["seed"], frame["value"], strict=True)}
 
 
 def provenance_of(cells: Sequence[CellRecord]) -> dict[str, list[str]]:
-    """Return what the cells' results were computed on and with: machines, packages, git commits."""
+    """Return the machines, package versions and git commits that computed the cells' results."""
     machines: set[str] = set()
     commits: set[str] = set()
     for cell in cells:

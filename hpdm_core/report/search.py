@@ -1,4 +1,4 @@
-"""What a search gave, from search.json in the study's folder: budgets used, the best of each arm, the Pareto set."""
+"""Tables and figure of a search, from search.json in the study's folder: budgets, best proposals, the Pareto set."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _best_of_arms(search: Mapping[str, Any]) -> Table:
         caption=(
             f"Each arm was tuned on its own with sampler {search['sampler']['use']} and pruner "
             f"{search['pruner']['use']}, {search['budget']} proposals allowed, those given up or failed among them. "
-            f"{first['name']} ({first['direction']}d) is the mean over seeds {_listed(search['seeds'])}: the best of "
-            "many is better than it would be again, so arms are not to be compared by this column. "
+            f"{first['name']} ({first['direction']}d) is the mean over seeds {_listed(search['seeds'])}. The best of "
+            "many proposals is biased by its selection, so do not compare arms by this column. "
             f"{_compared(search)} Hours are those of finished stages."
         ),
     )
@@ -64,8 +64,8 @@ def _compared(search: Mapping[str, Any]) -> str:
     text = f"The arms are compared by their best proposals run with seeds {_listed(final)}"
     shared = [seed for seed in final if seed in tuned]
     if not shared:
-        return f"{text}, none of which was searched with."
-    return f"{text}; of these, {_listed(shared)} were searched with too, and there the comparison flatters."
+        return f"{text}, none of which the search used."
+    return f"{text}; the search used {_listed(shared)} of these too, so results on them are optimistic."
 
 
 def _warnings(search: Mapping[str, Any]) -> str:
@@ -121,15 +121,16 @@ def _pareto(search: Mapping[str, Any]) -> Table:
         first="" if rows else "No proposal is done.",
         cells=_frame(rows),
         caption=(
-            f"Of {done} proposals of all arms, those that no other beats in one objective without losing in another "
-            f"({goals}). Means over seeds {_listed(search['seeds'])}, taken as exact: neighbours may change places "
-            f"with other seeds. The arms are compared by their best in {names[0]}."
+            f"Of {done} proposals of all arms, those that no other proposal dominates: none is at least as good in "
+            f"every objective and better in one ({goals}). Values are means over seeds {_listed(search['seeds'])}, "
+            "without uncertainty: other seeds may give another set. The arms are compared by their best in "
+            f"{names[0]}."
         ),
     )
 
 
 def pareto_set(search: Mapping[str, Any]) -> list[tuple[str, Proposal]]:
-    """Return arm and proposal of those that no other dominates, by their first objective."""
+    """Return (arm, proposal) for each proposal that no other dominates, sorted by the first objective."""
     signs = [-1.0 if each["direction"] == "maximize" else 1.0 for each in search["objectives"]]
     done = [
         (arm, each, [sign * value for sign, value in zip(signs, each["objectives"], strict=True)])

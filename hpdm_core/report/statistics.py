@@ -1,6 +1,4 @@
-"""Mean and spread over seeds, and differences paired by seed. Few seeds: intervals by Student's t, and n is
-always said.
-"""
+"""Mean and spread over seeds, and differences paired by seed, with intervals by Student's t, since seeds are few."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """``mean`` and ``spread`` (standard deviation, ddof 1; NaN below two) of ``n`` values; NaN throughout
-    for none.
-    """
+    """``mean`` (NaN for no values) and ``spread`` (standard deviation, ddof 1; NaN below two) of ``n`` values."""
 
     mean: float
     spread: float
@@ -29,8 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences arm - baseline over the ``n`` seeds that both have, with the ends of their confidence
-    interval.
+    """Differences arm - baseline over the ``n`` seeds that both have, with the ends of a confidence interval.
 
     ``each``: seed -> difference. Spread and interval are NaN below two seeds.
     """
@@ -48,9 +43,7 @@ class Paired:
 
     @property
     def exceeds_spread(self) -> bool:
-        """Whether the mean difference is larger than the differences' spread over seeds; never with one
-        seed.
-        """
+        """Whether the mean difference is larger than the differences' spread over seeds; False below two seeds."""
         return self.n >= 2 and abs(self.mean) > self.spread
 
 

@@ -1,8 +1,8 @@
-"""Tables of a study: arms as rows, levels as resolutions, mean and spread over seeds, differences paired by
-seed.
+"""Tables of a study, one block per metric: arms as rows, levels as columns, mean and spread over seeds, and differences
+paired by seed.
 
-One block per metric. A hole is shown as one and counted; a value near its floor and a table without a
-difference beyond chance say so. Every table carries its protocol.
+Holes (missing values) are shown and counted. A value near its floor is marked, and a line says so if no difference
+exceeds its spread over seeds. Tables of values show their protocol.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hpdm_core.report.text import HOLE, MARK, Table, number, protocol_text, show
 __all__ = ["FLOORS", "blind_spots", "headline", "metric_tables"]
 
 FLOORS = 3
-"""A distance below this many floors means nothing; a corruption that moves it by less goes unseen. A distance
-whose floor has a ``spread`` (it may be 0 or negative) is counted from the floor on, in spreads."""
+"""A distance below this many times its floor counts as not distinguishable from the floor, and a corruption below it as
+unseen. If the floor has a ``spread`` (it may be 0 or negative), the limit is the floor plus this many spreads."""
 _FLOOR, _CONTROL, _SENSITIVITY = ".floor", ".control", ".sensitivity"
 _HEADLINE = "held_out_loss"
 _NO_LEVEL = "value"
@@ -39,8 +39,8 @@ class _Block:
 
 
 def metric_tables(results: StudyResults) -> list[Table]:
-    """Return, for each metric, its values and their differences to the baseline; then the losses per noise
-    level.
+    """Return tables of each metric's values and of their differences to the baseline, then of the loss per noise level,
+    of costs, and of what the distances see.
     """
     tables = []
     for block in _blocks(results):
@@ -56,9 +56,7 @@ def metric_tables(results: StudyResults) -> list[Table]:
 
 
 def headline(results: StudyResults) -> list[str]:
-    """Return lines on the held-out loss at the finest level with clean parents: per arm and seed against
-    the baseline.
-    """
+    """Return lines on the held-out loss at the finest level with clean parents: each arm against the baseline."""
     block = next((block for block in _blocks(results) if block.metric == _HEADLINE), None)
     if block is None or not results.levels:
         return []
@@ -85,7 +83,7 @@ def headline(results: StudyResults) -> list[str]:
 
 
 def blind_spots(results: StudyResults) -> list[str]:
-    """Return a line per distance: the corruptions that move it by less than three units, with the levels."""
+    """Return a line per distance: the corruptions that change it by less than `FLOORS` units, with the levels."""
     lines = []
     rows = results.frame[results.frame["metric"].str.endswith(_SENSITIVITY)]
     for metric, found in rows.groupby("metric", sort=False):
@@ -121,7 +119,7 @@ def _blocks(results: StudyResults) -> list[_Block]:
         metric, *values = key if isinstance(key, tuple) else (key,)
         named = [f"{value} {name}" for name, value in zip(extra, values, strict=True) if value == value]
         name = ", ".join([str(metric), *named])
-        # One metric may be asked for twice, with different options: then its protocols tell the rows apart.
+        # A metric may be asked for twice, with different options: then separate its rows by protocol.
         twice = rows.duplicated(["arm", "seed", "level"]).any()
         parts = [part for _, part in rows.groupby("protocol", sort=False)] if twice else [rows]
         for number_of, part in enumerate(parts, 1):
@@ -184,7 +182,7 @@ def _values(results: StudyResults, block: _Block) -> Table:
         if len(results.seeds) > 1
         else f"One seed ({results.seeds[0]}): no spread."
     ]
-    if floor or block.metric == _HEADLINE:  # of other figures the metric's own page says what is good
+    if floor or block.metric == _HEADLINE:  # other metrics say in their documentation what is better
         remarks.append("Lower is nearer to the data.")
     if marked:
         limit = (
@@ -192,7 +190,7 @@ def _values(results: StudyResults, block: _Block) -> Table:
             if all(map(math.isnan, spread.values()))
             else f"the floor plus {FLOORS} times its spread (the number after its ±)"
         )
-        remarks.append(f"{MARK} below {limit}: such a value means nothing.")
+        remarks.append(f"{MARK} below {limit}: not distinguishable from the floor.")
     return Table(
         title=block.name,
         first=_first_line(results, block, columns),
@@ -204,7 +202,7 @@ def _values(results: StudyResults, block: _Block) -> Table:
 def _controls(
     results: StudyResults, block: _Block, columns: list[tuple[int | None, str]]
 ) -> dict[str, dict[str, str]]:
-    """Return a row per control of a distance, the mean over cells: spoiled training clips, which no arm changes."""
+    """Return a row per control of a distance: the mean over cells for corrupted training clips, equal in all arms."""
     frame = results.frame
     rows = frame[
         (frame["metric"] == block.metric + _CONTROL) & frame["protocol"].isin(block.rows["protocol"].unique())
@@ -224,7 +222,7 @@ def _spread(floors: pd.DataFrame) -> float:
 
 
 def _near(value: float, floor: float, spread: float) -> bool:
-    """Whether ``value`` means nothing beside ``floor``; ``spread`` is NaN where the floor is a unit itself."""
+    """Whether ``value`` is not distinguishable from ``floor``; ``spread`` NaN: compare in multiples of the floor."""
     return value < FLOORS * abs(floor) if math.isnan(spread) else value < floor + FLOORS * spread
 
 
@@ -256,7 +254,7 @@ def _differences(results: StudyResults, block: _Block) -> Table:
 
 
 def _first_line(results: StudyResults, block: _Block, columns: list[tuple[int | None, str]]) -> str:
-    """Return what must not be overlooked: holes, and that nothing differs beyond the seeds' spread."""
+    """Return the warning above a table: missing values, and whether no difference exceeds its spread over seeds."""
     parts = []
     planned = len(results.cells) * len(columns)
     holes = planned - int(block.rows["value"].notna().sum())
@@ -265,7 +263,7 @@ def _first_line(results: StudyResults, block: _Block, columns: list[tuple[int | 
     others = [arm for arm in results.arms if arm != results.baseline]
     pairs = [_paired(results, block.rows, arm, level) for arm in others for level, _ in columns]
     if others and not any(found.n >= 2 for found in pairs):
-        parts.append("Fewer than two seeds to compare: no difference here is more than an anecdote.")
+        parts.append("Fewer than two seeds to compare: the uncertainty of the differences is unknown.")
     elif others and not any(found.exceeds_spread for found in pairs):
         parts.append(f"No difference to {results.baseline} exceeds its spread over seeds.")
     return " ".join(parts)
@@ -326,13 +324,13 @@ def _sensitivity(results: StudyResults) -> Table | None:
         cells[f"{str(metric).removesuffix(_SENSITIVITY)}, {corruption}"] = line
     return Table(
         title="What the distances see",
-        first=f"{MARK} blind: moved by less than {FLOORS} units." if rows["value"].min() < FLOORS else "",
+        first=f"{MARK} blind: changed by less than {FLOORS} units." if rows["value"].min() < FLOORS else "",
         cells=_table(cells),
         caption=(
             "Distance of corrupted real held-out clips from the real training clips. The floor is the "
-            "distance of the same clips uncorrupted. A distance that cannot be negative is given in floors; "
-            "an unbiased one, whose floor may be near 0, as its difference to the floor in spreads of the "
-            "floor. See unit in the protocol. " + protocol_text(rows["protocol"])
+            "distance of the same clips uncorrupted. A distance that cannot be negative is given in multiples of "
+            "the floor; an unbiased one, whose floor may be near 0, as its difference to the floor in multiples of "
+            "the floor's spread. See unit in the protocol. " + protocol_text(rows["protocol"])
         ),
     )
 

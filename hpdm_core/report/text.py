@@ -1,4 +1,4 @@
-"""How numbers, protocols and tables are written: for people, as Markdown, and as LaTeX."""
+"""Format numbers, protocols and tables as text, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARK = "†"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text cells; ``first`` is the first line under the title, "" when there is nothing to warn of."""
+    """A table of text cells; ``first`` is a warning under the title, "" if there is none."""
 
     title: str
     first: str
@@ -61,15 +61,16 @@ def show_pair(found: Paired) -> str:
 
 
 def protocol_text(protocols: Iterable[str]) -> str:
-    """Return a protocol as a sentence; long hashes are cut to 12 digits. Several protocols in a table are
-    said first.
+    """Return a protocol as a sentence, with long hashes cut to 12 digits.
+
+    If there are several protocols, the sentence says so and shows the first.
     """
     distinct = list(dict.fromkeys(protocols))
     if not distinct:
         return "Protocol: unknown."
     text = "; ".join(f"{name} {_plain(value)}" for name, value in json.loads(distinct[0]).items())
     if len(distinct) > 1:
-        return f"Protocol: {len(distinct)} different ones stand in this table; the first is: {text}."
+        return f"Protocol: {len(distinct)} different ones in this table; the first is: {text}."
     return f"Protocol: {text}."
 
 
@@ -90,7 +91,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Return a table as LaTeX with booktabs rules; every special character escaped."""
+    """Return a table as LaTeX with booktabs rules and special characters escaped."""
     style = table.cells.style.format(escape="latex").format_index(escape="latex", axis=0)
     style = style.format_index(escape="latex", axis=1)
     caption = _escape(" ".join(part for part in (f"{table.title}.", table.first, table.caption) if part))

@@ -1,4 +1,4 @@
-"""Sampling: a solver for one state, the tiled cascade over the levels, cached contexts, samples as files."""
+"""Sampling: the tiled cascade over the levels, cached contexts, and samples as files."""
 
 from hpdm_core.sampling.cascade import sample
 from hpdm_core.solver import Solver

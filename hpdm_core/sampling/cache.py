@@ -1,11 +1,11 @@
-"""What a level's tiles need of their parents, computed once before the first denoising step, and kept.
+"""The contexts of a level's tiles, computed from their parents once before the first denoising step, and cached.
 
-Beyond the paper not only the parents' features are kept but the contexts made of them, whatever the fusion:
-all that is computed at a step is the tiles themselves. Contexts stay on the device up to a budget of memory.
-Beyond it they go to host memory on CUDA, pinned as far as the system lets it be, and come back while the tiles
-before them are denoised; on the CPU they go to a scratch file that is mapped into memory (in Python's folder
-for temporary files: TMPDIR).
-Where the disk has no room either, tiles go parent by parent: their parents are run again at each step.
+The paper caches the parents' features; here the contexts computed from them are cached as well, for any fusion,
+so that a denoising step runs only the tiles themselves. Contexts stay on the device up to a memory budget. On
+CUDA, those beyond the budget are kept in host memory (pinned, if the system allows) and copied back while the
+tiles before them are denoised. On the CPU, they are kept in a memory-mapped scratch file in Python's folder for
+temporary files (TMPDIR). If the disk is full too, the parents are run again at each step, for one batch of
+tiles at a time.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ __all__ = ["CachedContexts", "FreshContexts", "LevelContexts", "NoContexts"]
 
 GIB = 2**30
 FREE_SHARE = 0.5
-"""Share of the free memory that contexts may take where no budget is given."""
+"""Share of the free memory that contexts may take if no budget is given."""
 PARENTS_SHARE = 0.125
-"""Share of the budget that encoded parents may take while contexts are made of them."""
+"""Share of the budget that encoded parents may take while contexts are computed from them."""
 
 
 class LevelContexts(Protocol):
-    """Where a level's tile batches get their contexts from."""
+    """Provides the contexts of a level's tile batches."""
 
     def begin(self) -> None:
-        """A denoiser pass over all batches begins; they will be asked for in their order."""
+        """Start a denoiser pass over all batches. The contexts are then asked for in the order of the batches."""
 
     def get(self, index: int) -> Any:
         """Return the contexts of batch number ``index``."""
 
 
 class NoContexts:
-    """For the coarsest level: it has no parents."""
+    """For the coarsest level, which has no parents."""
 
     def begin(self) -> None:
         """Do nothing."""
@@ -53,7 +53,7 @@ class NoContexts:
 
 
 class FreshContexts:
-    """No cache: each distinct parent is run, and each tile's contexts are made, anew at each pass."""
+    """No cache: at each pass, each distinct parent is run and each tile's contexts are computed again."""
 
     def __init__(self, ancestors: Ancestors, batches: Sequence[TileBatch]) -> None:
         self._ancestors = ancestors
@@ -65,15 +65,15 @@ class FreshContexts:
         self._ancestors.encode(self._batches)
 
     def get(self, index: int) -> Any:
-        """Make the contexts of a batch."""
+        """Compute and return the contexts of a batch."""
         return self._ancestors.contexts(self._batches[index])
 
 
 class CachedContexts:
-    """Contexts made once, parent by parent, and kept where there is room for them.
+    """Contexts that are computed once, parent by parent, and kept on the device, in host memory or in a file.
 
-    ``budget``: bytes of contexts and parents on the device, those of the batch at work aside; None for half
-    of what is free there.
+    ``budget``: bytes of contexts and parents on the device, without those of the current batch; None for half
+    of its free memory.
     """
 
     def __init__(
@@ -89,24 +89,24 @@ class CachedContexts:
         self._copies = _HostCopies(device) if device.type == "cuda" else None
         self._may_map = device.type == "cpu" and hasattr(os, "posix_fallocate")
         self._budget = int(FREE_SHARE * free_memory(device)) if budget is None else budget
-        self._kept: list[Any] = []  # per batch: contexts on the device or mapped, or None
+        self._kept: list[Any] = []  # per batch: its contexts, or None if there was no room
         self.nbytes = {"device": 0, "host": 0, "file": 0}
-        """Bytes of the contexts that are kept, by place."""
+        """Bytes of the cached contexts, by place."""
         self._make()
         self.recomputed = [index for index, found in enumerate(self._kept) if found is None]
-        """Batches whose contexts found no room."""
+        """Batches whose contexts are not cached, for lack of room."""
 
     def begin(self) -> None:
-        """Send for the first contexts."""
+        """Start to copy the first contexts to the device."""
         if self._copies is not None:
             self._copies.fetch(self._kept[0])
 
     def get(self, index: int) -> Any:
-        """Return the contexts of a batch, and send for the next ones."""
+        """Return the contexts of a batch, and start to copy those of the next batch."""
         found = self._kept[index]
         if found is None:
             batch = self._batches[index]
-            self._ancestors.keep([batch])  # those that it shares with the last one
+            self._ancestors.keep([batch])  # keep the parents that it shares with the batch before
             self._ancestors.encode([batch])
             return self._ancestors.contexts(batch)
         if self._copies is None:
@@ -117,7 +117,7 @@ class CachedContexts:
         return found
 
     def _make(self) -> None:
-        group = 1  # batches whose parents are encoded together; the first tells what they take
+        group = 1  # batches whose parents are encoded together; adapted to their memory below
         start = 0
         while start < len(self._batches):
             batches = self._batches[start : start + group]
@@ -139,7 +139,7 @@ class CachedContexts:
             self.nbytes["host"] += size
             return contexts.map(lambda tensor: pinned(tensor.to("cpu")))
         if self._may_map:
-            with contextlib.suppress(OSError):  # no room on the disk, or no file may be written
+            with contextlib.suppress(OSError):  # the disk is full or not writable
                 mapped = contexts.map(_mapped)
                 self.nbytes["file"] += size
                 return mapped
@@ -147,12 +147,12 @@ class CachedContexts:
 
 
 class _HostCopies:
-    """Brings contexts in pinned host memory to a CUDA device on a stream of its own, one batch ahead."""
+    """Copies contexts from pinned host memory to a CUDA device, on a separate stream, one batch in advance."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._coming: tuple[Any, Any] | None = None  # as kept, and on its way
+        self._coming: tuple[Any, Any] | None = None  # the cached contexts and their copy on the device
 
     def fetch(self, contexts: Any) -> None:
         if contexts is None:
@@ -179,9 +179,9 @@ class _HostCopies:
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """Return a copy of a CPU tensor in a file that has no name any more: its memory is the file's pages.
+    """Return a copy of a CPU tensor whose memory is a memory-mapped, already deleted file.
 
-    Raises OSError when the disk has no room, before anything is written: a mapped page could not say so.
+    Raises OSError when the disk is full, before anything is written: a write to a mapped page cannot report it.
     """
     if tensor.numel() == 0:
         return tensor

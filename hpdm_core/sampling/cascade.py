@@ -1,9 +1,9 @@
-"""The tiled cascade: level by level, each level one noisy state, denoised in tiles that see their parents.
+"""The tiled cascade: levels are sampled one after the other, each as one noisy state that is denoised in tiles.
 
-Paper, sections 4.4 and 5.1. At every step a level's state is cut into tiles, the tiles are denoised, the
-results are averaged where they overlap, and the solver makes one step of the whole state (MultiDiffusion's
-rule, Bar-Tal et al. 2023). Parents are cut from the finished coarser levels with a little noise, one field
-per video and level, so that the contexts of neighbouring tiles agree.
+Paper, sections 4.4 and 5.1. At every step a level's state is cut into tiles, the tiles are denoised with their
+parents as context, the results are averaged where they overlap, and the solver makes one step of the whole state
+(as in MultiDiffusion, Bar-Tal et al. 2023). Parents are cut from the finished coarser levels, to which a little
+noise is added: one noise field per video and level, so that the contexts of neighbouring tiles are consistent.
 
 Every random number of video ``index`` comes from streams (seed, "sampling", index, level, i) and (seed,
 "context_noise", index, level), so a video is the same in any batch, up to the rounding of batched matrix
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["Observe", "Progress", "label_of", "noised_parents", "sample", "tiled_denoise"]
 
 Observe = Callable[[int, Tensor], None]
-"""``observe(level, videos)``: called when a batch's level is finished, videos [n, C, F, H, W] on the CPU."""
+"""``observe(level, videos)``: called when a level of a batch is finished, videos [n, C, F, H, W] on the CPU."""
 
 Progress = Callable[[dict[str, int]], None]
-"""Called after each denoiser pass over a level with ``videos`` finished so far ``of`` all, ``level`` of
-``levels``, ``call`` of ``calls`` on that level."""
+"""Called after each denoiser pass over a level, with the numbers ``videos`` (finished), ``of`` (all videos),
+``level``, ``levels``, ``call`` and ``calls`` (denoiser passes on that level)."""
 
 
 def label_of(index: int, classes: int) -> int:
@@ -59,15 +59,14 @@ def sample(
     given: Mapping[int, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """Return the videos ``indices`` with ``labels`` (-1 for none), one tensor [n, C, F_l, H_l, W_l] per
-    level, CPU.
+    """Return the videos ``indices`` with ``labels`` (-1 for none): per level a tensor [n, C, F_l, H_l, W_l], CPU.
 
-    Videos are sampled ``runtime.sample_batch`` at a time. ``given`` holds finished levels, by level, that are
-    taken as they are instead of being sampled, such as level 0 of a real clip.
+    Videos are sampled ``runtime.sample_batch`` at a time. ``given`` maps levels to finished videos, which are used
+    instead of sampling these levels, such as level 0 of a real clip.
 
     Raises:
-        InputError: indices and labels differ in number, or a given level has another size.
-        TroubleError: a level comes out with values that are not finite.
+        InputError: indices and labels differ in number, or a given level has a wrong size.
+        TroubleError: a sampled level has values that are not finite.
     """
     config = assembly.config
     if len(indices) != len(labels):
@@ -123,7 +122,7 @@ def _sample_batch(
     solver = assembly.solver
     device = torch.device(config.runtime.device)
     dtype = state_dtype(config.sampling)
-    # What is drawn keeps its type, unless more is asked for.
+    # Random numbers are float32, unless sampling is in float64.
     wider = dtype if dtype == torch.float64 else None
     size = config.runtime.tile_batch
     layout = Layout(pyramid, config.data.downsampling, torch.tensor(list(labels), device=device))
@@ -156,12 +155,12 @@ def _sample_batch(
             if not bool(torch.isfinite(videos).all()):
                 raise TroubleError(
                     f"sampling: level {level} (of 0 to {levels - 1}) came out with values that are not "
-                    f"finite, in samples {min(indices)} to {max(indices)}: the model or the "
-                    "solver's options are no good"
+                    f"finite, in samples {min(indices)} to {max(indices)}; check the model and the "
+                    "solver's options"
                 )
             videos = videos.clamp(-1, 1)
             if observe is not None:
-                # A copy: it is theirs, and they may write into it.
+                # A copy, because observers may write into it.
                 observe(level, told(videos).detach().to("cpu", copy=True))
         finished.append(told(videos).cpu())
         if level + 1 < levels:
@@ -175,7 +174,7 @@ def _sample_batch(
 def _contexts(
     ancestors: Ancestors, batches: Sequence[TileBatch], runtime: RuntimeConfig, device: torch.device
 ) -> LevelContexts:
-    """Return where ``batches``, all of one level, get their contexts from (``runtime.cache``)."""
+    """Return the contexts of ``batches``, all of one level, cached or not (``runtime.cache``)."""
     if batches[0].level == 0:
         return NoContexts()
     if runtime.cache == "none":
@@ -200,7 +199,7 @@ def noised_parents(
 ) -> Tensor:
     """Return finished ``videos`` [n, C, F, H, W] of ``level`` with noise of standard deviation ``sigma_eff``.
 
-    One field per video and level, whichever finer level asks: all tiles of all levels see the same parent.
+    There is one noise field per video and level, so that all tiles of all finer levels see the same parent.
     """
     fields = [normal(tuple(videos.shape[1:]), seed, "context_noise", index, level) for index in indices]
     return videos + sigma_eff * torch.stack(fields).to(videos)
@@ -209,11 +208,10 @@ def noised_parents(
 def tiled_denoise(
     denoiser: CascadeDenoiser, batches: Sequence[TileBatch], contexts: LevelContexts
 ) -> Denoise:
-    """Return a function from a level's state z [n, C, F, H, W] and sigma to the average of its denoised
-    tiles.
+    """Return a function that denoises a level's state z [n, C, F, H, W] at sigma in tiles, averaged where they overlap.
 
-    The function keeps each tile's latents from call to call (latent self-conditioning); the first call has
-    none.
+    The function passes each tile's latents from one call to the next (latent self-conditioning); the first call
+    has none.
     """
     latents: list[Tensor | None] = [None] * len(batches)
     counts: Tensor | None = None

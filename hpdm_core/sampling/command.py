@@ -1,9 +1,9 @@
 """Samples of a trained cell to look at: ``python -m hpdm_core.sample demo --num 8 --out DIR``.
 
-The cell is one that a plugin brings (``demo``), a file that `hpdm_core.export` made, or a train stage of a store,
+The cell is one that a plugin ships (``demo``), a file that `hpdm_core.export` made, or a train stage of a store,
 STORE/train/KEY. Writes one video per sample (the finest level), a contact sheet with all levels, and a GIF of the
-finest. ``--set`` changes how it is sampled and where it runs, nothing else. Not here: the samples that metrics read
-(`hpdm_core.cell.cell`), which are lossless.
+finest level. ``--set`` can change only the sections ``sampling`` and ``runtime``. Not here: the lossless samples that
+metrics read (`hpdm_core.cell.cell`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 from hpdm_core.base.command_line import CommandParser
 from hpdm_core.base.errors import InputError
 from hpdm_core.sampling.cascade import label_of, sample
-from hpdm_core.sampling.files import batches_to_sample, contact_sheet, to_uint8, write_gif, write_mp4
+from hpdm_core.sampling.files import (
+    CONTACT_SHEET,
+    batches_to_sample,
+    contact_sheet,
+    to_uint8,
+    write_gif,
+    write_mp4,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 SECTIONS = ("sampling", "runtime")
-"""What ``--set`` may change: the weights do not depend on it."""
+"""Sections that ``--set`` may change, because the weights do not depend on them."""
 
 SHEET_ROWS = 16  # samples on the contact sheet and in the GIF
 
@@ -101,14 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if len(shown) < SHEET_ROWS:
                 shown.append(videos)
         progress.finished(len(batch))
-    contact_sheet(given.out / "contact_sheet.png", shown)
+    contact_sheet(given.out / CONTACT_SHEET, shown)
     write_gif(given.out / "samples.gif", [videos[-1] for videos in shown], fps=fps)
-    print(f"{given.num} videos, contact_sheet.png and samples.gif in {given.out}")
+    print(f"{given.num} videos, {CONTACT_SHEET} and samples.gif in {given.out}")
     return 0
 
 
 def _label(index: int, count: int, classes: int) -> int:
-    """Return the label of video ``index`` of ``count``: the classes in turn, or spread over all when they are more."""
+    """Return the label of video ``index`` of ``count``: the classes in turn, or evenly spaced if there are more classes
+    than videos.
+    """
     return index * classes // count if count < classes else label_of(index, classes)
 
 

@@ -1,8 +1,7 @@
-"""Samples as files: lossless numbers for measuring, videos and a contact sheet for looking.
+"""Samples as files: uint8 tensors for metrics; videos, GIFs and a contact sheet for viewing.
 
 Sample i is one file ``%06d.safetensors`` with the tensors ``level0`` .. ``level<L-1>``, uint8 [F, H, W, C] =
-round((x + 1) * 127.5), and the metadata ``label``. A file is written under a temporary name and renamed: it
-is whole or absent.
+round((x + 1) * 127.5), and the metadata ``label``. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from hpdm_core.base.errors import InputError, TroubleError
 from hpdm_core.base.files import trouble_when_unwritable, write_bytes
 
 __all__ = [
+    "CONTACT_SHEET",
     "batches_to_sample",
     "contact_sheet",
     "from_uint8",
@@ -39,6 +39,9 @@ __all__ = [
     "write_mp4",
     "write_sample",
 ]
+
+CONTACT_SHEET = "contact_sheet.png"
+"""The picture of some samples that stands beside videos."""
 
 _NAME = re.compile(r"(\d{6,})\.safetensors")
 _VISIBLE_PX = 256  # videos are shown at least this high
@@ -72,7 +75,7 @@ def write_sample(folder: Path, index: int, levels: Sequence[Tensor], *, label: i
 
 
 def list_samples(folder: Path) -> list[int]:
-    """Return the indices of the samples in ``folder``, ascending; none if there is no such folder."""
+    """Return the indices of the samples in ``folder``, ascending; an empty list if there is no such folder."""
     if not folder.is_dir():
         return []
     names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
@@ -86,10 +89,10 @@ def missing_samples(folder: Path, count: int) -> list[int]:
 
 
 def batches_to_sample(missing: Collection[int], count: int, size: int) -> list[list[int]]:
-    """Return the batches of samples 0 .. count-1 that hold something ``missing``, each whole.
+    """Return those batches of samples 0 .. count-1 that contain a ``missing`` sample, each as a whole.
 
-    Batches are aligned to multiples of ``size`` and never depend on what is missing: a run that was
-    interrupted makes the same batches as one that was not, and so the same bits.
+    Batches are aligned to multiples of ``size`` and do not depend on which samples are missing, so that an
+    interrupted and resumed run makes the same batches, and bitwise the same samples.
     """
     batches = (range(start, min(start + size, count)) for start in range(0, count, size))
     return [list(batch) for batch in batches if any(index in missing for index in batch)]
@@ -133,7 +136,7 @@ def read_label(folder: Path, index: int) -> int:
 
 
 def _rgb(video: Tensor) -> np.ndarray:
-    """Return uint8 ``video`` [F, H, W, C] with 3 channels; where C is not 3, as the mean of its channels."""
+    """Return uint8 ``video`` [F, H, W, C] with 3 channels; if C is not 3, each is the mean over channels."""
     array = video.cpu().numpy()
     if array.shape[-1] != 3:
         grey = np.round(array.mean(axis=-1, keepdims=True)).astype(np.uint8)
@@ -144,8 +147,8 @@ def _rgb(video: Tensor) -> np.ndarray:
 def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
     """Write uint8 ``video`` [F, H, W, C] as H.264 (yuv420p, plays in any browser); return ``path``.
 
-    A small video is enlarged by a whole factor, pixels repeated, to at least 256 px in height; odd sizes,
-    which yuv420p does not have, are filled up by repeating the last row or column. Raises `InputError` for no
+    A small video is enlarged by an integer factor (pixels repeated) to at least 256 px in height. yuv420p needs
+    even sizes, so the last row or column of an odd size is repeated. Raises `InputError` for a video without
     frames.
     """
     import av  # slow to load: only where it is used
@@ -174,8 +177,8 @@ def write_mp4(path: Path, video: Tensor, *, fps: float = 25.0) -> Path:
 def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0) -> Path:
     """Write uint8 ``videos`` [F, H, W, C], of one size, as a GIF that runs for ever; return ``path``.
 
-    The videos stand side by side, four in a row, enlarged by a whole factor, pixels repeated, to at least 128 px in
-    height. A frame lasts a whole number of hundredths of a second, two at least: the format has no other.
+    The videos are placed side by side, four in a row, enlarged by an integer factor (pixels repeated) to at least
+    128 px in height. A frame lasts an integer number of hundredths of a second, at least two, as the format requires.
     Raises `InputError` for no videos.
     """
     if not videos:
@@ -191,7 +194,7 @@ def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0) -> Pat
         top, left = place // columns * high, place % columns * wide
         enlarged = video.repeat(factor, axis=1).repeat(factor, axis=2)
         sheet[:, top : top + high - gap, left : left + wide - gap] = enlarged
-    # One palette for all frames: one per frame flickers.
+    # One palette for all frames: a palette per frame would flicker.
     palette = Image.fromarray(sheet.reshape(-1, sheet.shape[2], 3)).quantize(256)
     first, *others = (
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in sheet
@@ -203,12 +206,11 @@ def write_gif(path: Path, videos: Sequence[Tensor], *, fps: float = 25.0) -> Pat
 
 
 def contact_sheet(path: Path, samples: Sequence[Sequence[Tensor]], *, frames: int = 4) -> Path:
-    """Write a PNG with one row per sample, all its levels side by side, each in ``frames`` frames over its
-    length.
+    """Write a PNG with one row per sample and all its levels side by side; return ``path``.
 
-    ``samples`` holds uint8 [F_l, H_l, W_l, C] per level. All levels are shown at the size of the finest
-    (pixels repeated), enlarged to 64 px or more in height; the header names a level by its resolution.
-    Returns ``path``.
+    ``samples`` holds, per sample and level, uint8 [F_l, H_l, W_l, C]. Each level is shown by ``frames`` frames,
+    evenly spaced in time. All levels are shown at the size of the finest (pixels repeated), enlarged to 64 px or
+    more in height; the header names a level by its resolution.
     """
     if not samples:
         raise InputError(f"{path}: a contact sheet of no samples; allowed is one or more")

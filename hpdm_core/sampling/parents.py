@@ -1,7 +1,7 @@
-"""The coarser patches that a level's tiles see, encoded once each.
+"""The coarser patches that are context for a level's tiles, each encoded once.
 
-Parents are finished videos: nothing that depends on them changes between steps (paper, section 4.4). A patch
-is known by its video and by its chain, the offsets of its own ancestors and itself, coarsest first.
+Parents are cut from finished levels, so nothing that depends on them alone changes between steps (paper, section
+4.4). A patch is identified by its video and by its chain: the offsets of its ancestors and its own, coarsest first.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Row = tuple[Chain, int]
 
 
 class CascadeDenoiser(Protocol):
-    """What the cascade calls: `hpdm_core.assembly.denoiser.Denoiser`, or anything with these methods.
+    """The interface of denoisers: `hpdm_core.assembly.denoiser.Denoiser`, or anything with these methods.
 
-    What ``encode`` and ``contexts`` return is opaque here, but an encoding has ``take(rows)`` (a gather of
-    rows) and its class has ``cat(encodings)``. Rows of all arguments match.
+    The return values of ``encode`` and ``contexts`` are opaque to the cascade, except that an encoding has
+    ``take(rows)`` (a gather of rows) and its class has ``cat(encodings)``. Rows of all arguments match.
     """
 
     sigma_in: tuple[float, ...]
@@ -44,7 +44,7 @@ class CascadeDenoiser(Protocol):
         """Return patches z [B, C, F, H, W] as contexts; ``sources``: their own ancestors, coarsest first."""
 
     def contexts(self, level: int, coords: Coords, sources: Sequence[Any]) -> Any:
-        """Return what the patches at ``coords`` need of their ancestors ``sources``, coarsest first."""
+        """Return the contexts of the patches at ``coords`` from their ancestors ``sources``, coarsest first."""
 
     def __call__(
         self,
@@ -56,12 +56,11 @@ class CascadeDenoiser(Protocol):
         contexts: Any,
         latents: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next call (None
-        where there is nothing to pass on)."""
+        """Return the denoised patches [B, C, F, H, W] in data units, and the latents for the next call or None."""
 
 
 class Ancestors:
-    """The ancestors of a level's tiles, encoded when they are asked for, and kept until they are dropped.
+    """The encoded ancestors of a level's tiles: `encode` adds to them, `keep` drops those no longer needed.
 
     ``states`` are the noised states z_k [n, C, F_k, H_k, W_k] of the coarser levels, ``sigmas`` their noise
     levels; at most ``size`` rows are encoded together.
@@ -87,11 +86,11 @@ class Ancestors:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the encodings that are kept."""
+        """Memory of the encodings that are held, in bytes."""
         return sum(getattr(chunk, "nbytes", 0) for chunks in self._chunks for chunk in chunks.values())
 
     def encode(self, batches: Iterable[TileBatch]) -> None:
-        """Encode what the tiles in ``batches`` need and is not there, level by level, in full batches."""
+        """Encode the missing ancestors of the tiles in ``batches``, level by level, in full batches."""
         rows = [row for batch in batches for row in self._rows(batch)]
         for k in range(len(self._states)):
             wanted = dict.fromkeys((chain[: k + 1], video) for chain, video in rows)
@@ -100,13 +99,13 @@ class Ancestors:
                 self._encode(k, missing[start : start + self._size])
 
     def contexts(self, batch: TileBatch) -> Any:
-        """Return the contexts of the tiles in ``batch``; what they need has been encoded."""
+        """Return the contexts of the tiles in ``batch``, whose ancestors must be encoded."""
         return self._denoiser.contexts(
             batch.level, batch.coords, self._sources(self._rows(batch), len(self._states))
         )
 
     def keep(self, batches: Iterable[TileBatch]) -> None:
-        """Drop all encodings but those that the tiles in ``batches`` need."""
+        """Drop all encodings except those that the tiles in ``batches`` need."""
         rows = [row for batch in batches for row in self._rows(batch)]
         for k, (chunks, places) in enumerate(zip(self._chunks, self._places, strict=True)):
             wanted = {(chain[: k + 1], video) for chain, video in rows}
@@ -151,7 +150,7 @@ class Ancestors:
             mine = [index for index, (chunk, _) in enumerate(places) if chunk == number]
             taken = torch.tensor([places[index][1] for index in mine])
             parts.append(self._chunks[level][number].take(taken.to(device, non_blocking=True)))
-            order[mine] = torch.arange(done, done + len(mine))  # where each lies in the concatenation
+            order[mine] = torch.arange(done, done + len(mine))  # positions in the concatenation
             done += len(mine)
         if len(parts) == 1:
             return parts[0]

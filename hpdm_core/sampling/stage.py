@@ -1,7 +1,7 @@
-"""The sample stage: a cell's videos that are not there yet, drawn batch by batch, split over processes.
+"""The sample stage: samples the missing videos of a cell, batch by batch, distributed over processes.
 
-Batches are those that one process would make, and every random number belongs to its video, so neither the number
-of processes nor an interruption changes a video.
+The batches are the same for any number of processes, and every random number is keyed by its video, so neither the
+number of processes nor an interruption changes a video.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def sample_missing(
     observe: Observe,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Store the samples 0 .. evaluation.samples - 1 in ``folder``; what is there already is left as it is.
+    """Store the samples 0 .. evaluation.samples - 1 in ``folder``, without changing those that exist.
 
-    ``denoiser`` is called once, when there is something to draw. Each process stores what it draws, and calls
-    ``observe`` for it; ``report`` gets progress, with the other processes thought to be about as far.
+    ``denoiser`` is called once, and only if a sample is missing. Each process stores its own samples and calls
+    ``observe`` for them. ``report`` gets the progress, which assumes that all processes are equally fast.
     """
     count, classes = assembly.config.evaluation.samples, assembly.config.model.classes
 

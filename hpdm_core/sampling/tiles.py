@@ -1,7 +1,7 @@
-"""A level's tiles, cut into batches of rows that go through the network together.
+"""Batches of a level's tiles that are run through the network together.
 
-Shapes: n videos in a batch, T tiles of a level; row = tile * n + video, cut into batches of whole rows. Sizes
-in pixels, axis order (f, h, w).
+Shapes: n videos in a batch, T tiles of a level; row = tile * n + video; the T * n rows are cut into batches. Sizes
+are in pixels, in the axis order (f, h, w).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ __all__ = ["Layout", "TileBatch", "parent_by_parent", "tile_batches"]
 
 @dataclass(frozen=True)
 class Layout:
-    """What all rows of a batch of videos have in common: the pyramid, how it is made, and the labels."""
+    """What all tiles of a batch of videos have in common: the pyramid, its downsampling, and the videos' labels."""
 
     pyramid: Pyramid
     downsampling: str
     labels: Tensor  # [n] long, on the device; -1 for none
 
     def coords(self, level: int, offsets: Tensor) -> Coords:
-        """Return the coordinates of patches of ``level`` at ``offsets`` [B, 3], own pixels."""
+        """Return the coordinates of patches of ``level`` at ``offsets`` [B, 3], in the level's own pixels."""
         return self.pyramid.coords(level, offsets, downsampling=self.downsampling).to(self.labels.device)
 
 
 @dataclass(frozen=True)
 class TileBatch:
-    """Some rows of a level, as runs of videos that share a tile. Crops from, and adds to, the whole state."""
+    """A batch of rows (tile, video) of a level, as runs of videos with the same tile."""
 
     level: int
     tiles: Tensor  # [B] long, index of the row's tile
@@ -50,7 +50,7 @@ class TileBatch:
         return torch.cat([view for view, _ in self._views(state)])
 
     def add(self, total: Tensor, patches: Tensor) -> None:
-        """Add ``patches`` [B, C, f, h, w] to ``total`` [n, C, F, H, W] in place, where they were cut."""
+        """Add ``patches`` [B, C, f, h, w] to ``total`` [n, C, F, H, W] in place, each at the position of its row."""
         row = 0
         for view, count in self._views(total):
             view += patches[row : row + count]
@@ -63,7 +63,7 @@ class TileBatch:
 
 
 def tile_batches(level: int, offsets: Sequence[Triple], layout: Layout, *, size: int) -> list[TileBatch]:
-    """Return patches at ``offsets`` of all videos, tile by tile, in batches of at most ``size`` rows."""
+    """Return batches of at most ``size`` rows that cover the tiles at ``offsets`` of all videos, tile by tile."""
     videos = len(layout.labels)
     total = len(offsets) * videos
     device = layout.labels.device
@@ -91,5 +91,5 @@ def tile_batches(level: int, offsets: Sequence[Triple], layout: Layout, *, size:
 
 
 def parent_by_parent(level: int, offsets: Sequence[Triple], layout: Layout) -> list[Triple]:
-    """Return ``offsets`` so that tiles with the same ancestors follow one another."""
+    """Return ``offsets`` sorted so that tiles with the same ancestors are adjacent."""
     return sorted(offsets, key=lambda offset: layout.pyramid.chain(level, offset))

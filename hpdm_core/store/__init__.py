@@ -1,1 +1,1 @@
-"""Work by key: stages and their attempts, leases, heartbeats, causes of failure, provenance. Knows no study."""
+"""Stages by key and their attempts, leases, heartbeats, causes of failure, provenance. Independent of studies."""

@@ -1,4 +1,4 @@
-"""Which class of failure an exception belongs to."""
+"""Causes for which a job ends without its results, and the classification of exceptions."""
 
 from typing import Literal
 
@@ -21,22 +21,22 @@ Cause = Literal[
     "pruned",
     "full disk",
 ]
-"""Why an attempt ended without its results. The first five are the classes of failure."""
+"""Why a job ended without its results. The first five are failures (`FAILURES`)."""
 
 FAILURES: tuple[Cause, ...] = ("out of memory", "time limit", "lost node", "code error", "diverged")
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-"""How torch, CUDA and the C library say it, in errors that have no class of their own."""
+"""Texts by which torch, CUDA and the C library report lack of memory in errors without a class of their own."""
 PEER_WORDS = ("connection closed by peer", "connection reset by peer", "remote process exited")
-"""How gloo and NCCL say that another process of the same cell is gone."""
+"""Texts by which gloo and NCCL report that another process of the same cell is gone."""
 
 
 class TimeLimit(TroubleError):
-    """A job was too short to get anywhere."""
+    """A job reached its time limit before it could save any progress."""
 
 
 def kind_of(error: BaseException) -> Cause:
-    """Return the class of failure of ``error``, judged by it and by what it was raised from."""
+    """Return the cause for ``error``, judged by it and by the exceptions that it was raised from."""
     current: BaseException | None = error
     seen = set()
     while current is not None and id(current) not in seen:

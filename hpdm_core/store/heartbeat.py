@@ -1,7 +1,7 @@
-"""What a worker tells those who watch: a heartbeat per attempt at a stage, and one per job.
+"""A worker's heartbeat files: one per attempt at a stage, and one per job.
 
-Both are files that are written whole. The job's holds a counter that a thread moves on, so that a step of many
-minutes is no silence; whoever watches compares counters, never clocks.
+Both are replaced atomically. The job's file holds a counter that a thread increments, so that a worker counts as alive
+during a training step of many minutes. Watchers compare counters, never clocks of two hosts.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 class Reporter:
-    """Writes an attempt's heartbeat, about once a second, and passes progress on."""
+    """Writes an attempt's heartbeat about once a second, and passes it on to ``forward``."""
 
     def __init__(self, name: str, attempt: Attempt, forward: Progress | None) -> None:
         self._name = name
@@ -36,7 +36,10 @@ class Reporter:
         self._last = float("-inf")
 
     def __call__(self, progress: dict[str, Any]) -> None:
-        """Take note of ``progress``: ``step``, ``steps``, ``loss`` and whatever else; the first step always."""
+        """Write ``progress`` (``step``, ``steps``, ``loss`` and others) at most once a second.
+
+        The first and the last step are always written.
+        """
         now = time.monotonic()
         step = progress.get("step")
         first = self._first is None and step is not None
@@ -54,17 +57,17 @@ class Reporter:
             **progress,
             "time": time.time(),
         }
-        with contextlib.suppress(OSError):  # a full disk shows where something matters
+        with contextlib.suppress(OSError):  # a full disk raises where more than a heartbeat is lost
             self._attempt.heartbeat(whole)
         if self._forward is not None:
             self._forward(whole)
 
 
 class JobHeartbeat:
-    """Writes ``heartbeat.json`` into a job's folder while the block lasts, and says which process works there.
+    """Writes ``heartbeat.json`` and ``worker.json`` (which process runs the job) into a job's folder, within a block.
 
-    A job that is requeued has one heart after the other; one whose folder names another process falls silent
-    and writes nothing more.
+    A requeued job has one `JobHeartbeat` after the other. Once ``worker.json`` names another process, an older one
+    writes nothing more.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +86,7 @@ class JobHeartbeat:
 
     def __enter__(self) -> "JobHeartbeat":
         write_json(self.folder / "worker.json", self._me, durable=False)
-        for name in ("end.json", "error.json"):  # of the same job before it was requeued
+        for name in ("end.json", "error.json"):  # from before the job was requeued
             (self.folder / name).unlink(missing_ok=True)
         self._write()
         self._thread.start()
@@ -96,7 +99,7 @@ class JobHeartbeat:
 
     @property
     def seconds(self) -> float:
-        """Seconds that this process has worked."""
+        """Seconds since this heartbeat was made."""
         return time.monotonic() - self._started
 
     def mine(self) -> bool:
@@ -104,13 +107,13 @@ class JobHeartbeat:
         return read_json(self.folder / "worker.json") == self._me
 
     def show(self, progress: dict[str, Any]) -> None:
-        """Take note of where the work is; it is written about every second."""
+        """Add ``progress`` to the heartbeat, which is written at most once a second."""
         self._shown = progress
         if time.monotonic() - self._last >= SHOW_SECONDS:
             self._write()
 
     def say(self, name: str, data: dict[str, Any]) -> None:
-        """Write the file ``name`` about this job, unless it is no longer ours, or the disk is full."""
+        """Write the file ``name`` into the job's folder, unless another process runs the job or the disk is full."""
         with contextlib.suppress(OSError):
             if self.mine():
                 write_json(self.folder / name, data)

@@ -1,9 +1,9 @@
-"""Who is working on what: process identities, and leases that outlive no process.
+"""Process identities, and leases: locks that become free when their holder dies.
 
 A lease is a file that names its holder (host, pid, start of the process) and holds a counter that the holder
-moves on every few seconds. It is free when the process is dead (same host), or when its counter has not moved
-for a while on the monotonic clock of the one who looks (another host): clocks of two hosts are never compared.
-The same class locks a stage of the store against a second worker and a study against a second controller.
+increments every few seconds. It is free when the holder is dead (same host), or when its counter has not changed for
+`STALE_SECONDS` on the observer's monotonic clock (another host). Clocks of two hosts are never compared. The same
+class locks a stage of the store against a second worker and a study against a second controller.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ DIGITS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One process for all time: a pid alone is given to another process sooner or later."""
+    """A unique identity of a process: host, pid and start time, since pids are reused."""
 
     host: str
     pid: int
     start: str
-    """When the process started, as its system tells it: a boot's id and clock ticks, or a date."""
+    """When the process started, as the operating system reports it: boot id and clock ticks, or a date."""
 
     @classmethod
     def here(cls) -> "Process":
@@ -65,7 +65,7 @@ class Process:
         return asdict(self)
 
     def alive(self) -> bool | None:
-        """Whether the process still runs; None when it belongs to another host and cannot be asked."""
+        """Whether the process still runs; None if it belongs to another host, where this cannot be told."""
         if self.host != _host():
             return None
         return _start_of(self.pid) == self.start
@@ -75,7 +75,7 @@ class Process:
 
 
 class Watch:
-    """For how long things have not changed, on this process's own clock."""
+    """Measures, on this process's own clock, for how long values have not changed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -91,12 +91,12 @@ class Watch:
         return now - before[1]
 
     def forget(self, name: str) -> None:
-        """Begin again with ``name``."""
+        """Forget the value of ``name``."""
         self._seen.pop(name, None)
 
 
 class Held(Exception):
-    """The lease belongs to another process that lives, or of which it is not known yet that it does not."""
+    """The lease belongs to another process, which is alive or not yet known to be dead."""
 
     def __init__(self, holder: Process | None) -> None:
         super().__init__(f"held by {holder or 'another process'}")
@@ -108,12 +108,12 @@ class LeaseLost(TroubleError):
 
 
 class Lease:
-    """The right to work behind ``path``, while the block lasts.
+    """A lock on the file ``path``, held within a block.
 
-    Entering raises `Held` when a living process has it. A holder on another host is alive until it has been
-    watched for `STALE_SECONDS` without a move of its counter: whoever wants to know tries again. A thread
-    moves the counter; `check` raises `LeaseLost` once the lease was taken over, which happens to a machine
-    that slept longer than that.
+    Entering raises `Held` when a living process holds it. A holder on another host counts as alive until this process
+    has seen no change of its counter for `STALE_SECONDS`: try again until then. A thread increments the counter.
+    `check` raises `LeaseLost` once another process has taken the lease over, which happens when the machine was
+    suspended for longer than `STALE_SECONDS`.
     """
 
     _watch = Watch()
@@ -171,7 +171,7 @@ class Lease:
             data = json.loads(self.path.read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
-        except OSError:  # the file system does not answer: that says nothing of the lease
+        except OSError:  # the file system does not answer: assume that the lease is still ours
             return True
         return isinstance(data, dict) and data.get("token") == self._token
 
@@ -187,7 +187,7 @@ class Lease:
         return self._watch.silent(str(self.path), "unfilled") < EMPTY_SECONDS
 
     def _create(self) -> tuple[int, int]:
-        """Make the file, whole, unless there is one; return its descriptor and where its counter stands."""
+        """Create the complete file unless it exists; return its descriptor and the byte offset of its counter."""
         data = {**Process.here().to_json(), "token": self._token, "beat": "0" * DIGITS}
         text = json.dumps(data).encode()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -213,7 +213,7 @@ class Lease:
         return descriptor, text.rindex(b'"' + b"0" * DIGITS) + 1
 
     def _beat(self, descriptor: int, offset: int) -> None:
-        """Move the counter on, in our own file: one that has replaced it is not touched."""
+        """Increment the counter through the descriptor of our own file, so that a successor's file is not touched."""
         beat = 0
         try:
             while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -230,10 +230,10 @@ class Lease:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Let one process of this host in at a time. The kernel frees it when a process dies, however it dies.
+    """Admit one process of this host at a time. The kernel releases the lock when its process dies.
 
-    Between hosts the creation of the lease file itself (``O_EXCL``) decides; this guard closes the gap
-    between judging a lease dead and replacing it. A file system without locks goes without.
+    Between hosts, the creation of the lease file itself (``O_EXCL``) decides. This guard closes the gap between
+    judging a lease dead and replacing it. On a file system without locks there is no guard.
     """
     try:
         import fcntl
@@ -248,7 +248,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 @cache
 def _host() -> str:
-    """This host, and the pid namespace when there are such: pids of another container mean nothing here."""
+    """This host's name, with its pid namespace where there is one: pids of another container mean nothing here."""
     try:
         namespace = Path("/proc/self/ns/pid").readlink().name.partition("[")[2].rstrip("]")
     except OSError:
@@ -265,9 +265,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When process ``pid`` of this host started, or None when it is gone or only waits to be buried (a
-    zombie).
-    """
+    """When process ``pid`` of this host started, or None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -13,12 +13,12 @@ from hpdm_core.base.files import read_json
 __all__ = ["FROZEN", "git_commit", "machine", "versions"]
 
 FROZEN = "frozen.json"
-"""Beside a copy of this package that jobs run: ``{"git": commit}``."""
+"""File beside a frozen copy of this package, from which jobs run: ``{"git": commit}``."""
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of what numbers depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in ("hpdm", "torch", "numpy", "av"):
         try:
@@ -30,15 +30,13 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Return the commit that this package's source is at, with ``+`` for local changes; None outside a
-    repository.
-    """
+    """Return the commit of this package's source, with ``+`` for local changes; None outside a repository."""
     source = Path(__file__).resolve().parents[1]
     frozen = read_json(source.parent / FROZEN)
     if frozen is not None:
         return frozen.get("git")
     try:
-        # A package installed into an environment inside some other repository is not of that repository.
+        # The package may be installed in an environment inside another repository, whose commit is not meant.
         _git(source, "ls-files", "--error-unmatch", "hookspecs.py")
         changed = _git(source, "status", "--porcelain", "--untracked-files=no")
         return _git(source, "rev-parse", "HEAD") + ("+" if changed else "")
@@ -48,7 +46,7 @@ def git_commit() -> str | None:
 
 @cache
 def machine() -> dict[str, Any]:
-    """Return the kind of machine, without its name: system, processor, cores that this process has, GPU."""
+    """Return the kind of machine, without its name: system, processor, cores of this process, threads, GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",

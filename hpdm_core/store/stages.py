@@ -1,13 +1,13 @@
-"""Stages by key: what has been computed, what is being computed, and by whom. Shared by all studies.
+"""Stages by key: their results, their attempts, and which process works on them. Shared by all studies.
 
     store/train/<key>/        spec.json  attempts/<n>/{log.txt,heartbeat,error.json,checkpoints/,...}
                               model.safetensors  result.json
     store/samples/<key>/      000000.safetensors ...  contact_sheet.png  attempts/<n>/  result.json
     store/evaluations/<key>/  features.npy ...  attempts/<n>/  result.json
 
-A stage is worked on under a lease, in a folder of its own per attempt; what is done is renamed into place,
-and ``result.json`` is written last. Result files are the truth about what is done; everything else may be
-lost.
+A worker holds a stage's lease while it works on it, and each attempt has its own folder. Finished files are renamed
+into place, and ``result.json`` is written last. A stage is done if and only if it has ``result.json``; everything else
+may be lost.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ class Store:
         return Stage(kind=kind, key=key, folder=self.root / kind / key)
 
     def holds(self, stages: Iterable[tuple[str, str]]) -> bool:
-        """Whether each of ``stages`` (kind, key) has a result file; its content is not looked at."""
-        root = str(self.root)  # tens of thousands are asked for: paths as text are ten times as fast
+        """Whether each of ``stages`` (kind, key) has a result file; its content is not read."""
+        root = str(self.root)  # for tens of thousands of stages, strings are ten times as fast as Path
         return all(os.path.exists(f"{root}/{kind}/{key}/result.json") for kind, key in stages)  # noqa: PTH110
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage's folder. Nothing is written before `claim`."""
+    """One stage and its folder. Only `claim` writes to it."""
 
     kind: Kind
     key: str
@@ -98,11 +98,9 @@ class Stage:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator["Attempt"]:
-        """Open a new attempt under the lease of the stage; raises `hpdm_core.store.lease.Held` if it is
-        taken.
+        """Take the lease of the stage and open a new attempt. Raises `hpdm_core.store.lease.Held` if it is taken.
 
-        An exception that leaves the block, except Ctrl-C and other ends of the process, is written to the
-        attempt's ``error.json``.
+        An `Exception` that leaves the block (not Ctrl-C or SystemExit) is written to the attempt's ``error.json``.
         """
         with Lease(self.folder / "lease.json") as lease:
             previous = self.attempts()
@@ -119,7 +117,7 @@ class Stage:
                 raise
 
     def attempt(self, number: int) -> "Attempt":
-        """Return attempt ``number``, claimed by the main one of the processes that work on it together."""
+        """Return attempt ``number``, which the main process has claimed; for the other processes of a group."""
         earlier = [path for path in self.attempts() if int(path.name) < number]
         return Attempt(
             stage=self,
@@ -132,7 +130,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One attempt at a stage. ``previous`` are the ended attempts' folders, newest first."""
+    """One attempt at a stage. ``previous``: the folders of earlier attempts, newest first."""
 
     stage: Stage
     folder: Path
@@ -146,12 +144,13 @@ class Attempt:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def heartbeat(self, progress: Mapping[str, Any]) -> None:
-        """Say where the attempt is."""
+        """Write the attempt's progress to its file ``heartbeat``."""
         write_json(self.folder / "heartbeat", progress, durable=False)
 
     def finish(self, result: Mapping[str, Any], *, files: Mapping[str, str] | None = None) -> None:
-        """Rename ``files`` (name in the attempt -> name in the stage) into place, then write the result,
-        last, with the SHA-256 of every file of the stage.
+        """Rename ``files`` (name in the attempt -> name in the stage) into place, then write the result.
+
+        The result gets the SHA-256 of every file of the stage. Raises `LeaseLost` if the lease was taken over.
         """
         self.lease.check()
         folder = self.stage.folder
@@ -161,7 +160,7 @@ class Attempt:
         write_json(folder / "result.json", {**result, "sha256": hashes})
 
     def fail(self, error: BaseException) -> None:
-        """Write ``error.json`` and the traceback into the log; on a full disk neither may be possible."""
+        """Write ``error.json``, and the traceback to the log, as far as the disk allows."""
         text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):
             write_json(self.folder / "error.json", describe(error, stage=self.stage.kind))
@@ -169,7 +168,7 @@ class Attempt:
             self.log(text)
 
     def take_output(self) -> None:
-        """Send what this process prints from now on, also from native code, to ``log.txt``."""
+        """Redirect the output of this process, also from native code, to ``log.txt``."""
         sys.stdout.flush()
         sys.stderr.flush()
         with (self.folder / "log.txt").open("ab") as handle:
@@ -177,7 +176,7 @@ class Attempt:
                 os.dup2(handle.fileno(), stream)
 
     def drop(self, name: str, *, keep: Iterable[str] = ()) -> None:
-        """Delete what the folders ``name`` of all attempts hold, except the entries called ``keep``."""
+        """Delete the entries of the folders ``name`` of this and earlier attempts, except those named in ``keep``."""
         kept = set(keep)
         for folder in (self.folder, *self.previous):
             for entry in (folder / name).glob("*"):
@@ -186,18 +185,18 @@ class Attempt:
 
 
 def is_product(path: Path) -> bool:
-    """Whether ``path`` in a stage's folder is a file that the stage made."""
+    """Whether ``path`` in a stage's folder is one of the stage's results."""
     other = path.name in ("result.json", "spec.json", "lease.json") or path.name.startswith(".")
     return not other and path.is_file()
 
 
 def describe(error: BaseException, *, stage: Kind | None = None) -> dict[str, Any]:
-    """Return the JSON form of an error: class, a message of one line per problem, traceback.
+    """Return the JSON form of an error: class, a message with one line per problem, traceback.
 
-    ``kind`` is its class of failure; ``stage`` where it arose, None before and between them; ``passing``: the
-    disk was full or failed, which is no fault of the cell.
+    ``kind`` is its `Cause`; ``stage`` is where it arose, None outside the stages; ``passing``: whether the disk was
+    full or failed, which is not the cell's fault.
     """
-    first = str(error).strip().partition("\n")[0]  # torch's own messages go on with a stack; that is below
+    first = str(error).strip().partition("\n")[0]  # torch appends a stack trace to its messages: drop it here
     message = str(error) if isinstance(error, HpdmError) else f"{type(error).__name__}: {first}"
     return {
         "class": type(error).__name__,

@@ -1,7 +1,7 @@
-"""The study engine: cells, their stages by key, the ledger, the controller and its backends.
+"""The study engine: planning a study's cells, the ledger, the controller and its backends, and the worker.
 
-Modules are imported one by one (``hpdm_core.store.stages`` and so on); nothing is loaded here, so that a
-worker that needs the store alone does not pay for the controller.
+Import each module by its full name (``hpdm_core.study.worker.run_cell`` and so on). This file imports nothing, so a
+worker does not load the controller.
 """
 
 __all__: list[str] = []

@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         "command again goes on where it was; what is done is not done again.",
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE", help="the study file (YAML)")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="the study file (YAML); only --explain works without"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -99,12 +101,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     way.add_argument("--status", action="store_true", help="print where every cell stands; write nothing")
     way.add_argument("--cancel", action="store_true", help="end what runs or waits, wherever it does")
+    way.add_argument(
+        "--explain",
+        metavar="KEY",
+        help="say what a key of a study file means, such as training.steps, model or model.backbone.heads",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 all cells done, 1 trouble, 130 after Ctrl-C."""
-    given = build_parser().parse_args(arguments)
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    if given.explain is not None:
+        print(_explained(given))
+        return 0
+    if given.file is None:
+        parser.error("the following arguments are required: FILE")
     if given.dry_run:
         with _nothing_collected():
             _say(f"reading {given.file}")  # before torch is loaded, which takes seconds
@@ -115,19 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe_study(study, given.results, say=_say))
         return 0
     study = _study(given)
-    from hpdm_core.study.backends.interface import JobRunner
-    from hpdm_core.study.backends.registry import asking_backends, make_backend, results_of
-    from hpdm_core.study.worker.run_cell import run_job
-
     words = [each for each in (sys.argv[1:] if arguments is None else arguments) if each != "--detach"]
-    other = asking_backends(study.plugins)
-    part = backend_part(study, given.backend)
-    backend = make_backend(study.plugins, part, JobRunner(work=run_job))
-    results = results_of(backend, given.results.resolve())
-    if given.status or given.cancel:
-        return _look_or_cancel(study, results, other, cancel=given.cancel)
-    if given.detach and not backend.queued:
-        return _detached(study, results, part.use, words, attached=backend.attached)
+    if given.status or given.cancel or given.detach:
+        from hpdm_core.study.backends.registry import asking_backends, results_of
+
+        part, other = backend_part(study, given.backend), asking_backends(study.plugins)
+        backend = other(part.use)
+        results = results_of(backend, given.results.resolve())
+        if given.status or given.cancel:
+            return _look_or_cancel(study, results, other, cancel=given.cancel)
+        if not backend.queued:
+            return _detached(study, results, part.use, words, attached=backend.attached)
     again = shlex.join(["python", "-m", "hpdm_core.study", *words])
     return run_study(
         study,
@@ -152,6 +163,18 @@ def _study(given: argparse.Namespace) -> StudyConfig:
         only=given.only,
         plugins=given.plugins,
     )
+
+
+def _explained(given: argparse.Namespace) -> str:
+    """Return what the key of ``--explain`` means, parts of the study's and the flags' plugins included."""
+    from hpdm_core.assembly.compose import compose
+    from hpdm_core.plugins import build_plugins
+    from hpdm_core.study.show.explain import explain
+
+    if given.file is None:
+        return explain(build_plugins(given.plugins), given.explain)
+    composed = compose(given.file, sets=given.sets, plugins=given.plugins, allow_preset=False)
+    return explain(composed.plugins, given.explain)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From a study file, read and checked, to its results: cells, backend and controller put together."""
+"""Run a validated study: build its cells, backend and controller, and start the controller."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["backend_part", "check_writable", "run_study", "study_text"]
 
 
 def backend_part(study: StudyConfig, name: str | None) -> Part:
-    """Return the backend that ``--backend NAME`` asks for, the study's own without it. Raises `InputError`."""
+    """Return the backend that ``--backend NAME`` asks for; without it the study's own. Raises `InputError`."""
     if name is None or name == study.backend.use:
         return study.backend
     known = study.plugins.keys("backends")
@@ -52,7 +52,8 @@ def run_study(
 ) -> int:
     """Run ``study`` with its results under ``results`` and return the exit code.
 
-    ``detach`` (a backend with a queue of its own) submits what may be submitted and returns.
+    ``imports``: results folders to take finished stages from (``--import``). ``again``: the command line to show to the
+    user for going on. ``detach`` (for a backend with its own queue): submit what may be submitted, and return.
     """
     from hpdm_core.evaluation.study_metric import lacking
     from hpdm_core.study.controller.controller import Controller
@@ -135,7 +136,7 @@ def run_study(
 
 
 def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what makes a spec run from a copy of the code, made when the first one is submitted."""
+    """Return a function that makes a spec run from a copy of the code; its first call makes the copy."""
     from hpdm_core.study.plan.freeze import Frozen, freeze
 
     made: list[Frozen] = []
@@ -149,23 +150,21 @@ def _freezer(folder: Path, study: StudyConfig) -> Callable[[dict[str, Any]], dic
 
 
 def study_text(study: StudyConfig, command: str) -> str:
-    """Return what the study's folder keeps as study.yaml: the file with presets and flags worked in."""
+    """Return the text of study.yaml in the study's folder: the study file with presets and flags applied."""
     data = {key: value for key, value in study.resolved.items() if key != "factors"}
-    data["arms"] = study.arms  # those of --arm and of factors too
+    data["arms"] = study.arms  # with those of --arm and of factors
     data["baseline"] = study.baseline
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"# {command}\n{text}" if command else text
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `InputError` when nothing can be written under ``folder``, `TroubleError` when there is no space
-    left; leaves nothing behind.
-    """
+    """Raise `InputError` when ``folder`` is not writable, `TroubleError` when the disk is full; leaves no files."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
     try:
-        # Asking for permissions is not enough: a file system may be read-only, and root is told yes.
+        # Checking permissions is not enough: a file system may be read-only, and root passes every check.
         Path(tempfile.mkdtemp(prefix=".hpdm-", dir=there)).rmdir()
     except OSError as error:
         reason = error.strerror or str(error)

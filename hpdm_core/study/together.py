@@ -1,22 +1,22 @@
-"""The cells of a study in the processes that torchrun started, one cell after the other:
+"""Run the cells of a study one after the other, each in all processes that torchrun started:
 
     torchrun --nproc-per-node 2 -m hpdm_core.study.together studies/dcf_ablation.yaml --set runtime.strategy=ddp
 
-For one machine of several devices, or several machines that torchrun joins, without a queue. All processes work on
-each cell (`hpdm_core.cell.cell.Cell.run`); results go into the same store as ever, and ``python -m hpdm_core.study``
-with the same file finds them done, evaluates what is missing and writes the report. Not here: several cells at a
-time, retries, the ledger.
+For one machine with several devices, or several machines that torchrun joins, without a scheduler. All processes work
+on each cell (`hpdm_core.cell.cell.Cell.run`). Results go into the usual store; ``python -m hpdm_core.study`` with the
+same file then finds the cells done, evaluates what is missing and writes the report. This command runs one cell at a
+time, retries nothing and writes no ledger.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpdm_core.base import distributed, interruption
+from hpdm_core.base.command_line import CommandParser
 from hpdm_core.base.errors import report_errors
 from hpdm_core.study.plan.cells import cells_of
 from hpdm_core.study.plan.study_file import load_study
@@ -25,8 +25,8 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 all cells done, 1 trouble, 2 wrong input."""
-    parser = argparse.ArgumentParser(
+    """Run the command and return its exit code: 0 all cells done, 1 failure, 2 invalid input."""
+    parser = CommandParser(
         prog="torchrun ... -m hpdm_core.study.together",
         description="Run the cells of a study one after the other, each in all processes of this torchrun.",
         allow_abbrev=False,
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _printer(name: str) -> Callable[[dict[str, Any]], None]:
-    """Return a function that prints a line of progress whenever it is called."""
+    """Return a function that prints a line of progress at each call."""
 
     def show(progress: dict[str, Any]) -> None:
         place = f" {progress['step']} of {progress['steps']}" if progress.get("steps") else ""

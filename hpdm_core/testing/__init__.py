@@ -1,7 +1,6 @@
-"""Conformance cases: the contract of every family of parts as runnable checks, for authors of plugins to
-inherit.
+"""Conformance cases: the contract of every family of parts as runnable checks, for authors of plugins.
 
-One class per family. Under pytest, subclass it and say what is under test:
+There is one class per family. With pytest, subclass it and set the part under test:
 
     from hpdm_core.testing import ContextFusionCases
 
@@ -79,9 +78,9 @@ def run_conformance(
 ) -> list[tuple[str, str | None]]:
     """Run every check of ``family`` on its part ``key``, built with ``options``.
 
-    Returns (check, None) for a check that passed and (check, error) for one that failed, the error being one
-    line. A check that the part makes pointless, such as a size that it refuses, reads ``NAME (skipped:
-    reason)`` and counts as passed. A part with required options that were not given gets the one line
+    Returns (check, None) for a check that passed and (check, error) for one that failed; the error is one line.
+    A check that does not apply to the part, such as a size that the part refuses, is named ``NAME (skipped:
+    reason)`` and counts as passed. If required options were not given, the result is the single entry
     ``("options", "needs options: ...")``.
 
     Raises InputError for an unknown family or key.
@@ -97,7 +96,7 @@ def run_conformance(
     if missing:
         return [("options", f"needs options: {', '.join(missing)} (they have no default)")]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything is tiny: more threads only wait for one another
+    torch.set_num_threads(1)  # all tensors are tiny: more threads would be slower
     try:
         return [_run(case, name, file=registration.file) for name in case.checks()]
     finally:

@@ -1,4 +1,4 @@
-"""Contract of backbones: blocks that process tokens, with latents or without."""
+"""Contract of backbones: blocks that process tokens, with or without latents."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ __all__ = ["BackboneCases"]
 
 
 class BackboneCases(Case):
-    """``factory(token_dim, blocks, *, ...)`` or ``factory(token_dim, blocks, grid, *, ...) -> Backbone`` with
-    ``start`` and ``run``; a backbone without state starts from None and keeps to it.
+    """``factory(token_dim, blocks, *, ...)`` or ``factory(token_dim, blocks, grid, *, ...) -> Backbone``.
 
-    Most checks use a backbone whose parameters were moved a little from their start: gates that start at zero
-    would hide what is wrong.
+    A backbone without latent state returns None from ``start`` and None as latents from ``run``. Most checks add a
+    small random perturbation to the initial parameters, because gates that start at zero would hide errors.
     """
 
     family: ClassVar[str] = "backbones"
@@ -43,26 +42,26 @@ class BackboneCases(Case):
     def _run(
         self, backbone: Backbone, tokens: Tensor, condition: Tensor, previous: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return what the last block gives, by name; no latents where the backbone has no state."""
+        """Return the outputs of the last block by name; without latents if the backbone has no state."""
         latents = backbone.start(previous, len(tokens))
         for block in range(self.blocks):
             tokens, latents = backbone.run(block, tokens, latents, condition)
         return {"tokens": tokens} if latents is None else {"tokens": tokens, "latents": latents}
 
     def _previous(self, backbone: Backbone) -> Tensor | None:
-        """Return latents as an earlier pass may end with; None where the backbone has no state."""
+        """Return random latents of an earlier pass; None if the backbone has no state."""
         started = backbone.start(None, self.batch)
         return None if started is None else torch.randn(started.shape, generator=generator(3, "latents"))
 
     def _make(self, seed: int = 0) -> Backbone:
         made: Backbone = self.make(self.token_dim, self.blocks, self.grid, seed=seed)
-        expect(isinstance(made, nn.Module), f"{type(made).__name__} is no torch.nn.Module")
+        expect(isinstance(made, nn.Module), f"{type(made).__name__} is not a torch.nn.Module")
         if not any(parameter.is_meta for parameter in made.parameters()):
-            initialise(made, seed=seed)  # as a cell does
+            initialise(made, seed=seed)  # as in a cell
         return made
 
     def _moved(self, seed: int = 0) -> Backbone:
-        """Return a backbone whose parameters are moved a little from their start."""
+        """Return a backbone with slightly perturbed initial parameters."""
         made = self._make(seed)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
@@ -93,13 +92,11 @@ class BackboneCases(Case):
 
     @torch.no_grad()
     def test_no_previous_latents_equal_zeros(self) -> None:
-        """start(None) and start(zeros) are the same: the first pass of self-conditioning has nothing to go
-        on.
-        """
+        """start(None) equals start(zeros): the first pass of self-conditioning has no latents of an earlier pass."""
         backbone = self._moved()
         nothing = backbone.start(None, self.batch)
         if nothing is None:
-            return  # no state, so nothing is ever passed on
+            return  # a backbone without state
         zeros = backbone.start(torch.zeros_like(nothing), self.batch)
         expect(zeros is not None, "start gives latents for None, and None for latents")
         assert zeros is not None
@@ -107,7 +104,7 @@ class BackboneCases(Case):
 
     @torch.no_grad()
     def test_rows_are_independent(self) -> None:
-        """Row i of every result depends on row i only, also in the latents that come in."""
+        """Row i of every result depends on row i of the inputs only, including the previous latents."""
         backbone = self._moved()
         tokens, condition = self._inputs()
         previous = self._previous(backbone)
@@ -121,7 +118,7 @@ class BackboneCases(Case):
 
     @torch.no_grad()
     def test_deterministic(self) -> None:
-        """Built twice under one seed and called twice it is bitwise the same, with no random numbers."""
+        """Building and calling it twice with one seed gives bitwise equal results, without global random numbers."""
         first, second = self._moved(), self._moved()
         tokens, condition = self._inputs()
         wanted = self._run(first, tokens, condition)
@@ -133,7 +130,7 @@ class BackboneCases(Case):
 
     @torch.no_grad()
     def test_state_dict_round_trip(self) -> None:
-        """Its state dict, saved and loaded into one of another seed, gives the same results."""
+        """Its state dict, saved and loaded into a backbone of another seed, gives the same results."""
         first, second = self._moved(seed=0), self._moved(seed=1)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)

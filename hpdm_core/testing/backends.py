@@ -1,4 +1,4 @@
-"""Contract of backends: how jobs are started, asked after and ended."""
+"""Contract of backends: how jobs are started, polled and cancelled."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ if TYPE_CHECKING:
 __all__ = ["BackendCases", "leave_mark", "sleep_long"]
 
 SECONDS = 60.0
-"""Real seconds within which a job of a moment has to be over, and one that is ended has to end."""
+"""Seconds (wall-clock) within which a short job has to finish, and a cancelled job has to end."""
 
 
 def leave_mark(path: str, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Write a file beside the spec ``path``: the job of most checks."""
+    """Write a file beside the spec ``path``. Most checks use this as their job."""
     Path(path).with_name("mark").write_text("was here")
 
 
 def sleep_long(path: str, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Say that the job has begun, and sleep until it is ended."""
+    """Write a file that shows that the job has begun, then sleep until it is cancelled."""
     Path(path).with_name("mark").write_text("has begun")
     time.sleep(10 * SECONDS)
 
 
 class BackendCases(Case):
-    """``factory(runner: JobRunner, *, ...) -> Backend``. Checks that need jobs are skipped where `Backend.check` says
-    that this machine cannot run them, and where results are made up.
+    """``factory(runner: JobRunner, *, ...) -> Backend``.
+
+    Checks that run jobs are skipped if `Backend.check` raises InputError because this machine cannot run them, and for
+    a backend with made-up results.
     """
 
     family: ClassVar[str] = "backends"
 
     def test_attributes(self) -> None:
-        """It says how many GPUs a job holds, whether jobs end with it, are queued or made up, and its grace."""
+        """The attributes gpus, attached, queued, made_up, grace and clock have valid values."""
         backend = self._backend()
         expect(
             isinstance(backend.gpus, int) and backend.gpus >= 0, f"gpus is {backend.gpus!r}, wanted 0 or more"
@@ -57,7 +59,7 @@ class BackendCases(Case):
         expect(backend.clock.monotonic() > before, "clock: time does not pass while it is waited for")
 
     def test_free_slots(self) -> None:
-        """With nothing under way there is room for a job, and each job that is under way takes some."""
+        """Without jobs there is at least one free slot, and each running job reduces the number."""
         backend = self._backend()
         with _jobs(1) as (job,):
             empty, one = backend.free_slots([]), backend.free_slots([job])
@@ -66,7 +68,7 @@ class BackendCases(Case):
         expect(backend.interval(1) >= 0, "interval: is negative")
 
     def test_jobs_that_never_started(self) -> None:
-        """A job that was never submitted is over, and ending it is nothing to complain about."""
+        """A job that was never submitted is "over" or "unknown", and cancelling it raises no error."""
         self._runnable(self._backend())
         backend = self._backend()
         with _jobs(2) as jobs:
@@ -81,7 +83,7 @@ class BackendCases(Case):
             backend.cancel(jobs, now=True)
 
     def test_job_is_run_and_found_again(self) -> None:
-        """A job runs, is over afterwards, and another object finds it by its files alone."""
+        """A job runs and is over afterwards; another backend object finds it by its files alone."""
         backend = self._runnable(self._backend(leave_mark))
         with _jobs(1) as (job,):
             backend.submit([job])
@@ -94,7 +96,7 @@ class BackendCases(Case):
             )
 
     def test_job_is_ended(self) -> None:
-        """A running job is alive, also to another object, and ``cancel(now=True)`` ends it; again is no trouble."""
+        """A running job is "alive", also for another object; ``cancel(now=True)`` ends it, and may be repeated."""
         backend = self._runnable(self._backend(sleep_long))
         if backend.attached:
             raise unittest.SkipTest("jobs run to their end in submit")
@@ -117,7 +119,7 @@ class BackendCases(Case):
         return made
 
     def _runnable(self, backend: Backend) -> Backend:
-        """Skip where ``backend`` cannot run a job here."""
+        """Return ``backend``, or skip the check if it cannot run a job on this machine."""
         if backend.made_up:
             raise unittest.SkipTest("its jobs are made up")
         try:

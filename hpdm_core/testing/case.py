@@ -1,13 +1,15 @@
-"""What every conformance class shares: how the part under test is built, and how a failed check reads.
- A conformance class is the contract of one family as runnable checks. Its methods named ``test_*`` take
-nothing but ``self``, so that one class serves three masters: pytest (subclass it under a name starting with
-``Test``), our own tests (applied to every registered key), and ``python -m hpdm_core.plugins check NAME``.
+"""The base class of conformance classes: it builds the part under test and formats failed checks.
+
+A conformance class is the contract of one family as runnable checks. Its methods named ``test_*`` take only
+``self``, so that the class can be used in three ways: by pytest (subclass it under a name that starts with
+``Test``), by this project's tests (for every registered key), and by ``python -m hpdm_core.plugins check NAME``.
 
     class TestMine(ContextFusionCases):          # a plugin author's whole test file
         factory = MyFusion
         options = {"width": 8}
- Instead of ``factory`` a class may set ``plugins`` (from `hpdm_core.plugins.build_plugins`) and ``key``: then
-the part is built exactly as a study builds it, options validated.
+
+Instead of ``factory``, a class may set ``plugins`` (from `hpdm_core.plugins.build_plugins`) and ``key``: then
+the part is built exactly as in a study, with validated options.
 """
 
 from __future__ import annotations
@@ -40,17 +42,15 @@ __all__ = ["Case", "describe_failure", "expect", "expect_close", "expect_json", 
 
 
 def expect(condition: bool, message: str) -> None:
-    """Raise AssertionError with ``message`` unless ``condition`` (unlike ``assert``, also under ``python
-    -O``).
-    """
+    """Raise AssertionError with ``message`` unless ``condition``; unlike ``assert``, also under ``python -O``."""
     if not condition:
         raise AssertionError(message)
 
 
 def expect_close(given: Tensor, wanted: Tensor, what: str, *, tolerance: float = 0.0) -> None:
-    """Raise AssertionError unless both tensors have one shape and differ by at most ``tolerance`` anywhere.
+    """Raise AssertionError unless both tensors have the same shape and differ by at most ``tolerance`` anywhere.
 
-    The tolerance is relative to the largest magnitude in ``wanted`` where that exceeds 1. NaN equals nothing.
+    The tolerance is relative to the largest magnitude in ``wanted`` if that exceeds 1. NaN never passes.
     """
     expect(given.shape == wanted.shape, f"{what}: shape {list(given.shape)}, wanted {list(wanted.shape)}")
     if given.numel() == 0:
@@ -61,9 +61,7 @@ def expect_close(given: Tensor, wanted: Tensor, what: str, *, tolerance: float =
 
 
 def expect_json(value: Any, what: str) -> str:
-    """Return ``value`` as strict JSON text; raise AssertionError if it is not JSON (tensors, paths, NaN, sets
-    ...).
-    """
+    """Return ``value`` as strict JSON text; raise AssertionError if it is not JSON (tensors, paths, NaN, sets ...)."""
     try:
         text = json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -77,7 +75,7 @@ def expect_json(value: Any, what: str) -> str:
 
 @contextmanager
 def leaves_global_rng_alone(what: str) -> Iterator[None]:
-    """Raise AssertionError if the block draws from, or seeds, torch's global generator."""
+    """Raise AssertionError if the block draws from torch's global generator or seeds it."""
     before = torch.random.get_rng_state()
     yield
     untouched = torch.equal(before, torch.random.get_rng_state())
@@ -87,8 +85,8 @@ def leaves_global_rng_alone(what: str) -> Iterator[None]:
 
 
 def describe_failure(error: BaseException, *, file: Path | None = None) -> str:
-    """Return one line for a failed check: what is wrong, and where in ``file`` (else in the innermost own
-    frame).
+    """Return one line for a failed check: the error, and where it was raised in ``file`` (or in the innermost frame
+    outside torch).
     """
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError):
@@ -105,9 +103,7 @@ def describe_failure(error: BaseException, *, file: Path | None = None) -> str:
 
 
 class Case:
-    """Base of the conformance classes. Set ``factory``, or ``plugins`` and ``key``; ``options`` as in a study
-    file.
-    """
+    """Base of the conformance classes. Set ``factory``, or ``plugins`` and ``key``; ``options`` as in a study file."""
 
     family: ClassVar[str]
     """The family of `hpdm_core.plugins.families` whose contract this is."""
@@ -116,11 +112,11 @@ class Case:
     key: str | None = None
     factory: Callable[..., Any] | None = None
     options: Mapping[str, Any] = {}
-    """Options of the part; needed where the factory has options without a default."""
+    """Options of the part; needed if the factory has options without a default."""
 
     @classmethod
     def checks(cls) -> list[str]:
-        """Return the names of the checks, in the order in which they are written, a base class's first."""
+        """Return the names of the checks in the order of their definition, those of base classes first."""
         names: dict[str, None] = {}
         for base in reversed(cls.__mro__):
             names.update({name: None for name in vars(base) if name.startswith("test_")})
@@ -132,8 +128,8 @@ class Case:
         return [name for name, field in fields.items() if field.is_required() and name not in self.options]
 
     def make(self, *positional: Any, seed: int = 0) -> Any:
-        """Build the part as a cell does: ``positional`` from the core, ``options``, torch's global stream
-        keyed.
+        """Build the part as in a cell: with ``positional`` and ``options``, and torch's global generator seeded by
+        ``seed``.
         """
         missing = self.missing_options()
         expect(not missing, f"needs options: {', '.join(missing)} (set `options` on the conformance class)")
@@ -149,16 +145,14 @@ class Case:
             return factory(*handed(factory, positional), **options)
 
     def make_or_skip(self, *positional: Any) -> Any:
-        """Build the part, or skip the check with the part's own words if it refuses these values
-        (InputError).
-        """
+        """Build the part; if it refuses these values (InputError), skip the check with the error's message."""
         try:
             return self.make(*positional)
         except InputError as error:
             raise unittest.SkipTest(f"refused: {error}") from error
 
     def test_options_round_trip(self) -> None:
-        """Options validate, are JSON, and validate again to the same: a study file can hold them."""
+        """Options are valid, and written to JSON and read back they are equal: a study file can hold them."""
         expect(not self.missing_options(), f"needs options: {', '.join(self.missing_options())}")
         model = self._model()
         once, problems = check(model, dict(self.options))
@@ -169,24 +163,22 @@ class Case:
         expect(again == once, f"options change when written to a file and read back: {text}")
 
     def test_places(self) -> None:
-        """An option that is a path is marked ``Annotated[Path, Content()]``: keys take what lies there, not
-        where.
-        """
+        """An option that is a path is marked ``Annotated[Path, Content()]``, so that keys depend on its content."""
         if FAMILIES[self.family].path.startswith("evaluation."):
-            return  # those are keyed by what they say of themselves
+            return  # their keys are made of their own protocol or description
         model = self._model()
         unmarked = sorted(mentions_path(model) - set(marked(model)))
         expect(
             not unmarked,
-            f"the path in option {', '.join(unmarked)} would be part of the key, so that moving what lies there "
-            "would train anew: write Annotated[Path, Content()]",
+            f"the path in option {', '.join(unmarked)} would be part of the key, so that moving the files would "
+            "train again: write Annotated[Path, Content()]",
         )
 
     def _part(self) -> Part:
         return Part(use=self.key or "", options=dict(self.options))
 
     def _factory(self) -> Callable[..., Any]:
-        # A function set as a class attribute would become a bound method: take what was written.
+        # A function set as a class attribute would become a bound method: take the attribute itself.
         written = self.__dict__.get("factory", inspect.getattr_static(type(self), "factory"))
         made = written.__func__ if isinstance(written, staticmethod) else written
         expect(callable(made), "set `factory`, or `plugins` and `key`, on the conformance class")

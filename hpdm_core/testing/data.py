@@ -1,4 +1,4 @@
-"""Contracts of the parts that bring video in: datasets and video readers."""
+"""Contracts of datasets and video readers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def write_clip(
 ) -> Tensor:
     """Write a small clip (yuv420p, high quality) and return its frames, uint8 [F, H, W, 3].
 
-    Smooth, so that chroma subsampling does little; every frame has its own brightness and every side its own
-    colour, so that a wrong frame, flipped axes or swapped channels show. libx264 stores the frames in another
-    order than that in which they are shown.
+    The clip is smooth, so that chroma subsampling changes little. Every frame has a different brightness and
+    every side a different colour, so that a wrong frame, flipped axes or swapped channels are detected. libx264
+    stores the frames in another order than the presentation order.
     """
     rows = np.linspace(0, 90, height)[None, :, None]
     columns = np.linspace(0, 70, width)[None, None, :]
@@ -57,7 +57,7 @@ def write_clip(
             options = {"crf": "1", "preset": "veryfast", "x264-params": reordered}
         stream = container.add_stream(codec, rate=Fraction(fps), options=options)
         if not isinstance(stream, VideoStream):
-            raise ValueError(f"{codec} is no video codec")
+            raise ValueError(f"{codec} is not a video codec")
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -66,14 +66,14 @@ def write_clip(
 
 
 class VideoReaderCases(Case):
-    """``factory(*, ...) -> VideoReader``: the frames of a file by their number."""
+    """``factory(*, ...) -> VideoReader``: returns the frames of a file by their numbers."""
 
     family: ClassVar[str] = "video_readers"
     frames = 24
     height = 48
     width = 80
     tolerance = 8
-    """Allowed difference of a pixel's value, out of 255: the clip is compressed."""
+    """Allowed difference of a pixel's value, out of 255, because the clip is compressed."""
 
     @contextmanager
     def _clip(self, suffix: str = ".mp4") -> Iterator[tuple[Path, Tensor]]:
@@ -83,7 +83,7 @@ class VideoReaderCases(Case):
             yield path, video
 
     def test_probe(self) -> None:
-        """Frames, height, width and frame rate are the file's."""
+        """probe() returns the file's number of frames, height, width and frame rate."""
         reader: VideoReader = self.make()
         with self._clip() as (path, _):
             info = reader.probe(path)
@@ -93,7 +93,7 @@ class VideoReaderCases(Case):
         expect(math.isclose(info.fps, 25, rel_tol=1e-3), f"probe: {info.fps} frames per second, wanted 25")
 
     def test_reads_the_frames_asked_for(self) -> None:
-        """uint8 [F, H, W, 3] RGB of exactly the numbers asked for, in their order, backwards or twice."""
+        """read() returns uint8 [F, H, W, 3] RGB of the given numbers in the given order, also backwards or repeated."""
         reader: VideoReader = self.make()
         with self._clip() as (path, video):
             for numbers in ([0, 1, 2], [self.frames - 1], [17, 3, 3, 9]):
@@ -106,7 +106,7 @@ class VideoReaderCases(Case):
                 expect(worst <= self.tolerance, f"{what} (wrong frame, order, axis or colour?)")
 
     def test_frames_of_a_container_without_their_times(self) -> None:
-        """AVI tells in which order frames are stored; their numbers are those in which they are shown."""
+        """AVI has no presentation times; frames are still numbered in presentation order."""
         reader: VideoReader = self.make()
         with self._clip(".avi") as (path, video):
             for number in range(self.frames):
@@ -118,7 +118,7 @@ class VideoReaderCases(Case):
                 expect(worst <= self.tolerance, f"{what} (wrong frame?)")
 
     def test_short_side(self) -> None:
-        """short_side resizes the shorter side and keeps the aspect."""
+        """short_side resizes the shorter side and keeps the aspect ratio."""
         reader: VideoReader = self.make()
         with self._clip() as (path, video):
             made = reader.read(path, [5], short_side=24)
@@ -132,9 +132,7 @@ class VideoReaderCases(Case):
         )
 
     def test_unreadable_files(self) -> None:
-        """What cannot be read raises ReadError with a reason in one line: garbage, nothing there, a frame too
-        many.
-        """
+        """A damaged file, a missing file and a frame past the end raise ReadError with a one-line reason."""
         reader: VideoReader = self.make()
         with self._clip() as (path, _):
             garbage = path.with_name("garbage.mp4")
@@ -162,18 +160,18 @@ class VideoReaderCases(Case):
 
 
 class DatasetCases(Case):
-    """``factory(clip, reader, *, ...) -> ClipDataset``: short windows of video."""
+    """``factory(clip, reader, *, ...) -> ClipDataset``: draws short windows of video."""
 
     family: ClassVar[str] = "datasets"
     clip = ClipShape(frames=4, height=16, width=24)
     reader: VideoReader | None = None
-    """The reader that is handed over; None for the default of data.reader, from ``plugins``."""
+    """The reader that the factory gets; None for the default of data.reader, from ``plugins``."""
     draws = 6
     copied_bytes = 2**26
-    """Where a marked option points at this much or less, it is copied, to see that a change there shows."""
+    """Largest content of a marked option, in bytes, that is copied to check that its fingerprint shows changes."""
 
     def _dataset(self, *, seed: int = 0) -> ClipDataset:
-        """Return a dataset; opened once per seed, as opening may decode every file."""
+        """Return a dataset; it is opened once per seed, because opening may decode every file."""
         opened: dict[int, ClipDataset] = self.__dict__.setdefault("_opened", {})
         if seed not in opened:
             opened[seed] = self._open(seed)
@@ -188,7 +186,7 @@ class DatasetCases(Case):
         return made
 
     def _places(self) -> dict[str, tuple[Any, Path]]:
-        """Return option -> its mark and its path, of the marked options that are one existing path each."""
+        """Return option -> (mark, path) for the marked options whose value is a single existing path."""
         model = self._model()
         made, _ = check(model, dict(self.options))
         found = {
@@ -205,9 +203,7 @@ class DatasetCases(Case):
         return one.label == other.label and torch.equal(one.video, other.video)
 
     def test_clips(self) -> None:
-        """float32 [C, F, H, W] in [-1, 1] of the asked size, in both splits, with a label of the classes or
-        -1.
-        """
+        """Clips of both splits are float32 [C, F, H, W] in [-1, 1] of the given size, with a class's label or -1."""
         dataset = self._dataset()
         expect(
             isinstance(dataset.classes, tuple), f"classes: {type(dataset.classes).__name__}, wanted a tuple"
@@ -231,7 +227,7 @@ class DatasetCases(Case):
                 )
 
     def test_keyed(self) -> None:
-        """The generator alone decides a clip: the same one repeats, in any order and in another object."""
+        """A clip depends on the generator alone: not on the order of draws or on the dataset object."""
         dataset, other = self._dataset(seed=0), self._dataset(seed=1)
         for split in SPLITS:
             with leaves_global_rng_alone("draw"):
@@ -260,16 +256,16 @@ class DatasetCases(Case):
                 expect(known, f"{split}: a clip was drawn that distinct() does not list")
 
     def test_splits_differ(self) -> None:
-        """No clip of one split appears in the other (the same windows in both are held out from nothing)."""
+        """No clip appears in both splits; otherwise held-out clips would have been trained on."""
         dataset = self._dataset()
         drawn = [[dataset.draw(split, generator(split, i)) for i in range(self.draws)] for split in SPLITS]
         if all(dataset.distinct(split) is not None for split in SPLITS):
-            return  # a fixed set made to be memorised may be the same in both
+            return  # a fixed set of clips, meant to be memorised, may be the same in both splits
         shared = any(torch.equal(one.video, two.video) for one in drawn[0] for two in drawn[1])
         expect(not shared, f"a clip appears in {SPLITS[0]} and in {SPLITS[1]}")
 
     def test_threads(self) -> None:
-        """Drawn from several threads at once, every clip is the same as drawn alone."""
+        """Clips drawn from several threads at once equal those drawn from one thread."""
         dataset = self._dataset()
         alone = [dataset.draw("train", generator(1, "clip", index)) for index in range(self.draws)]
         with ThreadPoolExecutor(4) as pool:
@@ -280,7 +276,7 @@ class DatasetCases(Case):
         expect(same, "drawn from four threads, a clip differs from the same one drawn alone")
 
     def test_describe(self) -> None:
-        """describe() is JSON, equal for equal datasets and before and after drawing."""
+        """describe() is JSON, equal for equal datasets, and not changed by drawing."""
         dataset = self._dataset()
         before = expect_json(dataset.describe(), "describe")
         for split in SPLITS:
@@ -292,7 +288,7 @@ class DatasetCases(Case):
         )
 
     def test_elsewhere(self) -> None:
-        """What a marked option points at has the same fingerprint, clips and description wherever it lies."""
+        """Fingerprint, clips and description do not depend on the path in a marked option, only on its content."""
         for name, (mark, path) in self._places().items():
             here = mark.fingerprint(path)
             expect(
@@ -302,7 +298,7 @@ class DatasetCases(Case):
                 elsewhere = Path(folder) / "elsewhere"
                 elsewhere.symlink_to(path.absolute(), target_is_directory=path.is_dir())
                 same = mark.fingerprint(elsewhere) == here
-                expect(same, f"fingerprint of option {name}: another for the same content at another place")
+                expect(same, f"fingerprint of option {name}: differs for the same content at another place")
                 given = self.options
                 try:
                     self.options = {**given, name: str(elsewhere)}
@@ -317,10 +313,10 @@ class DatasetCases(Case):
                         self._same(one, two), f"{split}: option {name} at another place gives another clip"
                     )
                 told = [expect_json(dataset.describe(), "describe") for dataset in (self._dataset(), moved)]
-                expect(told[0] == told[1], f"describe: tells where option {name} lies; tell what lies there")
+                expect(told[0] == told[1], f"describe: depends on the path in option {name}, not its content")
 
     def test_changes_show(self) -> None:
-        """The fingerprint of a marked option's content changes when files there change, or are missing."""
+        """The fingerprint of a marked option changes when its files change or are missing."""
         for name, (mark, path) in self._places().items():
             files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
             if sum(file.stat().st_size for file in files) > self.copied_bytes:
@@ -329,7 +325,7 @@ class DatasetCases(Case):
                 copy = Path(folder) / path.name
                 shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
                 here = mark.fingerprint(path)
-                expect(mark.fingerprint(copy) == here, f"fingerprint of option {name}: another for a copy")
+                expect(mark.fingerprint(copy) == here, f"fingerprint of option {name}: differs for a copy")
                 copies = [copy / file.relative_to(path) for file in files]
                 for file in copies:
                     data = bytearray(file.read_bytes())
@@ -348,7 +344,7 @@ class DatasetCases(Case):
                 )
 
     def test_clips_are_the_callers(self) -> None:
-        """A clip may be changed in place without changing what is drawn next, and may be pickled."""
+        """Changing a clip in place does not change later draws, and a clip can be pickled."""
         dataset = self._dataset()
         first = dataset.draw("train", generator(0, "clip", 0))
         kept = first.video.clone()

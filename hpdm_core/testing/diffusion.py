@@ -1,4 +1,4 @@
-"""Contracts of the parts of the noise process: noise scalings, noise samplers, objectives."""
+"""Contracts of noise scalings, noise samplers and objectives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NoiseScalingCases(Case):
     family: ClassVar[str] = "noise_scalings"
 
     def test_one_positive_number_per_level(self) -> None:
-        """For 1 to 4 levels: as many finite positive numbers (or a refusal as InputError)."""
+        """For 1 to 4 levels: one finite positive number per level (3 levels must work, others may raise InputError)."""
         for levels in (3, 1, 2, 4):
             made = self.make(levels) if levels == 3 else self.make_or_skip(levels)
             values = [float(value) for value in made]
@@ -36,12 +36,12 @@ class NoiseScalingCases(Case):
             expect(allowed, f"{levels} levels: {values}, wanted finite numbers above 0")
 
     def test_deterministic(self) -> None:
-        """Made twice, under different random states, it is the same."""
+        """Built twice with different global random states, it gives the same numbers."""
         expect(list(self.make(3, seed=0)) == list(self.make(3, seed=1)), "made twice, the numbers differ")
 
 
 class NoiseSamplerCases(Case):
-    """``factory(sigma_in, *, ...) -> NoiseSampler``: the plan of the joint pass and its sigmas."""
+    """``factory(sigma_in, *, ...) -> NoiseSampler``: the slots of the joint pass and their sigmas."""
 
     family: ClassVar[str] = "noise_samplers"
     draws = 64
@@ -51,9 +51,7 @@ class NoiseSamplerCases(Case):
         return [(len(sigma_in), self.make(sigma_in)) for sigma_in in SIGMA_INS]
 
     def test_slots_are_valid(self) -> None:
-        """Levels exist, each has a slot, and a slot's sources are earlier slots: one per coarser level,
-        coarsest first.
-        """
+        """Each level has a slot; a slot's sources are earlier slots, one per coarser level, coarsest first."""
         for levels, sampler in self._samplers():
             slots = sampler.slots
             expect(isinstance(slots, tuple), f"slots: {type(slots).__name__}, wanted a tuple of Slot")
@@ -69,7 +67,7 @@ class NoiseSamplerCases(Case):
                 )
 
     def test_sigma_is_positive(self) -> None:
-        """sigma [S] is floating, finite and above 0 in every draw."""
+        """sigma [S] has a floating-point dtype and is finite and above 0 in every draw."""
         for _, sampler in self._samplers():
             for video in range(self.draws):
                 sigma, _ = sampler.draw(generator(0, "sigma", video))
@@ -80,7 +78,7 @@ class NoiseSamplerCases(Case):
                 expect(allowed, f"sigma: {sigma.tolist()}, wanted finite numbers above 0")
 
     def test_in_loss_is_boolean(self) -> None:
-        """in_loss [S] is boolean, and over many videos every level is trained."""
+        """in_loss [S] is boolean, and over many videos every level is in the loss."""
         for levels, sampler in self._samplers():
             trained: set[int] = set()
             for video in range(self.draws):
@@ -99,9 +97,7 @@ class NoiseSamplerCases(Case):
             expect(not missing, f"in_loss: levels {missing} are never trained in {self.draws} videos")
 
     def test_keyed(self) -> None:
-        """Everything comes from the generator: the same one repeats, another differs, the global one is
-        untouched.
-        """
+        """A draw depends on the given generator alone, and does not use torch's global generator."""
         for sigma_in in SIGMA_INS:
             sampler, other = self.make(sigma_in, seed=0), self.make(sigma_in, seed=1)
             first = sampler.draw(generator(0, "sigma", 0))
@@ -131,7 +127,7 @@ class ObjectiveCases(Case):
         return clean, noise, torch.tensor(self.sigmas, dtype=dtype)
 
     def test_perfect_prediction_decodes_to_clean(self) -> None:
-        """With prediction = target, the decoder returns the clean patch, in double precision to 1e-6."""
+        """With prediction = target, the decoder returns the clean patch to 1e-6, in double precision."""
         objective: Objective = self.make()
         clean, noise, sigma = self._draw()
         for sigma_in in self.sigma_ins:
@@ -145,7 +141,7 @@ class ObjectiveCases(Case):
             expect_close(decoded, clean, what, tolerance=1e-6)
 
     def test_weight_is_positive(self) -> None:
-        """weight is one finite number above 0 per row."""
+        """The loss weight of each row is finite and above 0."""
         objective: Objective = self.make()
         _, _, sigma = self._draw()
         for sigma_in in self.sigma_ins:
@@ -159,11 +155,10 @@ class ObjectiveCases(Case):
             )
 
     def test_loss_identity(self) -> None:
-        """The weighted error of a prediction is a positive number, of sigma alone, times the error in data
-        units.
+        """weight * mean|F - v|^2 equals lambda(sigma) * mean|D - x|^2 for every error, with lambda positive.
 
-        That is: the decoder is affine in the prediction, with one slope per row. Then weight * mean|F - v|^2
-        equals lambda(sigma) * mean|D - x|^2 for every error, and levels can be compared in data units.
+        This holds if the decoder D is affine in the prediction F, with one slope per row. Then losses of levels can
+        be compared in data units.
         """
         objective: Objective = self.make()
         clean, noise, sigma = self._draw()
@@ -188,7 +183,7 @@ class ObjectiveCases(Case):
             )
 
     def test_rows_and_types(self) -> None:
-        """Shapes and dtype are kept, and row i depends on row i only."""
+        """Shapes and dtype are preserved, and row i depends on row i only."""
         objective: Objective = self.make()
         clean, noise, sigma = self._draw(torch.float32)
         noisy = clean / 4 + sigma.view(-1, 1, 1, 1, 1) * noise

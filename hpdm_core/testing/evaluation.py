@@ -1,4 +1,4 @@
-"""Contracts of the parts that measure: feature extractors and metrics."""
+"""Contracts of feature extractors and metrics."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TRAIN_RESULT = {
     "parameters": 1000,
     "flops_per_step": 10**6,
 }
-"""What a train stage reports."""
+"""An example of a train stage's result."""
 
 
 class FeatureExtractorCases(Case):
@@ -54,7 +54,7 @@ class FeatureExtractorCases(Case):
 
     family: ClassVar[str] = "feature_extractors"
     sizes: tuple[tuple[int, int, int], ...] = ((4, 16, 24), (8, 24, 40))
-    """Frames, height, width of the videos that are tried."""
+    """Frames, height, width of the test videos."""
     count = 4
 
     def _videos(self, size: tuple[int, int, int], *, seed: int = 0) -> Tensor:
@@ -64,9 +64,7 @@ class FeatureExtractorCases(Case):
         return (smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()  # [n, F, H, W, C]
 
     def test_features(self) -> None:
-        """Finite floating [n, d], d the same for every size and number of videos; the videos are left as they
-        are.
-        """
+        """Features are finite, floating-point [n, d], with the same d for every size; the videos are not changed."""
         extractor: FeatureExtractor = self.make()
         widths = set()
         for size in self.sizes:
@@ -85,7 +83,7 @@ class FeatureExtractorCases(Case):
         )
 
     def test_flat_videos(self) -> None:
-        """All black, all white and one colour give finite features (no division by their zero spread)."""
+        """Black, white and uniformly grey videos give finite features (no division by a standard deviation of zero)."""
         extractor: FeatureExtractor = self.make()
         for value in (0, 255, 100):
             made = extractor.features(torch.full((2, *self.sizes[0], 3), value, dtype=torch.uint8))
@@ -95,7 +93,7 @@ class FeatureExtractorCases(Case):
             )
 
     def test_clips_are_independent(self) -> None:
-        """Features of a clip are the same alone, in any batch and at any place in it."""
+        """Features of a clip do not depend on the batch or on the position in it."""
         extractor: FeatureExtractor = self.make()
         videos = self._videos(self.sizes[0])
         together = extractor.features(videos)
@@ -115,8 +113,8 @@ class FeatureExtractorCases(Case):
         expect(bool((spread > 0).all()), "features: two different clips have the same")
 
     def test_deterministic(self) -> None:
-        """Built twice, under different random states, it gives bitwise the same; no global random numbers are
-        drawn.
+        """Built twice with different global random states, it gives bitwise equal features; it draws no global random
+        numbers.
         """
         first, second = self.make(seed=0), self.make(seed=1)
         videos = self._videos(self.sizes[0])
@@ -125,15 +123,15 @@ class FeatureExtractorCases(Case):
             same = torch.equal(first.features(videos), wanted) and torch.equal(
                 second.features(videos), wanted
             )
-        expect(same, "features: the same clips get others on a second call or from a second extractor")
+        expect(same, "features: differ for the same clips on a second call or from a second extractor")
 
     def test_describe(self) -> None:
-        """A name for the column, and a description that is JSON and the same each time."""
+        """It has a name, and a description that is JSON and always the same."""
         extractor: FeatureExtractor = self.make(seed=0)
         name = extractor.name
         expect(isinstance(name, str) and bool(name.strip()), f"name: {name!r}, wanted a name for the column")
         before = expect_json(extractor.describe(), "describe")
-        expect(bool(extractor.describe()), "describe: empty; it should tell these features from all others")
+        expect(bool(extractor.describe()), "describe: empty; it should identify these features")
         extractor.features(self._videos(self.sizes[0]))
         expect(expect_json(extractor.describe(), "describe") == before, "describe: changes by use")
         again: Any = self.make(seed=1)
@@ -143,12 +141,12 @@ class FeatureExtractorCases(Case):
 
 
 class MetricCases(Case):
-    """``factory(*, ...) -> Metric``: rows about a cell, and the protocol that goes with them."""
+    """``factory(*, ...) -> Metric``: returns rows about a cell, and the protocol that defines them."""
 
     family: ClassVar[str] = "metrics"
 
     def _assembly(self) -> Assembly:
-        """Return a small cell with its data at hand; its model has no weights but the initial ones."""
+        """Return a small cell with a small dataset and an untrained model."""
         if self.plugins is None:
             raise AssertionError(
                 "set `plugins` on the conformance class: a metric may use parts of other families"
@@ -170,7 +168,7 @@ class MetricCases(Case):
             ),
             data=DataConfig(
                 dataset=Part(use=only or "synthetic")
-            ),  # `_Waves`, which is not registered, takes the place of synthetic
+            ),  # replaced below by `_Waves`, which is not registered
             training=TrainingConfig(steps=1, batch=1, learning_rate=1e-3),
             evaluation=EvaluationConfig(samples=SAMPLES, reals=6),
         )
@@ -179,7 +177,7 @@ class MetricCases(Case):
         return assembly
 
     def test_name_and_needs(self) -> None:
-        """A name for the column, and what it reads: one of the words of `hpdm_core.metrics.interface.Need`."""
+        """It has a name, and ``needs`` is one of the values of `hpdm_core.metrics.interface.Need`."""
         metric: Metric = self.make()
         expect(
             isinstance(metric.name, str) and bool(metric.name.strip()),
@@ -189,7 +187,7 @@ class MetricCases(Case):
         expect(metric.needs in allowed, f"needs: {metric.needs!r}, allowed: {', '.join(allowed)}")
 
     def test_protocol(self) -> None:
-        """JSON, not empty, and the same for an equal metric: it is hashed into the key of the evaluation."""
+        """The protocol is JSON, not empty, and equal for an equal metric: the evaluation's key is a hash of it."""
         metric, other = self.make(seed=0), self.make(seed=1)
         text = expect_json(metric.protocol(self._assembly()), "protocol")
         expect(text not in ("{}", "null"), "protocol: empty; it should say all that the values depend on")
@@ -199,7 +197,7 @@ class MetricCases(Case):
         )
 
     def test_options_are_in_the_protocol(self) -> None:
-        """Whatever may be chosen is in the protocol: another number as an option gives another one."""
+        """A changed value of a numeric option changes the protocol."""
         given = dict(self.options)
         before = self.make().protocol(self._assembly())
         for name, field in self._model().model_fields.items():
@@ -210,14 +208,14 @@ class MetricCases(Case):
                 self.options = {**given, name: chosen + 1}
                 after = self.make().protocol(self._assembly())
             except InputError:
-                continue  # a number that is not allowed
+                continue  # this value is not allowed
             finally:
                 self.options = given
             expect(after != before, f"protocol: the same with {name} = {chosen} and with {chosen + 1}")
 
     def test_rows(self) -> None:
-        """On a small cell: rows with the metric's name (or one of its ``titles(assembly)``), an existing level
-        or None, and a number; twice the same.
+        """On a small cell, each row has the metric's name (or one of its ``titles(assembly)``), an existing level or
+        None, and a float; a second evaluation gives the same rows.
         """
         assembly = self._assembly()
         with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +250,7 @@ class MetricCases(Case):
 
 
 class _Waves:
-    """A small fixed set of drifting waves, so that metrics have real clips to read."""
+    """A small fixed set of clips with drifting waves, as real clips for metrics."""
 
     classes: ClassVar[tuple[str, ...]] = ("slow", "fast")
 
@@ -284,14 +282,14 @@ class _Waves:
 
 
 class _PredictsClean:
-    """The plainest objective: the network answers with the clean patch."""
+    """The simplest objective: the network predicts the clean patch."""
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
         """Return the clean patch."""
         return clean
 
     def denoised(self, noisy: Tensor, prediction: Tensor, sigma: Tensor, sigma_in: float) -> Tensor:
-        """Return the answer."""
+        """Return the prediction."""
         return prediction
 
     def weight(self, sigma: Tensor, sigma_in: float) -> Tensor:

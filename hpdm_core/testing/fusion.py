@@ -1,8 +1,7 @@
-"""Contract of context fusions: how coarse patches inform finer ones.
+"""Contract of context fusions.
 
 The checks call the fusion's methods directly, and run it in a small network (`hpdm_core.testing.small`).
-Most use a fusion whose parameters were moved a little from their start: gates that start at zero would hide
-what is wrong.
+Most add a small random perturbation to its initial parameters, because gates that start at zero would hide errors.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from hpdm_core.testing.small import (
 __all__ = ["ContextFusionCases"]
 
 SIGMAS = (0.002, 80.0, 1000.0)
-"""Both ends of the usual range, and one that input scaling below 1 leads to."""
+"""Both ends of the usual range, and a value that occurs with an input scale below 1."""
 
 
 class ContextFusionCases(Case):
@@ -49,7 +48,7 @@ class ContextFusionCases(Case):
     # The fusion alone
 
     def test_is_a_fusion(self) -> None:
-        """A ContextFusion, with a whole number of extra channels, also for a single level."""
+        """It is a ContextFusion with an integer number of extra channels, also for a single level."""
         for setting in (*self.settings, SINGLE_LEVEL):
             fusion = self.make(setting.shape)
             expect(
@@ -60,8 +59,8 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_shapes(self) -> None:
-        """Every block and level: pixels [B, extra_channels, F, H, W] or None, context batch-first or None,
-        tokens kept.
+        """For every block and level: pixel context [B, extra_channels, F, H, W] or None, token context batch-first or
+        None, and the shape and dtype of tokens unchanged.
         """
         for setting in self.settings:
             fusion, patches = self._moved(setting), entries(setting)
@@ -98,7 +97,7 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_rows_are_independent(self) -> None:
-        """Row i of everything depends on row i only: computed alone, each row is the same."""
+        """Row i of every result depends on row i only: each row computed alone is the same."""
         for setting in self.settings:
             fusion, patches = self._moved(setting), entries(setting)
             for row in range(BATCH):
@@ -124,9 +123,7 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_keeps_no_state(self) -> None:
-        """No call leaves a trace for a later one: the context never sees a child, and a tile never another
-        tile.
-        """
+        """No call changes the result of a later one: contexts do not depend on a child, nor tiles on other tiles."""
         for setting in self.settings:
             mine, others = self._calls(setting, seed=0), self._calls(setting, seed=1)
             used = self._moved(setting)
@@ -142,7 +139,7 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_deterministic(self) -> None:
-        """Built twice under one seed, its parameters are bitwise equal; called twice, its results are."""
+        """Built twice with one seed, its parameters are bitwise equal; called twice, its results are."""
         for setting in self.settings:
             first, second = self.make(setting.shape), self.make(setting.shape)
             for (name, one), (_, two) in zip(
@@ -160,7 +157,7 @@ class ContextFusionCases(Case):
     # The fusion in a network
 
     def test_coarse_to_fine(self) -> None:
-        """Nothing flows from fine to coarse: by gradients, by changing a finer level, and by dropping it."""
+        """Coarse outputs do not depend on finer levels: checked by gradients, by changing and dropping finer levels."""
         for setting in self.settings:
             model = network(setting, self._moved(setting))
             patches = entries(setting)
@@ -192,15 +189,13 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_joint_equals_cached(self) -> None:
-        """The joint pass of all levels equals a pass of one level with contexts computed before, also for
-        taken rows.
-        """
+        """The joint pass of all levels equals a pass of one level with precomputed contexts, also for selected rows."""
         for setting in self.settings:
             model = network(setting, self._moved(setting))
             patches = entries(setting)
             rows = torch.tensor([2, 0, 0, 1])
             encoded: list[Any] = []
-            ready = []  # the entries of the second pass of self-conditioning, in which parents are noted
+            ready = []  # the entries of the second pass of self-conditioning, in which parents are encoded
             cached = []
             for level, entry in enumerate(patches):
                 contexts = model.contexts(level, entry.coords, encoded) if level else None
@@ -228,9 +223,7 @@ class ContextFusionCases(Case):
                 )
 
     def test_finite_at_the_ends_of_sigma(self) -> None:
-        """Outputs and gradients are finite at sigma .002, 80 and 1000, and with parents that have no noise at
-        all.
-        """
+        """Outputs and gradients are finite at sigma .002, 80 and 1000, also with parents without noise."""
         for setting in self.settings:
             for sigma in SIGMAS:
                 for parents in (sigma, 0.0):
@@ -251,7 +244,7 @@ class ContextFusionCases(Case):
                         expect(finite, f"the gradient of {name} is not finite {what}")
 
     def test_gradients_reach_used_parameters(self) -> None:
-        """Every parameter that changes an output when it is changed has a gradient."""
+        """Every parameter that affects an output has a gradient."""
         for setting in self.settings:
             model = network(setting, self._moved(setting))
             patches = entries(setting)
@@ -271,7 +264,7 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_state_dict_round_trip(self) -> None:
-        """Saved, and loaded into one of another seed, its state dict gives bitwise the same outputs."""
+        """Its state dict, saved and loaded into a fusion of another seed, gives bitwise equal outputs."""
         for setting in self.settings:
             first = network(setting, self._moved(setting))
             second = network(setting, self.make(setting.shape, seed=7), seed=7)
@@ -285,14 +278,14 @@ class ContextFusionCases(Case):
 
     @torch.no_grad()
     def test_single_level(self) -> None:
-        """A model of one level, where there is nothing to fuse, runs."""
+        """A model with a single level, without any context, runs."""
         model = network(SINGLE_LEVEL, self.make(SINGLE_LEVEL.shape))
         (output,) = self._outputs(model, entries(SINGLE_LEVEL))
         expect(bool(torch.isfinite(output).all()), "the output of a model of one level is not finite")
 
     @torch.no_grad()
     def test_copies(self) -> None:
-        """A deep copy, as averaged weights need one, gives the same and shares nothing."""
+        """A deep copy, as the weight average needs one, gives the same outputs and shares no parameters."""
         setting = self.settings[0]
         fusion = self._moved(setting)
         twin = copy.deepcopy(fusion)
@@ -316,7 +309,7 @@ class ContextFusionCases(Case):
     # How the checks call a fusion
 
     def _moved(self, setting: Setting) -> ContextFusion:
-        """Return a fusion whose parameters are moved a little from their start."""
+        """Return a fusion with slightly perturbed initial parameters."""
         fusion: ContextFusion = self.make(setting.shape)
         with torch.no_grad():
             for name, parameter in fusion.named_parameters():
@@ -348,7 +341,7 @@ class ContextFusionCases(Case):
     def _calls(
         self, setting: Setting, *, seed: int
     ) -> list[tuple[str, Callable[[ContextFusion], Tensor | None]]]:
-        """Return every call that a pass over the patches of ``seed`` makes, by name."""
+        """Return (name, call) for every call that a pass over the patches of ``seed`` makes."""
         patches = entries(setting, seed=seed)
         tokens = self._tokens(setting, seed=seed)
         made: list[tuple[str, Callable[[ContextFusion], Tensor | None]]] = []

@@ -1,4 +1,4 @@
-"""Contracts of the parts that lay out levels: computation allocations and coordinate samplers."""
+"""Contracts of computation allocations and coordinate samplers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ class ComputationAllocationCases(Case):
 
     family: ClassVar[str] = "computation_allocations"
     shape: tuple[int, int] = (6, 3)
-    """Blocks and levels that must be allocated with the given options; other shapes may be refused
-    (InputError).
-    """
+    """Numbers of blocks and levels that must work with the given options; others may raise InputError."""
 
     def _expect_allocation(self, blocks: int, levels: int) -> None:
         made = list(self.make(blocks, levels))
@@ -39,32 +37,32 @@ class ComputationAllocationCases(Case):
         expect(made[-1] == levels, f"{what}: the last block must run every level")
 
     def test_allocation_is_valid(self) -> None:
-        """Starts at 1 or more, never falls, ends at all levels."""
+        """The first block runs at least 1 level, the numbers never decrease, the last block runs all levels."""
         self._expect_allocation(*self.shape)
 
     def test_other_shapes(self) -> None:
-        """Any number of blocks and levels is allocated, or refused by InputError."""
+        """Any number of blocks and levels gives a valid allocation or raises InputError."""
         if self.options:
-            return  # options may fit one number of blocks only
+            return  # options may be valid for one number of blocks only
         for blocks, levels in ((1, 1), (4, 1), (2, 2), (4, 4), (6, 4), (1, 3)):
             with contextlib.suppress(InputError):
                 self._expect_allocation(blocks, levels)
 
     def test_deterministic(self) -> None:
-        """Made twice, under different random states, it is the same."""
+        """Built twice with different global random states, it is the same."""
         first, second = (list(self.make(*self.shape, seed=seed)) for seed in (0, 1))
         expect(first == second, f"made twice, it differs: {first} and {second}")
 
 
 class CoordinateSamplerCases(Case):
-    """``factory(pyramid, *, ...) -> CoordinateSampler``: where training patches lie."""
+    """``factory(pyramid, *, ...) -> CoordinateSampler``: draws the positions of training patches."""
 
     family: ClassVar[str] = "coordinate_samplers"
     draws = 64
 
     @staticmethod
     def pyramids() -> list[Pyramid]:
-        """Return pyramids with all sizes different: 3 levels, one that keeps an axis, and a single level."""
+        """Return pyramids with different sizes per axis: 3 levels, 3 levels with one fixed axis, and a single level."""
         return [
             Pyramid(video=(8, 24, 40), patch=(2, 6, 10), token=(1, 3, 5), levels=3),
             Pyramid(video=(4, 24, 54), patch=(4, 6, 6), token=(1, 2, 3), levels=3),
@@ -72,7 +70,7 @@ class CoordinateSamplerCases(Case):
         ]
 
     def test_integers_on_the_lattice(self) -> None:
-        """[L, 3] int64 offsets in each level's own pixels; the patch lies inside the level's video."""
+        """Offsets are int64 [L, 3], in each level's own pixels, and patches lie inside the level's video."""
         for pyramid in self.pyramids():
             sampler: CoordinateSampler = self.make(pyramid)
             for video in range(self.draws):
@@ -88,7 +86,7 @@ class CoordinateSamplerCases(Case):
                         expect(0 <= given <= most, f"{what}, allowed 0 to {most}")
 
     def test_nested(self) -> None:
-        """Every patch lies inside the patch of the level below it."""
+        """Every patch lies inside the patch of the next coarser level."""
         for pyramid in self.pyramids():
             sampler: CoordinateSampler = self.make(pyramid)
             for video in range(self.draws):
@@ -105,7 +103,7 @@ class CoordinateSamplerCases(Case):
                         expect(low <= start and end <= high, f"{what} leaves its parent's {low}..{high}")
 
     def test_reaches_more_than_one_place(self) -> None:
-        """Over many draws the finest patch takes more than one place on every axis that leaves room."""
+        """Over many draws the finest patch has more than one position on every axis where it can move."""
         pyramid = self.pyramids()[0]
         sampler: CoordinateSampler = self.make(pyramid)
         finest = torch.stack([sampler.sample(generator(2, "offsets", i))[-1] for i in range(self.draws)])
@@ -116,7 +114,7 @@ class CoordinateSamplerCases(Case):
             )
 
     def test_keyed(self) -> None:
-        """Everything comes from the generator: the same one repeats, and the global one is untouched."""
+        """A draw depends on the given generator alone, and does not use torch's global generator."""
         pyramid = self.pyramids()[0]
         sampler, other = self.make(pyramid, seed=0), self.make(pyramid, seed=1)
         first = sampler.sample(generator(0, "offsets", 0))

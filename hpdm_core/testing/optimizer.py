@@ -15,7 +15,7 @@ __all__ = ["OptimizerCases"]
 
 
 class _Quadratic(nn.Module):
-    """A small problem with a matrix, a bias and a norm's gain, as optimizers treat these differently."""
+    """A small problem with a matrix, a bias and a norm's gain, because optimizers treat these differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,9 +63,7 @@ class OptimizerCases(Case):
         return [name for name, each in one.named_parameters() if not torch.equal(each, others[name])]
 
     def test_reduces_a_quadratic(self) -> None:
-        """The loss of a quadratic falls to less than 80% in 100 steps, and every parameter with a gradient
-        moves.
-        """
+        """The loss of a quadratic falls below 80% in 100 steps, and every parameter with a gradient changes."""
         problem, optimizer = self._start()
         before = problem.loss().item()
         self._steps(problem, optimizer, self.steps)
@@ -78,9 +76,7 @@ class OptimizerCases(Case):
         expect(not still, f"parameters that never move: {', '.join(still)}")
 
     def test_learning_rate_is_read_from_the_groups(self) -> None:
-        """The schedule writes ``group["lr"]``: at 0 nothing moves, as warm-up starts and the cosine ends
-        there.
-        """
+        """The optimizer uses ``group["lr"]``, which the schedule sets; at 0 no parameter changes."""
         problem, optimizer = self._start()
         self._steps(problem, optimizer, 2)
         for group in optimizer.param_groups:
@@ -94,7 +90,7 @@ class OptimizerCases(Case):
         expect(not moved, f"at learning rate 0 these move: {', '.join(moved)}")
 
     def test_state_dict_round_trip(self) -> None:
-        """Stopped, saved, loaded (weights_only=True) and continued, it ends bitwise as without the stop."""
+        """A run that is saved, loaded (weights_only=True) and continued is bitwise equal to an uninterrupted one."""
         whole, optimizer = self._start()
         self._steps(whole, optimizer, 6)
 

@@ -1,6 +1,6 @@
-"""A small network around a fusion, patches to run through it, and calls of it: what fusions are checked on.
+"""A small network with a fusion, input patches for it, and direct calls of the fusion, for the checks of fusions.
 
-All sizes differ, so that swapped axes show: B batch 3, D token width 16, M latents 6, E latent width 12.
+All sizes differ, so that swapped axes are detected: B batch 3, D token width 16, M latents 6, E latent width 12.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def shape(self) -> FusionShape:
-        """What a fusion is built with."""
+        """The sizes that a fusion is built from."""
         return FusionShape(
             token_dim=TOKEN_DIM,
             grid=self.pyramid.grid,
@@ -67,16 +67,16 @@ class Setting:
 SETTINGS = (
     # Grid 2x2x2, every level twice as fine; levels enter one by one.
     Setting(Pyramid(video=(8, 24, 40), patch=(2, 6, 10), token=(1, 3, 5), levels=3), (1, 2, 3)),
-    # Grid 2x3x4, levels 1, 2 and 3 times as fine per axis; two levels in the first block, no latents before.
+    # Grid 2x3x4, each level 1, 2 and 3 times as fine per axis as the last; the first block runs two levels.
     Setting(Pyramid(video=(2, 24, 108), patch=(2, 6, 12), token=(1, 2, 3), levels=3), (2, 3, 3)),
-    # Four levels of grey video, two of which enter together.
+    # Four levels of video with one channel; the last block adds two levels at once.
     Setting(Pyramid(video=(24, 10, 48), patch=(3, 10, 6), token=(3, 5, 2), levels=4, channels=1), (1, 2, 4)),
 )
 SINGLE_LEVEL = Setting(Pyramid(video=(4, 6, 10), patch=(4, 6, 10), token=(2, 3, 5), levels=1), (1, 1))
 
 
 def network(setting: Setting, fusion: ContextFusion, *, seed: int = 0, device: str = "cpu") -> HPDM:
-    """Return a small network with ``fusion``, its own weights drawn from ``seed``."""
+    """Return a small network with ``fusion``; its other weights are drawn from ``seed``."""
     pyramid = setting.pyramid
     config = ModelConfig(
         video=pyramid.video,
@@ -113,9 +113,9 @@ def network(setting: Setting, fusion: ContextFusion, *, seed: int = 0, device: s
 
 
 def entries(setting: Setting, *, seed: int = 0, sigma: float | None = None) -> list[Patches]:
-    """Return the entries of a joint pass: one per level, nested, each fed by all coarser ones.
+    """Return the entries of a joint pass: one per level, nested, each with all coarser ones as sources.
 
-    ``sigma`` is one noise level for all; None draws one per row and level.
+    ``sigma``: one noise level for all entries; None draws one per row and level.
     """
     pyramid = setting.pyramid
     finest = pyramid.levels - 1
@@ -144,7 +144,7 @@ def entries(setting: Setting, *, seed: int = 0, sigma: float | None = None) -> l
 def sources(
     setting: Setting, entries: Sequence[Patches], block: int, level: int, *, reads_tokens: bool = True
 ) -> list[Source]:
-    """Return what `ContextFusion.token_context` gets for ``block`` and ``level``: levels 0 .. level - 1."""
+    """Return the sources of `ContextFusion.token_context` for ``block`` and ``level``: levels 0 .. level - 1."""
     tokens = setting.pyramid.grid[0] * setting.pyramid.grid[1] * setting.pyramid.grid[2]
 
     def drawn(*shape: int, name: str, source: int) -> Tensor:
@@ -188,7 +188,7 @@ def call_pixel_context(
 ) -> Tensor | None:
     """Call `ContextFusion.pixel_context` for ``level``'s entry, or some of its rows."""
     coords = patches[level].coords
-    # No block is asked about, so there are no tokens.
+    # Pixel context is not for a block, so the sources have no tokens.
     found = sources(setting, patches, 0, level, reads_tokens=False)
     if rows is not None:
         coords, found = coords.take(rows), _rows_of(found, rows)

@@ -1,4 +1,4 @@
-"""Contract of solvers: how one level's noisy state becomes a video."""
+"""Contract of solvers, which denoise the state of one level."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ class SolverCases(Case):
     sigma_in: Sequence[float] = (1.0, 2.0, 4.0)
     gaussian_std = 0.5
     gaussian_tolerance = 0.12
-    """Allowed relative error of the standard deviation: first-order solvers with few steps are a little off.
-    """
+    """Allowed relative error of the standard deviation, because first-order solvers with few steps are inexact."""
 
     def test_constant_denoiser(self) -> None:
-        """A denoiser that always answers x* leads to x*, on every level."""
+        """A denoiser that always returns x* leads to x*, on every level."""
         solver: Solver = self.make(self.sigma_in)
         answer = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
         for level in range(len(self.sigma_in)):
@@ -44,7 +43,7 @@ class SolverCases(Case):
             expect_close(made, answer, f"level {level}: result of a constant denoiser", tolerance=1e-3)
 
     def test_gaussian_denoiser(self) -> None:
-        """The exact denoiser of N(0, s^2) leads to samples of that standard deviation, on every level."""
+        """The exact denoiser of N(0, s^2) leads to samples with standard deviation s, on every level."""
         solver: Solver = self.make(self.sigma_in)
         for level, sigma_in in enumerate(self.sigma_in):
 
@@ -63,7 +62,7 @@ class SolverCases(Case):
             )
 
     def test_calls(self) -> None:
-        """denoise gets a finite state of one shape and a positive float; it starts from sigma * noise(0)."""
+        """denoise always gets a state of the same shape and a positive float; the first state is sigma * noise(0)."""
         solver: Solver = self.make(self.sigma_in)
         for level in range(len(self.sigma_in)):
             calls: list[tuple[Tensor, float]] = []
@@ -93,7 +92,7 @@ class SolverCases(Case):
             expect(calls[-1][1] < calls[0][1], f"level {level}: sigma does not fall")
 
     def test_noise_indices(self) -> None:
-        """noise(0) comes first, the rest in rising order and each once, whatever the denoiser answers."""
+        """noise(0) is used first, then others in increasing order, each once, independent of the denoiser's output."""
         solver: Solver = self.make(self.sigma_in)
         for level in range(len(self.sigma_in)):
             asked: list[list[int]] = []
@@ -119,7 +118,7 @@ class SolverCases(Case):
             expect(asked[1] == asked[0], f"level {level}: which noise is asked for depends on the denoiser")
 
     def test_keyed(self) -> None:
-        """All randomness is noise(i): solved twice it is bitwise the same, row i depends on row i only."""
+        """All randomness is noise(i): solving twice gives bitwise equal results, and row i depends on row i only."""
         solver, other = self.make(self.sigma_in, seed=0), self.make(self.sigma_in, seed=1)
 
         def squash(z: Tensor, sigma: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""Weights for trying out detectors where the published files are not at hand: random, keyed, well scaled.
+"""Random weights for detectors, to test code without the published files: keyed and well scaled.
 
-Numbers made with them mean nothing. But shapes, files, namings, memory and speed are those of the real ones.
+Metric values computed with them are meaningless, but shapes, files, names, memory and speed are the real ones.
 """
 
 import warnings
@@ -20,13 +20,13 @@ __all__ = ["export", "randomise", "write_state_dict", "write_torchscript"]
 
 
 def randomise(network: nn.Module, *, seed: int = 0) -> None:
-    """Fill the detector ``network`` with keyed random weights under which activations keep their scale.
+    """Fill the detector ``network`` with keyed random weights that preserve the scale of activations.
 
-    Statistics of batch normalisation are drawn too; its learned scale is 1, as in the published graph.
+    The running statistics of batch normalisation are random too; its learned scale is 1, as in the published graph.
     """
     for name, value in network.state_dict().items():
         stream = generator(seed, "random weights", name)
-        if value.ndim > 1:  # He's rule, for ReLU
+        if value.ndim > 1:  # He initialisation, for ReLU
             value.copy_(torch.randn(value.shape, generator=stream) * (2 / value[0].numel()) ** 0.5)
         elif name.endswith("running_var"):
             value.copy_(0.5 + torch.rand(value.shape, generator=stream))
@@ -37,7 +37,7 @@ def randomise(network: nn.Module, *, seed: int = 0) -> None:
 
 
 def export(network: nn.Module, naming: Naming) -> dict[str, Tensor]:
-    """Return the weights of ``network`` named and laid out as files of ``naming`` have them."""
+    """Return the weights of ``network`` with the names and the layout of files of ``naming``."""
     made = {}
     for own, value in network.state_dict().items():
         theirs = None if own.endswith("num_batches_tracked") else naming.name(own)
@@ -59,7 +59,7 @@ def write_state_dict(state: Mapping[str, Tensor], file: Path) -> Path:
 
 
 class _Scripted(nn.Module):
-    """The call of the published TorchScript I3D: uint8 videos, and what to do with them as flags."""
+    """The call signature of the published TorchScript I3D: uint8 videos, with preprocessing chosen by flags."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class _Scripted(nn.Module):
 
 
 def write_torchscript(network: nn.Module, file: Path, *, frames: int) -> Path:
-    """Write the I3D ``network`` as a TorchScript file with the published file's call; return ``file``.
+    """Write the I3D ``network`` as a TorchScript file with the published file's call signature; return ``file``.
 
-    It takes clips of ``frames`` frames: padding is traced, and so fixed.
+    It accepts only clips of ``frames`` frames, because tracing fixes the padding.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is on its way out; these files are not
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the published files use it
         with torch.no_grad():
             traced = torch.jit.trace(network, torch.zeros(1, 3, frames, 224, 224))  # type: ignore[no-untyped-call]
         torch.jit.script(_Scripted(traced)).save(str(file))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Training: one readable loop (`trainer`) and its parts."""
+"""Training: the training loop (`trainer`) and its parts."""
 
 from hpdm_core.training.trainer import Trainer, load_ema_model
 

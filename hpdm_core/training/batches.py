@@ -1,9 +1,8 @@
-"""Training batches, drawn from keyed streams: video i of step s is the same in any batch, process and
-attempt.
+"""Training batches, drawn from keyed streams: video i of step s is the same in every process and attempt.
 
-Every random number hangs on (seed, stream, step, index of the video in the global batch) and, for noise, the
-slot's stream; see `hpdm_core.base.randomness`. So batches can be made ahead in a thread, and a resumed run needs no
-random state.
+Every random number depends on (seed, stream, step, index of the video in the global batch) and, for noise, on the
+slot's stream; see `hpdm_core.base.randomness`. So batches can be prepared in a thread, and a resumed run needs no
+saved random state.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ __all__ = ["Batch", "TrainingBatches", "in_thread", "loaded"]
 Item = TypeVar("Item")
 
 SMALL_CLIP = 2**18
-"""Clips of at most so many numbers are kept whole until the batch is drawn and downsampled together, since a call costs
-more than its work there. A larger clip is cut up at once, and let go.
+"""Clips of at most this many values are kept whole until the batch is complete, and then downsampled together, because
+for small clips the overhead of a call dominates. A larger clip is cut into patches at once and freed.
 """
 WORKER_AHEAD = 2
-"""Batches that a worker process prepares ahead where nothing else is asked for."""
+"""Batches that a worker process prepares in advance if ``runtime.prefetch`` is 0."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class Batch:
     in_loss: list[Tensor]  # [B] bool
     offsets: list[Tensor]  # [B, 3] int64, in the own pixels of the slot's level; always on the CPU
     label: Tensor  # [B] int64, -1 where there is none or it was dropped
-    conditioned: Tensor  # [K] int64, on the CPU: rows whose latents of the first pass go into the second
+    conditioned: Tensor  # [K] int64, on the CPU: rows that take latents from a first pass
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-        """Return this batch on ``device``, its real numbers as ``dtype``."""
+        """Return this batch on ``device``, with floating-point tensors as ``dtype``."""
 
         def moved(tensors: list[Tensor]) -> list[Tensor]:
             return [
@@ -72,11 +71,11 @@ class Batch:
             in_loss=moved(self.in_loss),
             offsets=self.offsets,
             label=self.label.to(device, non_blocking=True),
-            conditioned=self.conditioned,  # `split` asks which are in a part: on a GPU that is waited for
+            conditioned=self.conditioned,  # stays on the CPU: `split` reads it, which would synchronise a GPU
         )
 
     def pinned(self) -> Batch:
-        """Return this batch in pinned memory, as far as the system gives it, but for what stays on the CPU."""
+        """Return this batch in pinned memory, if the system has enough, except for tensors that stay on the CPU."""
 
         def kept(tensors: list[Tensor]) -> list[Tensor]:
             return [pinned(tensor) for tensor in tensors]
@@ -91,7 +90,7 @@ class Batch:
         )
 
     def split(self, rows: int | None) -> list[Batch]:
-        """Return this batch in parts of at most ``rows`` videos, in order; None: in one."""
+        """Return this batch in parts of at most ``rows`` videos, in order; None: in one part."""
         videos = len(self.label)
         if rows is None or rows >= videos:
             return [self]
@@ -117,7 +116,7 @@ class Batch:
 class TrainingBatches:
     """Makes the batch of any step of the cell ``assembly``.
 
-    ``rows``: the indices in the global batch of the videos to make, such as one process's; None for all.
+    ``rows``: indices in the global batch of the videos to make, such as the share of one process; None for all.
     """
 
     def __init__(self, assembly: Assembly, rows: Sequence[int] | None = None) -> None:
@@ -199,7 +198,7 @@ class TrainingBatches:
 @dataclass(frozen=True)
 class _Video:
     pixels: list[Tensor]
-    """A small clip, [C, F, H, W], alone; of a large one its patches [C, f, h, w], one per level."""
+    """For a small clip, the whole clip [C, F, H, W]; for a large one, its patches [C, f, h, w], one per level."""
     noise: list[Tensor]
     sigma: Tensor
     in_loss: Tensor
@@ -213,11 +212,10 @@ def _chance(probability: float, *key: int | str) -> bool:
 
 
 def loaded(assembly: Assembly, steps: range, *, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-    """Yield the batches of ``steps`` in order, made as ``runtime`` says: by worker processes, a thread, or
-    here.
+    """Yield the batches of ``steps`` in order, made as ``runtime`` says: in worker processes, in a thread, or here.
 
-    They are the same in each case; for CUDA they are in pinned memory, to which a thread copies them, so that
-    they go to the device while it computes. ``rows``: see `TrainingBatches`.
+    The batches are the same in each case. For CUDA, a thread copies them to pinned memory, so that copies to the
+    device overlap with computation. ``rows``: see `TrainingBatches`.
     """
     runtime = assembly.config.runtime
     device = torch.cuda.current_device() if torch.device(runtime.device).type == "cuda" else None
@@ -240,7 +238,7 @@ def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] | None) -> TrainingBatches:
-    """Return what makes batches, in a worker process."""
+    """Build the cell in a worker process and return its `TrainingBatches`."""
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.plugins import build_plugins
 
@@ -249,7 +247,7 @@ def _rebuilt(spec: dict[str, Any], plugins: Sequence[str], rows: Sequence[int] |
 
 @contextlib.contextmanager
 def _closed(items: Iterator[Any]) -> Iterator[None]:
-    """Close ``items`` at the end, where they are a generator."""
+    """Close ``items`` at the end of the block, if they are a generator."""
     try:
         yield
     finally:
@@ -259,10 +257,10 @@ def _closed(items: Iterator[Any]) -> Iterator[None]:
 
 
 def in_thread(items: Iterator[Item], *, ahead: int, device: int | None = None) -> Iterator[Item]:
-    """Yield ``items`` in order, taken up to ``ahead`` early in one thread (0: taken when asked for).
+    """Yield ``items`` in order; one thread prepares up to ``ahead`` of them in advance (0: no thread).
 
-    An error in the thread is raised here. Closing the iterator ends the thread, and closes ``items``.
-    ``device``: the CUDA device that the thread uses, since each thread has a choice of its own.
+    An error in the thread is raised here. Closing the iterator ends the thread and closes ``items``.
+    ``device``: the CUDA device that is set in the thread, because each thread has its own current device.
     """
     if ahead == 0:
         with _closed(items):
@@ -280,7 +278,7 @@ def in_thread(items: Iterator[Item], *, ahead: int, device: int | None = None) -
                 continue
 
     def work() -> None:
-        torch.set_flush_denormal(True)  # a setting of the thread
+        torch.set_flush_denormal(True)  # this setting is per thread
         try:
             if device is not None:
                 torch.cuda.set_device(device)

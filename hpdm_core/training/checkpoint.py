@@ -1,10 +1,10 @@
-"""Checkpoints that survive a kill at any moment: written aside, synced, renamed, and verified before use.
+"""Checkpoints that survive a kill at any moment: written to a temporary folder, synced, renamed, verified before use.
 
 A checkpoint is a folder ``checkpoints/<step, 8 digits>/`` with model.safetensors, ema.safetensors,
 optimizer.pt (tensors and plain types only) and state.json, which holds the step, a SHA-256 of each other file
-and small running figures. A folder without a whole state.json or with a wrong hash is no checkpoint: it is
-skipped with a line in the log. Of a sharded network the tensors stand in the folder ``shards`` instead
-(`hpdm_core.training.shards`); everything else is the same.
+and running statistics. A folder with a missing or damaged state.json or a wrong hash is skipped with a line in
+the log. The tensors of a sharded network are in the folder ``shards`` instead (`hpdm_core.training.shards`);
+everything else is the same.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that training needs to go on after ``step`` updates.
+    """Everything that training needs to resume after ``step`` updates.
 
-    ``running`` holds plain JSON values (figures that accumulate over attempts). ``path`` is where it was read
-    from. With ``shards``, the folder of a sharded network's tensors, ``model`` and ``ema`` are empty, and
-    ``optimizer`` holds what is no tensor.
+    ``running`` holds plain JSON values (statistics that accumulate over attempts). ``path``: the folder that it was
+    read from. ``shards``: the folder of a sharded network's tensors; ``model`` and ``ema`` are then empty, and
+    ``optimizer`` holds only its values that are not tensors.
     """
 
     step: int
@@ -74,14 +74,13 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``checkpoint`` under ``folder``/checkpoints and return its folder; nothing half-written gets that
-    name.
+    """Write ``checkpoint`` under ``folder``/checkpoints atomically and return its folder.
 
     Raises `TroubleError` when the disk is full or not writable.
     """
     partial = open_partial(folder, checkpoint.step)
     with _sealing(partial) as final:
-        # One file's bytes in memory at a time.
+        # Only one file's bytes are in memory at a time.
         hashes = {
             "model.safetensors": _write(partial / "model.safetensors", _pack(checkpoint.model)),
             "ema.safetensors": _write(partial / "ema.safetensors", _pack(checkpoint.ema)),
@@ -102,7 +101,7 @@ def open_partial(folder: Path, step: int) -> Path:
 
 
 def seal_shards(partial: Path, *, optimizer: bytes | memoryview, step: int, running: dict[str, Any]) -> Path:
-    """Make the folder ``partial``, in which every process has written its shards, a checkpoint; return it.
+    """Complete the checkpoint in the folder ``partial`` after every process has written its shards; return its folder.
 
     ``optimizer``: the bytes of optimizer.pt. Raises `TroubleError` when the disk is full or not writable.
     """
@@ -118,7 +117,7 @@ def seal_shards(partial: Path, *, optimizer: bytes | memoryview, step: int, runn
 
 @contextlib.contextmanager
 def _sealing(partial: Path) -> Iterator[Path]:
-    """Give ``partial`` its name at the end of the block, which writes into it; on an error it vanishes."""
+    """Rename ``partial`` to its final name at the end of the block; on an error in the block, delete it."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     with trouble_when_unwritable(final):
         try:
@@ -133,7 +132,7 @@ def _sealing(partial: Path) -> Iterator[Path]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the checkpoint in folder ``path``. Raises `ValueError` saying what is wrong with it."""
+    """Read and verify the checkpoint in folder ``path``. Raises `ValueError` with the reason if it is damaged."""
     try:
         state = json.loads((path / "state.json").read_bytes())
         if state["format"] == SHARDED_FORMAT:
@@ -174,10 +173,9 @@ def _read_sharded(path: Path, state: dict[str, Any]) -> Checkpoint:
 
 
 def newest_intact(folders: Sequence[Path]) -> Checkpoint | None:
-    """Return the checkpoint of the highest step under ``folders`` that is whole; of equal steps the first
-    folder's.
+    """Return the intact checkpoint of the highest step under ``folders``; for equal steps, that of the first folder.
 
-    Each one that is not whole is skipped with a line in the log. None when there is no whole one.
+    Damaged checkpoints are skipped with a line in the log. Returns None if there is no intact one.
     """
     found = [(step, -rank, path) for rank, folder in enumerate(folders) for step, path in _steps(folder)]
     for _, _, path in sorted(found, key=lambda item: item[:2], reverse=True):
@@ -189,28 +187,28 @@ def newest_intact(folders: Sequence[Path]) -> Checkpoint | None:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders of the checkpoints under ``folder``, by step, without reading them."""
+    """Return the folders of the checkpoints under ``folder``, sorted by step, without reading them."""
     return [path for _, path in sorted(_steps(folder))]
 
 
 def prune(folder: Path, *, keep: Collection[int]) -> None:
-    """Delete all checkpoints under ``folder`` but the newest two and those of the steps ``keep``."""
+    """Delete all checkpoints under ``folder`` except the newest two and those of the steps ``keep``."""
     for step, path in sorted(_steps(folder))[:-2]:
         if step not in keep:
             _remove(path)
 
 
 def clear_partial(folder: Path) -> None:
-    """Delete what a killed attempt in the same ``folder`` left half-written."""
+    """Delete the incomplete files that a killed attempt left in ``folder``."""
     clear_temporaries(folder)
     for path in (folder / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(path)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> None:
-    """Write ``weights`` to the safetensors file ``path`` at once or not at all.
+    """Write ``weights`` to the safetensors file ``path`` atomically.
 
-    ``metadata`` stands in the header as one JSON text under ``hpdm`` (one entry, so that equal weights give
+    ``metadata`` is stored in the header as one JSON text under ``hpdm`` (one entry, so that equal weights give
     equal bytes). Raises `TroubleError` when the disk is full or not writable.
     """
     with trouble_when_unwritable(path):
@@ -219,7 +217,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], *, metadata: Mapping
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the safetensors file ``path``. Raises `InputError` when it is not one."""
+    """Return the tensors of the safetensors file ``path``. Raises `InputError` if it is missing or damaged."""
     try:
         return safetensors.torch.load(path.read_bytes())
     except OSError as error:
@@ -229,7 +227,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return what `save_weights` was given as ``metadata``. Raises `InputError` when ``path`` is no such file."""
+    """Return the ``metadata`` that `save_weights` stored in ``path``. Raises `InputError` if it is no such file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hpdm", "{}"))
@@ -254,7 +252,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, origin: Pat
         wanted = list(expected[name].shape) if name in expected else "nothing"
         if got != wanted:
             raise InputError(
-                f"{origin}: these weights are of another model: '{name}' is {got} in the file and {wanted} "
+                f"{origin}: these weights belong to another model: '{name}' has shape {got} in the file and {wanted} "
                 "in the model of this configuration"
             )
     model.load_state_dict(dict(weights))
@@ -289,7 +287,7 @@ def _write(path: Path, content: bytes | memoryview) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; a kill midway leaves no half checkpoint under its name."""
+    """Delete a checkpoint. If the process is killed meanwhile, no partly deleted folder keeps the checkpoint's name."""
     if path.exists():
         doomed = path.with_name(path.name + ".old" + PARTIAL)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What a cell costs before it is run: parameters, floating-point operations, memory, time, disk.
+"""Predicts the cost of a cell before it is run: parameters, floating-point operations, memory, time, disk space.
 
 Operations are counted by running the real training step (`hpdm_core.training.step`) and the sampler's network
-calls on the meta device, where tensors have shapes and no contents: nothing is computed and no memory is used.
-Memory is what the same training step would keep for its backward pass. Times are operations at a stated rate.
+calls on the meta device, where tensors have shapes but no values: nothing is computed and no memory is used.
+Memory is what this training step would keep for its backward pass. Times are operations divided by a given rate.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ __all__ = [
 Made = TypeVar("Made")
 
 BYTES = 4
-"""Bytes of a float32."""
+"""Bytes per float32 value."""
 DURING_TRAINING = 5
-"""Tensors per weight while training: itself, gradient, the two moments of Adam or LAMB, the average."""
+"""Tensors per weight during training: the weight, its gradient, the two moments of Adam or LAMB, the average."""
 TENSORS_PER_CHECKPOINT = 4
-"""Weights, their average, and the two moments of Adam or LAMB."""
+"""The weight, its average, and the two moments of Adam or LAMB."""
 CHECKPOINTS = 3
-"""The two newest, and the one being written."""
+"""The two newest checkpoints, and the one being written."""
 
 
 def count_parameters(assembly: Assembly) -> int:
@@ -63,16 +63,16 @@ def count_parameters(assembly: Assembly) -> int:
 def training_flops(assembly: Assembly) -> int:
     """Return the floating-point operations of one training step (a multiply and an add are two).
 
-    Matrix products and convolutions of the forward and backward pass over the whole batch, and of the first
-    pass on the expected share of videos that self-conditioning keeps. Element-wise work and the optimizer are
-    not counted.
+    Counted are matrix products and convolutions: of the forward and backward pass over the whole batch, and of
+    the first pass over the expected share of videos with self-conditioning. Element-wise operations and the
+    optimizer are not counted.
     """
     share = assembly.config.training.self_conditioning
     batch = _meta_batch(assembly)
     if share == 0:
         batch = replace(batch, conditioned=batch.conditioned[:0])
 
-    counts: list[int] = []  # operations until the end of each pass
+    counts: list[int] = []  # operations up to the end of each forward pass
 
     def both_passes(model: HPDM, counter: Counter) -> None:
         with model.register_forward_hook(lambda *_: counts.append(counter.flops)):
@@ -85,12 +85,12 @@ def training_flops(assembly: Assembly) -> int:
 
 
 def training_memory(assembly: Assembly) -> int:
-    """Return the bytes that training takes on one device: five tensors per weight (`DURING_TRAINING`), and
-    what a step keeps for its backward pass.
+    """Return the bytes that training takes on one device.
 
-    That is counted on the meta device, with ``runtime.micro_batch`` and ``runtime.activation_checkpointing``
-    as set; with bf16 it is less. What kernels use for a moment is not in it, nor is a share of the batch or
-    of the weights that other processes take.
+    These are five tensors per weight (`DURING_TRAINING`), and the activations that a step keeps for its backward
+    pass. The activations are counted on the meta device in float32 (bf16 takes less), with the given
+    ``runtime.micro_batch`` and ``runtime.activation_checkpointing``. Temporary memory of kernels is not
+    included. Sharing of the batch or the weights among several processes is not considered.
     """
     runtime, counter = assembly.config.runtime, Counter()
     model = _network(assembly, counter, "fused attention", checkpointing=runtime.activation_checkpointing)
@@ -103,8 +103,8 @@ def training_memory(assembly: Assembly) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Within the block attention keeps what its fused kernels keep; on the meta device it would be the weights
-    of all pairs."""
+    """Within the block, attention keeps what its fused kernels keep; the default on the meta device would keep the
+    whole attention matrix."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,16 +115,16 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def flops_per_second(assembly: Assembly) -> float:
-    """Return the rate of one GPU that predicted times assume: ``runtime.utilisation`` of its peak rate."""
+    """Return the rate of one GPU for predicted times: ``runtime.utilisation`` times its peak rate."""
     runtime = assembly.config.runtime
     return runtime.utilisation * runtime.peak_tflops * 1e12
 
 
 def predicted_training(assembly: Assembly, flops: int) -> dict[str, float]:
-    """Return what training is expected to take, with ``flops`` operations per step, as JSON.
+    """Return the predicted cost of training, with ``flops`` operations per step, as JSON.
 
     ``memory_bytes`` of one device (`training_memory`), ``train_seconds`` of one GPU, and the
-    ``flops_per_second`` that they rest on.
+    ``flops_per_second`` that the prediction uses.
     """
     rate = flops_per_second(assembly)
     return {
@@ -135,7 +135,7 @@ def predicted_training(assembly: Assembly, flops: int) -> dict[str, float]:
 
 
 def predicted_sampling(assembly: Assembly) -> float:
-    """Return the seconds of one GPU that sampling all the cell's videos is expected to take."""
+    """Return the predicted seconds on one GPU for sampling all videos of the cell."""
     config = assembly.config
     each = sampling_flops(assembly, cached=config.runtime.cache == "contexts")
     return config.evaluation.samples * each / flops_per_second(assembly)
@@ -144,13 +144,13 @@ def predicted_sampling(assembly: Assembly) -> float:
 def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
     """Return the floating-point operations of sampling one video on all levels, as `training_flops` counts.
 
-    With ``cached`` each distinct ancestor patch is run, and each tile's contexts are made, once per video;
-    without, at every call of the denoiser (``runtime.cache: none``).
+    With ``cached``, each distinct ancestor patch is encoded, and the contexts of each tile are computed, once
+    per video; without, at every call of the denoiser (``runtime.cache: none``).
     """
     pyramid, solver = assembly.pyramid, assembly.solver
     label = torch.empty(1, dtype=torch.long, device="meta")
     encoded: list[Encoded] = []  # one patch of each coarser level
-    encoding: list[int] = []  # operations of each
+    encoding: list[int] = []  # operations to encode each
 
     def counted(work: Callable[[Denoiser], Made]) -> tuple[Made, int]:
         return _counted(
@@ -179,7 +179,7 @@ def sampling_flops(assembly: Assembly, *, cached: bool = True) -> int:
 _networks: WeakKeyDictionary[Assembly, tuple[HPDM, ContextFusion]] = WeakKeyDictionary()
 """A cell's network on the meta device, and the fusion that it was built with."""
 _calls: WeakKeyDictionary[Plugins, KnownCalls] = WeakKeyDictionary()
-"""What was counted, shared by all cells that take their parts from the same plugins."""
+"""The recorded calls, shared by all cells that take their parts from the same plugins."""
 
 
 def _built(assembly: Assembly) -> tuple[HPDM, ContextFusion]:
@@ -190,8 +190,9 @@ def _built(assembly: Assembly) -> tuple[HPDM, ContextFusion]:
 
 
 def _network(assembly: Assembly, counter: Counter, attention: str, *, checkpointing: bool = False) -> HPDM:
-    """Return the cell's network, whose calls of parts are counted by ``counter``, each once for all that have the same
-    parts and ``attention``.
+    """Return the cell's network, with the calls of its blocks and fusion counted by ``counter``.
+
+    Recorded calls are shared by all networks with the same parts and ``attention``.
     """
     network, fusion = _built(assembly)
     config, shape = assembly.config.model, assembly.fusion_shape
@@ -206,19 +207,19 @@ def _network(assembly: Assembly, counter: Counter, attention: str, *, checkpoint
 
 
 def _counted(assembly: Assembly, work: Callable[[HPDM, Counter], Made]) -> tuple[Made, int]:
-    """Return what ``work`` returns, given the cell's network and its counter, and its floating-point operations."""
+    """Return the result of ``work``, which gets the cell's network and a counter, and its floating-point operations."""
     counter = Counter()
     network = _network(assembly, counter, "products")
-    # The math form of attention is made of matrix products, which are counted on every device.
+    # The math backend of attention consists of matrix products, which the counter can count.
     with sdpa_kernel(SDPBackend.MATH), counter:
         made = work(network, counter)
     return made, counter.flops
 
 
 def disk_bytes(assembly: Assembly) -> int:
-    """Return the most disk space in bytes that the cell's weights and samples take (metrics and logs aside).
+    """Return the largest disk space in bytes that the cell's weights and samples take, without metrics and logs.
 
-    Checkpoints count with two moments per weight, samples as unsigned bytes on every level, uncompressed.
+    A checkpoint has two moments per weight; samples are uint8, uncompressed, on every level.
     """
     weights = BYTES * count_parameters(assembly)
     config = assembly.config
@@ -231,7 +232,7 @@ def disk_bytes(assembly: Assembly) -> int:
 
 
 def _meta_batch(assembly: Assembly, most: int | None = None) -> Batch:
-    """Return a batch of shapes, with at most ``most`` videos."""
+    """Return a batch of meta tensors, with at most ``most`` videos."""
     slots = assembly.noise_sampler.slots
     videos = min(assembly.config.training.batch, most or assembly.config.training.batch)
 

@@ -1,4 +1,4 @@
-"""Figures that accumulate while training: mean losses, and how much memory was in use at most."""
+"""Statistics that accumulate during training: mean losses and peak memory."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ __all__ = ["MemoryMeter", "RunningMean"]
 
 
 class RunningMean:
-    """A mean of the losses per level that forgets with a half-life in steps; a level without a row is left
-    out."""
+    """An exponentially decaying mean of the losses per level, with a half-life in steps.
+
+    A level without a row in the loss is skipped at that step.
+    """
 
     def __init__(self, levels: int, *, halflife: float) -> None:
         self.decay = 0.5 ** (1 / halflife)
         self.sums, self.weights = [0.0] * levels, [0.0] * levels
 
     def add(self, values: Sequence[float]) -> None:
-        """Take the losses of one step; NaN for a level without one."""
+        """Add the losses of one step; NaN for a level without a loss."""
         for level, value in enumerate(values):
             if not math.isnan(value):
                 self.sums[level] = self.decay * self.sums[level] + (1 - self.decay) * value
@@ -31,31 +33,31 @@ class RunningMean:
         ]
 
     def state(self) -> dict[str, list[float]]:
-        """Return what `load` takes."""
+        """Return the state that `load` restores."""
         return {"sums": self.sums, "weights": self.weights}
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """Go on from ``state``."""
+        """Restore ``state``."""
         self.sums, self.weights = list(state["sums"]), list(state["weights"])
 
 
 class MemoryMeter:
-    """Peak memory since it was made: what CUDA's allocator held, or what the whole process had in RAM.
+    """Measures peak memory since its construction: of PyTorch's CUDA allocator, or of the whole process in RAM.
 
-    On the CPU that takes Linux, where the kernel's high-water mark can be set back: the mark that every system
-    has is of the process's whole life, and says nothing of the second cell in it.
+    On the CPU this needs Linux, where the kernel's high-water mark can be reset. On other systems the mark covers
+    the process's whole life, so it would be wrong for the second cell of a process.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
         if self.cuda is not None:
-            # A device with a number is not looked up, and the allocator knows none before this.
+            # For a device with an index, the call below does not initialise CUDA, and would fail without it.
             torch.cuda.init()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             torch.cuda.reset_peak_memory_stats(self.cuda)
         self.resettable = self.cuda is None and _reset_high_water()
 
     def peak(self) -> int | None:
-        """Return bytes, or None where they cannot be told."""
+        """Return the peak in bytes, or None if it cannot be measured."""
         if self.cuda is not None:
             return int(torch.cuda.max_memory_allocated(self.cuda))
         return _high_water_bytes() if self.resettable else None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of figures per logged step, each step once over any number of attempts."""
+"""metrics.jsonl: one line of training statistics per logged step. Over several attempts, each step appears once."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,16 @@ __all__ = ["MetricsLog"]
 
 
 class MetricsLog:
-    """Appends lines to ``folder``/metrics.jsonl. With ``folder`` None it keeps nothing."""
+    """Appends lines to ``folder``/metrics.jsonl. With ``folder`` None it writes nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.path = folder / "metrics.jsonl" if folder is not None else None
 
     def start(self, *, step: int, source: Path | None) -> None:
-        """Begin after ``step`` updates: the file holds the lines of ``source``'s folder up to ``step``, no
-        others.
+        """Start the file with the lines of ``source`` up to ``step`` and no others.
 
-        ``source`` is the folder of the attempt whose checkpoint training goes on from, None for a fresh
-        start. A line torn by a kill is dropped.
+        ``source`` is the folder of the attempt whose checkpoint training resumes from, None for a fresh
+        start. A line that a kill left incomplete is dropped.
         """
         if self.path is None:
             return
@@ -35,14 +34,14 @@ class MetricsLog:
             write_bytes(self.path, "".join(lines).encode(), durable=False)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append ``row``, which holds ``step``."""
+        """Append ``row``, which must contain ``step``."""
         if self.path is not None:
             with trouble_when_unwritable(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 def _step(line: str) -> float:
-    """Return the step of a line, infinity for a torn one."""
+    """Return the step of a line, infinity for an incomplete one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

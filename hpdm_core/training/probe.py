@@ -1,10 +1,9 @@
-"""How fast one training step is, and how much memory it takes: measured in a process of its own.
+"""Measures the time and memory of one training step in a child process.
 
-A probe that runs out of memory is an answer, not a crash: the child has a limit of its own (what it may
-allocate on Linux, a share of the GPU on CUDA), and says so when it meets it. The step is the trainer's own,
-on random pixels: making batches is not in it. On the CPU the child's allocator is told to keep what is freed:
-with the system's defaults the pages of a large model are mapped anew at each step, which makes it look up to
-three times slower than it is.
+Running out of memory is a valid result of a probe: the child has its own limit (allocated memory on Linux, a
+share of the GPU on CUDA) and reports when it reaches it. The step is the trainer's, on random pixels; making
+batches is not included. On the CPU the child's allocator is set to keep freed memory: with the system's
+defaults, the pages of a large model are mapped again at each step, which makes it up to three times slower.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "
 
 SETTLING = 1
 CLOSE = 0.06
-"""A batch is the largest when one larger by this share is known not to fit."""
+"""The search for the largest batch stops when a batch that is larger by this share is known not to fit."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found: ``seconds`` per step (median), and the ``peak`` of memory in bytes.
+    """The result of a probe: ``seconds`` per step (median), and the ``peak`` of memory in bytes.
 
-    ``peak`` is what PyTorch had allocated on CUDA, and on the CPU what the process grew by since before the
-    model was built (None where the system does not tell): weights, gradients, moments, the weight average
-    and activations. Both are None out of memory.
+    ``peak`` covers weights, gradients, moments, the weight average and activations. On CUDA it is the memory that
+    PyTorch allocated, on the CPU the growth of the process since before the model was built (None if the system
+    does not report it). Both are None when the probe ran out of memory.
     """
 
     outcome: Literal["ok", "oom"]
@@ -57,10 +56,10 @@ class Probe:
 
 
 def probe_training(assembly: Assembly, *, batch: int, steps: int = 3, memory: int | None = None) -> Probe:
-    """Run ``steps`` training steps of ``batch`` videos in a child process, after one that is not counted.
+    """Run ``steps`` training steps of ``batch`` videos in a child process, after one warm-up step.
 
-    ``memory``: bytes that the child may allocate besides what Python and the libraries take; None for no
-    limit. Raises `TroubleError` when the child fails for another reason than memory.
+    ``memory``: bytes that the child may allocate in addition to Python and the libraries; None for no limit.
+    Raises `TroubleError` when the child fails for another reason than memory.
     """
     config = assembly.config.model_dump(mode="json")
     config["training"]["batch"] = batch
@@ -78,9 +77,9 @@ def probe_training(assembly: Assembly, *, batch: int, steps: int = 3, memory: in
         env=environment,
         check=False,
     )
-    if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):  # by the kernel, when memory is short
+    if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):  # killed by the kernel for memory
         return Probe("oom", batch)
-    if done.returncode == -signal.SIGABRT and "bad_alloc" in done.stderr:  # thrown where nothing catches it
+    if done.returncode == -signal.SIGABRT and "bad_alloc" in done.stderr:  # an uncaught C++ exception
         return Probe("oom", batch)
     try:
         made = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -98,10 +97,11 @@ def probe_training(assembly: Assembly, *, batch: int, steps: int = 3, memory: in
 def largest_batch(
     probe: Callable[[int], Probe], *, memory: int | None, most: int
 ) -> tuple[Probe | None, list[Probe]]:
-    """Return the probe of the largest batch up to ``most`` that fits, None when one video does not, and all.
+    """Return the probe of the largest batch up to ``most`` that fits, and the list of all probes.
 
-    Memory grows evenly with the batch: after one video and two, the rest is a guess that is checked, and
-    halved in between until it is close. Without a limit that is known, batches double first.
+    The first value is None when one video does not fit. Memory grows linearly with the batch: after probes of one
+    and two videos, the largest batch is extrapolated and probed, then bisected to within `CLOSE`. Without a known
+    limit, the batch is doubled until it does not fit, then bisected.
     """
     probes: list[Probe] = []
     fits: Probe | None = None
@@ -123,7 +123,7 @@ def largest_batch(
 
 
 def _guess(probes: list[Probe], memory: int | None) -> int | None:
-    """Return the batch whose memory reaches the limit, by the two largest batches that fitted."""
+    """Return the batch at which memory reaches the limit, extrapolated from the two largest batches that fit."""
     fitted = sorted((found.batch, found.peak) for found in probes if found.peak is not None)
     if memory is None or len(fitted) < 2 or any(found.outcome == "oom" for found in probes):
         return None
@@ -171,7 +171,7 @@ def _measure(assembly: Assembly, device: torch.device, steps: int) -> Mapping[st
     for step in range(1, SETTLING + steps + 1):
         batch = _random_batch(assembly, step)
         begun = time.perf_counter()
-        trainer._step(batch)  # ends with figures on the CPU, for which the device has been waited for
+        trainer.step(batch)  # copies its losses to the CPU at the end, so the device has finished
         seconds.append(time.perf_counter() - begun)
     peak = trainer.memory.peak()
     if peak is not None and device.type != "cuda":
@@ -181,7 +181,7 @@ def _measure(assembly: Assembly, device: torch.device, steps: int) -> Mapping[st
 
 
 def _load_libraries(device: torch.device) -> None:
-    """Use once what a step uses, so that memory of the libraries' own does not count as the model's."""
+    """Run each kind of operation of a step once, so that memory of the libraries is not counted as the model's."""
     import torch
     from torch.nn import functional
 
@@ -194,7 +194,7 @@ def _load_libraries(device: torch.device) -> None:
 
 
 def _random_batch(assembly: Assembly, step: int) -> Batch:
-    """Return a batch of noise for pixels, with noise levels and places as in training."""
+    """Return a batch with random pixels, and with noise levels and offsets drawn as in training."""
     import torch
 
     from hpdm_core.base.randomness import generator, normal
@@ -222,18 +222,18 @@ def _random_batch(assembly: Assembly, step: int) -> Batch:
 
 
 def _limit(device: torch.device, memory: int | None) -> None:
-    """Hold this process to ``memory`` bytes on top of what it has; on CUDA, of the device's memory."""
+    """Limit this process to ``memory`` more bytes than it has now; on CUDA, to ``memory`` bytes of the device."""
     if memory is None:
         return
     import torch
 
     if device.type == "cuda":
-        # Alone among torch's functions that take a device this one wants a number.
+        # set_per_process_memory_fraction needs a device with an index.
         index = torch.cuda.current_device() if device.index is None else device.index
         whole = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(memory / whole, 1.0), index)
         return
-    import resource  # not on Windows: there a probe has no limit of its own
+    import resource  # not available on Windows, where a probe has no limit of its own
 
     limit = _status("VmData") + memory
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -249,7 +249,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
         "cannot allocate memory",
         "bad_alloc",
         "bad alloc",
-        "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its arm_keys
+        "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and similar
     )
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
         words in said for words in known
@@ -257,7 +257,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _status(name: str) -> int:
-    """Return a size in bytes of this process from /proc, 0 where there is none."""
+    """Return the value ``name`` of /proc/self/status in bytes, 0 if it is not available."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

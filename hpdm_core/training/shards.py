@@ -1,8 +1,8 @@
-"""Checkpoints of a sharded network: every process writes its own part, and any number of processes reads them.
+"""Checkpoints of a sharded network: every process writes its own part, and any number of processes can read them.
 
-The files are torch.distributed.checkpoint's, in the folder ``shards`` of a checkpoint; what is no tensor stands
-beside, in optimizer.pt. Nothing is gathered: a process holds its own parts and one file's bytes. The whole
-form (`hpdm_core.training.checkpoint`) and this one are read under every strategy.
+The files are those of torch.distributed.checkpoint, in the folder ``shards`` of a checkpoint; values that are not
+tensors are in optimizer.pt. No tensor is gathered: a process holds its own parts and the bytes of one file. Every
+strategy can read both this format and that of `hpdm_core.training.checkpoint` with whole tensors.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["like", "load_shards", "load_whole", "local", "save_shards", "whole",
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of ``tensor`` (sharing its memory); ``tensor`` itself where it is whole."""
+    """Return this process's part of ``tensor`` (sharing its memory); ``tensor`` itself if it is not sharded."""
     made: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return made
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` with the parts of all processes, which all must ask."""
+    """Return the whole of ``tensor``, gathered from all processes. All processes must call it."""
     made: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return made
 
 
 def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Return the whole ``tensor`` laid out over processes as ``pattern`` is, each taking its own part."""
+    """Return the whole ``tensor`` sharded like ``pattern``; each process takes its own part."""
     if not hasattr(pattern, "to_local"):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,8 +47,10 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole weights of ``model`` on the main process's CPU, one tensor at a time; elsewhere
-    nothing."""
+    """Return the whole weights of ``model`` on the CPU in the main process, an empty dict in the others.
+
+    One tensor is gathered at a time.
+    """
     kept = {}
     for name, tensor in model.state_dict().items():
         made = whole(tensor)
@@ -60,7 +62,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def load_whole(
     found: checkpoints.Checkpoint, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load a checkpoint of whole tensors, into sharded ones too."""
+    """Load a checkpoint of whole tensors; the network may be sharded."""
     for network, weights in ((model, found.model), (average, found.ema)):
         patterns = network.state_dict()
         placed = {name: like(tensor, patterns.get(name, tensor)) for name, tensor in weights.items()}
@@ -85,7 +87,7 @@ def save_shards(
     optimizer: torch.optim.Optimizer,
     running: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint under ``folder``/checkpoints, every process its part; return its folder.
+    """Write a checkpoint under ``folder``/checkpoints, each process its own part; return its folder.
 
     Raises `TroubleError` in every process when a disk is full or not writable.
     """
@@ -124,7 +126,7 @@ def save_shards(
 def load_shards(
     found: checkpoints.Checkpoint, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load a checkpoint of `save_shards`, whatever number of processes wrote it and is here now."""
+    """Load a checkpoint of `save_shards`. The number of processes may differ from when it was written."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -149,7 +151,7 @@ def load_shards(
         else:
             empty = torch.zeros(facts.size, dtype=dtype)
         state[int(number)][key] = tensors[name] = empty
-    # Where every process holds all, each reads by itself.
+    # If no tensor is sharded, each process reads the whole checkpoint independently.
     alone = not any(hasattr(tensor, "to_local") for tensor in tensors.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
@@ -167,7 +169,7 @@ def _weights(model: nn.Module, average: nn.Module) -> dict[str, Tensor]:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[Tensor]:
-    """The parameters in the order of their numbers in the optimizer's state."""
+    """Return the parameters in the order of their indices in the optimizer's state."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -1,6 +1,6 @@
-"""A training that starts from another model: its weights where they fit, the drawn ones elsewhere.
+"""Training that starts from another model: parameters with matching names and shapes are copied, others are random.
 
-The paper trains its text-to-video model so: low resolution first, then the pyramid.
+The paper trains its text-to-video model in this way: first at low resolution, then with the pyramid.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["start_from", "start_of"]
 
 
 def start_of(config: TrainingConfig, given: Path | None) -> Path | None:
-    """Return the file of weights that training starts from; None for none.
+    """Return the file of weights that training starts from; None to start from random weights.
 
-    ``given`` is that of another arm's model. Raises `InputError` where ``config`` names an arm and nothing was given.
+    ``given``: the weights of the arm that ``config`` names. Raises `InputError` if it names one and ``given`` is None.
     """
     if config.start_from is None:
         return None
@@ -39,13 +39,14 @@ def start_of(config: TrainingConfig, given: Path | None) -> Path | None:
 
 @torch.no_grad()
 def start_from(model: nn.Module, path: Path, *, resize: Collection[str] = ()) -> dict[str, Any]:
-    """Copy the weights in ``path`` into the parameters of ``model`` that have their names and shapes.
+    """Copy the weights in ``path`` into the parameters of ``model`` with the same names and shapes.
 
-    ``resize`` as in `StartFrom`: with ``levels``, a `LevelTable` takes the rows of a shorter one as its first.
+    ``resize`` as in `StartFrom`: with ``levels``, the rows of a shorter `LevelTable` are copied into the first rows.
 
-    Returns, as JSON, which parameters were ``taken``, of which only the first rows (``first_rows``: name -> number),
-    which are ``new``, and what of the file was left (``unused``).
-    Raises `InputError` when it is no file of weights, none fits, or one that fits is not finite.
+    Returns, as JSON, the names of the parameters that were copied (``taken``), of those of which only the first rows
+    were (``first_rows``: name -> number of rows), of those that keep their random values (``new``), and of the weights
+    in the file that were not used (``unused``). Raises `InputError` if ``path`` is not a file of weights, no weight
+    fits, or one that fits is not finite.
     """
     weights = read_weights(path)
     parameters = dict(model.named_parameters())
@@ -74,7 +75,7 @@ def start_from(model: nn.Module, path: Path, *, resize: Collection[str] = ()) ->
 
 
 def _first_rows(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return table -> number of rows that ``weights`` have for it, of tables with a row per level that are longer."""
+    """Return name -> number of rows in ``weights``, for each `LevelTable` of ``model`` that has more rows."""
     found = {}
     for module, table in model.named_modules():
         name = f"{module}.rows"

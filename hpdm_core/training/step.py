@@ -1,6 +1,7 @@
 """One joint training pass: patches of all slots, self-conditioning, and the loss (paper, Eq. 4).
 
-Functions of a batch and a model; nothing here updates a weight. `hpdm_core.training.cost` counts the same functions.
+Functions of a batch and a model; they do not update weights. `hpdm_core.training.cost` counts the operations of these
+same functions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from hpdm_core.diffusion import c_in, noise_clean, per_row
+from hpdm_core.diffusion import network_input, noise_clean
 from hpdm_core.model.hpdm import Patches
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = ["JointLoss", "joint_loss", "make_entries", "rows_in_loss", "self_cond
 class JointLoss:
     """``total``: scalar with gradient; ``levels`` [L]: detached, NaN for a level without a row in the loss.
 
-    Both add up over the parts of a global batch, given the counts of the whole.
+    If ``counts`` of the whole global batch were given, the values of its parts sum to those of the whole.
     """
 
     total: Tensor
@@ -42,7 +43,7 @@ def make_entries(assembly: Assembly, batch: Batch) -> list[Patches]:
         entries.append(
             Patches(
                 level=slot.level,
-                noisy=per_row(c_in(sigma, sigma_in), noisy) * noisy,
+                noisy=network_input(noisy, sigma, sigma_in),
                 sigma=sigma,
                 coords=assembly.pyramid.coords(
                     slot.level, batch.offsets[index], downsampling=assembly.config.data.downsampling
@@ -59,19 +60,17 @@ def make_entries(assembly: Assembly, batch: Batch) -> list[Patches]:
 def self_conditioning_latents(
     model: nn.Module, entries: list[Patches], rows: Tensor, *, always: bool = False
 ) -> list[Tensor | None]:
-    """Return the latents [B, M, E] of a first pass per entry, computed for ``rows`` and zero in all other
-    rows.
+    """Return, per entry, the latents [B, M, E] of a first pass, computed for ``rows`` and zero in all other rows.
 
-    The whole hierarchy runs once from zero latents, without gradient; ``rows`` [K] may be empty (then None
-    per entry, without a pass); a backbone without state gives None too. With ``always`` there is a pass also
-    for no rows, on the first one and for nothing, and zeros come back: the processes of a sharded network run
-    it together.
+    The whole hierarchy runs once from zero latents, without gradient. If ``rows`` [K] is empty, no pass is run and
+    the result is None per entry; it is also None for a backbone without state. With ``always``, empty ``rows`` run
+    a dummy pass on the first row and return zeros, so that all FSDP ranks execute the same collectives.
     """
     if len(rows) == 0:
         if not always:
             return [None] * len(entries)
         unused = self_conditioning_latents(model, entries, rows.new_zeros(1))
-        # Zeros, not None: every process then has gradients of the same parameters, whatever the backbone.
+        # Zeros, not None, so that every process has gradients of the same parameters, for any backbone.
         return [None if made is None else torch.zeros_like(made) for made in unused]
     rows = rows.to(entries[0].noisy.device, non_blocking=True)
     chosen = [
@@ -81,7 +80,7 @@ def self_conditioning_latents(
             sigma=entry.sigma[rows],
             coords=entry.coords.take(rows),
             label=None if entry.label is None else entry.label[rows],
-            context_only=False,  # its latents are wanted as well
+            context_only=False,  # the latents of these entries are needed too
         )
         for entry in entries
     ]
@@ -96,7 +95,7 @@ def self_conditioning_latents(
 
 
 def rows_in_loss(batch: Batch) -> Tensor:
-    """Return how many rows of each slot count in the loss, int64 [S]."""
+    """Return how many rows of each slot are in the loss, int64 [S]."""
     return torch.stack([rows.sum() for rows in batch.in_loss])
 
 
@@ -110,11 +109,12 @@ def joint_loss(
 ) -> JointLoss:
     """Return the loss of ``model`` on ``batch`` (on the model's device).
 
-    Per slot: the mean over its rows in the loss of w(sigma) * mean over the patch of (F - v)^2. The total is
-    the mean over the slots that have such rows; a slot that only serves as context counts nowhere.
+    The loss of a slot is the mean, over its rows in the loss, of w(sigma) * mean over the patch of (F - v)^2, with
+    F the prediction and v the target. The total is the mean over the slots that have such rows; a slot that only
+    serves as context has no loss.
 
-    ``counts`` [S]: `rows_in_loss` of the whole global batch where ``batch`` is a part of it; the losses of
-    the parts then add up to that of the whole. ``always``: see `self_conditioning_latents`.
+    ``counts`` [S]: `rows_in_loss` of the whole global batch, if ``batch`` is a part of it; the losses of the
+    parts then sum to the loss of the whole. ``always``: see `self_conditioning_latents`.
     """
     if counts is None:
         counts = rows_in_loss(batch)

@@ -1,9 +1,8 @@
-"""How one network trains on several processes: alone, replicated (DDP) or sharded (FSDP2).
+"""How a network trains on one process, or on several: replicated (DDP) or sharded (FSDP2).
 
-A strategy is chosen by ``runtime.strategy`` and asked a few questions by the training loop; everything else,
-the loop, the loss, the optimizer, the average, is the same code. Gradients are averaged over processes by
-torch, so the loop scales its loss by their number: the sum over all videos of the global batch is what counts,
-whoever has them.
+``runtime.strategy`` chooses the strategy. Training loop, loss, optimizer and average are the same code for all
+strategies. DDP and FSDP average gradients over processes; the training loop scales the loss by their number to get
+the sum, so the gradient does not depend on how the videos of the global batch are distributed.
 """
 
 from __future__ import annotations
@@ -32,32 +31,33 @@ __all__ = ["STRATEGIES", "Strategy", "make_strategy", "share_of"]
 
 
 class Strategy:
-    """One process, the base of the others."""
+    """A single process. Base class of the other strategies."""
 
     name = "single"
     sharded = False
     """Whether every process holds a part of each tensor, so that all must take part in every forward pass."""
 
     def wrap(self, model: HPDM, assembly: Assembly, *, compiled: bool) -> nn.Module:
-        """Return what is called to run the ``model`` of ``assembly``; with ``compiled``, what can be compiled
-        by itself is.
+        """Return the module that runs the ``model`` of ``assembly`` in training.
+
+        With ``compiled``, the parts of the model that this strategy compiles separately are compiled.
         """
         return model
 
     def place(self, model: HPDM) -> None:
-        """Lay out a second network, the average, as `wrap` lays out the first."""
+        """Shard a second network, the average, in the same way as `wrap` shards the first."""
 
     @contextlib.contextmanager
     def part(self, network: nn.Module, *, last: bool) -> Iterator[None]:
-        """Run the forward and backward pass of one part of a step's videos; gradients meet after the last."""
+        """Enclose the forward and backward pass of one part of a step's videos; the last part reduces the gradients."""
         yield
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the loss function compiled as a whole."""
+        """Return the loss function, compiled as a whole if the strategy allows it."""
         return torch.compile(function, fullgraph=True)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> float:
-        """Scale the gradient down to the global norm ``limit``; return the norm it had."""
+        """Clip the gradient to the global norm ``limit``; return its norm before clipping."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -73,9 +73,10 @@ class Replicated(Strategy):
         """See `Strategy`."""
         if compiled:
             model.compile(fullgraph=True)
-        # For a plugin's parameters that have no part in a step DDP would wait for ever, or search each time.
+        # A plugin may have parameters without a gradient in some steps. DDP would wait for them for ever; its search
+        # for unused parameters costs time in every step, so it is enabled only if there are such parameters.
         ddp = nn.parallel.DistributedDataParallel
-        # Buffers start alike; to send them around at each pass would wait for processes that make no first pass.
+        # Buffers are equal at the start. To broadcast them at each pass would hang: some processes run no first pass.
         newer = "forward_sync_buffers" in inspect.signature(ddp).parameters  # its newer name
         buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         idle = _has_idle(assembly)
@@ -89,12 +90,12 @@ class Replicated(Strategy):
             yield
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The network is compiled inside its wrapper; the exchange of gradients is none of a compiler's."""
+        """Return ``function`` unchanged: the network is compiled inside its DDP wrapper, without communication."""
         return function
 
 
 class Sharded(Strategy):
-    """Every process has a part of each weight, gradient, moment and average; a block is whole while it runs."""
+    """Every process has a part of each weight, gradient, moment and average; weights are gathered block by block."""
 
     name = "fsdp"
     sharded = True
@@ -112,9 +113,9 @@ class Sharded(Strategy):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # Not fully_shard's own choice: that is the GPU wherever there is one, also for a run on the CPU.
+        # Not fully_shard's default device, which is the GPU if there is one, even for a run on the CPU.
         mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.size(),))
-        # It warns of outputs that are views and might be written to; ours are not written to.
+        # It warns of outputs that are views and might be modified in place; ours are not modified.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         for block in _blocks(model):
             fully_shard(block, mesh=mesh)
@@ -130,20 +131,20 @@ class Sharded(Strategy):
         yield
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Blocks are compiled each by itself, between the exchanges of weights."""
+        """Return ``function`` unchanged: each block is compiled separately, without communication."""
         return function
 
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     strategy.name: strategy for strategy in (Strategy, Replicated, Sharded)
 }
-"""By the names of ``runtime.strategy``."""
+"""The strategies by their names in ``runtime.strategy``."""
 
 
 def make_strategy(name: str) -> Strategy:
-    """Return the strategy ``name``; in one process alone each is the single one.
+    """Return the strategy ``name``; with a single process, always the single one.
 
-    Raises `InputError` where several processes are to train without saying how.
+    Raises `InputError` if there are several processes and ``name`` is 'single'.
     """
     processes = distributed.size()
     if processes == 1:
@@ -157,9 +158,9 @@ def make_strategy(name: str) -> Strategy:
 
 
 def share_of(batch: int) -> range:
-    """Return which videos of the global batch are this process's.
+    """Return the indices of this process's videos in the global batch.
 
-    Raises `InputError` where they do not come out even.
+    Raises `InputError` if the number of processes does not divide ``batch``.
     """
     processes = distributed.size()
     if batch % processes:
@@ -173,8 +174,10 @@ def share_of(batch: int) -> range:
 
 
 def _has_idle(assembly: Assembly) -> bool:
-    """Whether a trained parameter gets no gradient from a step, with a first pass or without one; found
-    without computing one."""
+    """Whether a trained parameter gets no gradient in a step, with or without a first pass.
+
+    This is tested on the meta device, without computing values.
+    """
     meta = torch.device("meta")
     batch = TrainingBatches(assembly, range(1))(1).to(meta)
     for rows in (0, 1) if assembly.config.training.self_conditioning else (0,):
@@ -187,6 +190,6 @@ def _has_idle(assembly: Assembly) -> bool:
 
 
 def _blocks(model: HPDM) -> list[nn.Module]:
-    """Return the backbone's blocks, where it keeps them in a list; else it is one part with all the rest."""
+    """Return the backbone's blocks if it has them in a ModuleList; otherwise no block is treated separately."""
     blocks = getattr(model.backbone, "blocks", None)
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []

@@ -1,9 +1,8 @@
-"""A trained cell, as a store keeps it or as one file to give away.
+"""A trained cell, in a store or exported as one file.
 
-In a store it is a folder, STORE/train/KEY: spec.json, model.safetensors, result.json. As one file it is
-``NAME.safetensors``: the averaged weights, and in its header, as JSON under ``hpdm``, the configuration that they
-belong to and where they come from. A plugin that is a package may bring such files in a folder ``trained``, each found
-by its name.
+In a store it is a folder, STORE/train/KEY, with spec.json, model.safetensors and result.json. An exported file
+``NAME.safetensors`` holds the averaged weights, and in its header, as JSON under ``hpdm``, their configuration and
+provenance. A plugin that is a package may ship such files in a folder ``trained``; they are found by their names.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ __all__ = ["PRECISIONS", "Trained", "export", "load_trained", "shipped"]
 SUFFIX = ".safetensors"
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
-"""How an exported file may hold its weights."""
+"""Precisions of the weights in an exported file."""
 
 PROVENANCE = ("git", "machine", "versions")
-"""What of a train stage's result goes into an exported file."""
+"""Entries of a train stage's result that are copied into an exported file."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a trained cell lies: its averaged ``weights``, and ``spec``, with ``config`` and ``plugins``."""
+    """A trained cell: its path ``place``, the file of averaged ``weights``; ``spec`` has ``config`` and ``plugins``."""
 
     place: Path
     weights: Path
@@ -45,7 +44,7 @@ class Trained:
 
     @property
     def folder(self) -> Path:
-        """The train stage, STORE/train/KEY. Raises `InputError` where the cell is one file."""
+        """The train stage, STORE/train/KEY. Raises `InputError` if the cell is an exported file."""
         if self.place.is_dir():
             return self.place
         raise InputError(
@@ -54,14 +53,14 @@ class Trained:
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """What the file of weights says of them. Raises `InputError` when it is missing or damaged."""
+        """The metadata in the header of the file of weights. Raises `InputError` when it is missing or damaged."""
         from hpdm_core.training.checkpoint import read_header
 
         return read_header(self.weights)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Of the training: commit (``git``), ``machine``, ``versions``, as far as they are known."""
+        """Commit (``git``), ``machine`` and ``versions`` of the training, as far as they are known."""
         if not self.place.is_dir():
             return dict(self.header.get("provenance", {}))
         result = read_json(self.place / "result.json") or {}
@@ -69,16 +68,16 @@ class Trained:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, by label, where an exported file has them."""
+        """The names of the classes, by label, if an exported file has them; else empty."""
         return [] if self.place.is_dir() else [str(name) for name in self.header.get("classes", ())]
 
     def assembly(self, sets: Sequence[str] = ()) -> Assembly:
-        """Return its parts; ``sets`` as in `load_cell`. Raises `InputError` with every problem."""
+        """Return the cell's `Assembly`; ``sets`` as in `load_cell`. Raises `InputError` with every problem."""
         return load_cell(self.spec["config"], sets=sets, plugins=self.spec.get("plugins", ()))
 
 
 def shipped() -> dict[str, Path]:
-    """Return the trained cells that installed plugins bring: name -> file."""
+    """Return the trained cells that installed plugins ship: name -> file."""
     from hpdm_core.plugins import build_plugins
 
     found: dict[str, Path] = {}
@@ -89,9 +88,9 @@ def shipped() -> dict[str, Path]:
 
 
 def load_trained(given: str | Path) -> Trained:
-    """Return the trained cell ``given``: a train stage, STORE/train/KEY, an exported file, or the name of one that a
-    plugin brings.
+    """Return the trained cell ``given``.
 
+    ``given`` is a train stage, STORE/train/KEY, an exported file, or the name of a trained cell that a plugin ships.
     Raises `InputError` for anything else.
     """
     place = Path(given).expanduser()
@@ -128,7 +127,7 @@ def _spec_in(file: Path) -> dict[str, Any]:
         )
     spec = _checked(header["cell"], file)
     files = _plugin_files(spec)
-    if files:  # what a stranger sent must not choose which file of this machine is run
+    if files:  # a file from an unknown source must not choose which local Python file is executed
         raise InputError(
             f"{file}: names plugins that are files ({', '.join(files)}); allowed in an exported file are installed "
             "packages"
@@ -144,7 +143,7 @@ def _spec_in(file: Path) -> dict[str, Any]:
     if not all(isinstance(text, str) and text.isprintable() for text in shown):
         raise InputError(
             f"{file}: in its header a class, arm, study, commit or number of steps has characters that cannot be "
-            "printed, or is no text; allowed is printable text, as export writes it"
+            "printed, or is not text; allowed is printable text, as export writes it"
         )
     expected = spec["config"].get("model", {}).get("classes")
     if classes and len(classes) != expected:
@@ -169,12 +168,12 @@ def _checked(spec: Any, where: Path) -> dict[str, Any]:
 
 
 def export(trained: Trained, file: Path, *, precision: str = "float16", made_by: str | None = None) -> None:
-    """Write the train stage ``trained`` to ``file`` as one file to give away, at once or not at all.
+    """Write the train stage ``trained`` to the single file ``file``, atomically.
 
-    Its header holds the names of the classes too, where the data are here. The configuration in it names the paths that
-    the cell was trained with. ``precision``: of the weights, one of `PRECISIONS`. ``made_by``: the command that trains
-    the cell again, kept as it is. Raises `InputError` for a weight that ``precision`` cannot hold, a plugin that is a
-    file, an unknown ``precision``, and damaged weights.
+    If the dataset is available, the header includes the names of the classes. The configuration in the header contains
+    the paths that the cell was trained with. ``precision``: of the weights, one of `PRECISIONS`. ``made_by``: the
+    command that trains the cell again, stored unchanged. Raises `InputError` for a weight that ``precision`` cannot
+    represent, a plugin that is a file, an unknown ``precision``, and damaged weights.
     """
     from hpdm_core.training.checkpoint import read_weights, save_weights
 
@@ -189,7 +188,7 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
             "plugins are installed packages"
         )
     weights = read_weights(trained.weights)
-    assembly = trained.assembly()  # refuses a configuration that this version does not understand
+    assembly = trained.assembly()  # raises InputError for a configuration that is not valid in this version
     stored = {
         name: tensor.to(PRECISIONS[precision]) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
@@ -215,7 +214,7 @@ def export(trained: Trained, file: Path, *, precision: str = "float16", made_by:
 
 
 def _classes(assembly: Assembly) -> dict[str, Any]:
-    """Return the names of the classes, as the header holds them; nothing where the data are not here."""
+    """Return the header entry with the names of the classes; empty if the dataset is not available."""
     try:
         names = assembly.dataset.classes if assembly.config.model.classes else ()
     except InputError:

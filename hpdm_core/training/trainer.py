@@ -1,12 +1,11 @@
 """The training loop of one cell: deterministic, resumable at any step, observed by plugins.
 
-Per step: a keyed batch -> the joint loss -> gradient, clipped -> optimizer -> weight average -> figures ->
-sometimes a checkpoint. Nothing depends on what ran before but weights, optimizer state and average, and those
-are in checkpoints: a run that is killed and started again ends with the same bits
-(on CUDA: where ``runtime.deterministic`` is set).
+Each step: keyed batch -> joint loss -> clipped gradient -> optimizer -> weight average -> statistics -> (at some
+steps) checkpoint. The state of training is weights, optimizer state and average, and all of it is in checkpoints.
+So a run that is killed and resumed ends with bitwise the same weights (on CUDA: if ``runtime.deterministic`` is set).
 
-Several processes run the same loop, each with its share of every batch; what differs between one, replicas
-and shards stands in `hpdm_core.training.strategy`. The main process logs, saves and calls observers.
+Several processes run the same loop, each with its share of every batch; `hpdm_core.training.strategy` holds what
+differs between one process, DDP and FSDP. The main process logs, saves and calls observers.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ __all__ = ["Trainer", "load_ema_model"]
 log = logging.getLogger(__name__)
 
 SETTLING_STEPS = 5
-"""First steps of an attempt that do not count as throughput."""
+"""First steps of an attempt that are left out of the throughput."""
 
 
 class Trainer:
     """Trains the cell of ``assembly``.
 
-    ``folder`` is this attempt's: metrics.jsonl, checkpoints/ and at the end model.safetensors (the average)
-    are written there; None keeps nothing. ``previous`` are folders of ended attempts, newest first: training
-    goes on from the newest intact checkpoint among all of them. ``observers``: who is told of
-    steps and checkpoints; None for nobody. ``start``: the weights of the arm that ``training.start_from`` names.
+    ``folder``: the folder of this attempt, for metrics.jsonl, checkpoints/ and, at the end, model.safetensors (the
+    average); None writes nothing. ``previous``: folders of earlier attempts, newest first; training resumes from the
+    newest intact checkpoint in all these folders. ``observers``: called at steps and checkpoints; None for none.
+    ``start``: the weights of the arm that ``training.start_from`` names.
 
-    `model` holds the raw weights, `ema_model` their average; on several processes with ``fsdp`` this process's
-    parts of them. Building one draws initial weights; `run` may be called once. Of several processes
-    (`hpdm_core.base.distributed.joined`) each builds and runs one.
+    `model` holds the current weights, `ema_model` their average; with ``fsdp`` on several processes, this process's
+    parts of them. The constructor draws the initial weights; `run` may be called once. With several processes
+    (`hpdm_core.base.distributed.joined`), each process builds and runs a trainer.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Trainer:
         self.network = self.strategy.wrap(self.model, assembly, compiled=compiled)
         self.strategy.place(self.ema_model)
         self.joint_loss = self.strategy.compiled(joint_loss) if compiled else joint_loss
-        # A sharded network runs only where all its processes run it.
+        # Under FSDP all ranks must run the first pass if any rank does.
         self.first_pass_always = self.strategy.sharded and self.config.self_conditioning > 0
         self.parameters = [
             (name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad
@@ -110,7 +109,7 @@ class Trainer:
         self.resumed_from: list[int] = []
         self.loss = RunningMean(assembly.pyramid.levels, halflife=self.halflife)
         self.before: dict[str, Any] = {"seconds": 0.0, "videos_per_second": None, "peak_memory_bytes": None}
-        """Figures of earlier attempts."""
+        """Totals of earlier attempts."""
         self.limit = math.inf if self.config.clip is None else self.config.clip
         self.durations: list[float] = []
         self.started = time.perf_counter()
@@ -122,10 +121,10 @@ class Trainer:
 
     def _can_compile(self) -> bool:
         problem = compiler_problem(self.device)
-        # Parts are built when they are asked for, under a lock that a compiler cannot see through.
+        # Build these parts now: cached_property takes a lock, which the compiler cannot trace.
         _ = self.assembly.objective, self.assembly.noise_sampler, self.assembly.sigma_in
         if problem is not None:
-            log.warning("runtime.compile: %s; training goes on as it is, not compiled", problem)
+            log.warning("runtime.compile: %s; training continues without compilation", problem)
         return problem is None
 
     @property
@@ -134,19 +133,19 @@ class Trainer:
         return self.average.average
 
     def run(self, progress: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-        """Train to the last step and return the result; ``progress`` gets each step's figures.
+        """Train to the last step and return the result; ``progress`` is called with each step's statistics.
 
         Raises `TroubleError` when the loss or the gradient is not finite, and when the disk is full.
         """
         done = self._resume()
         steps = range(done + 1, self.config.steps + 1)
         self.started = time.perf_counter()
-        # With nothing left to do the dataset is not opened.
+        # If no step is left, the dataset is not opened.
         source: Iterator[Batch] = loaded(self.assembly, steps, rows=self.rows) if steps else (_ for _ in ())
         with interruption.deferred(), closing(source):  # type: ignore[type-var]  # both are generators
             tick = time.perf_counter()
             for batch in source:
-                row = self._step(batch)
+                row = self.step(batch)
                 tock = time.perf_counter()
                 self.durations.append(tock - tick)
                 row["videos_per_second"] = self.config.batch / (tock - tick)
@@ -177,8 +176,8 @@ class Trainer:
         self.log.start(step=found.step, source=path.parent.parent)
         return found.step
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
-        """Make update ``batch.step`` and return its figures."""
+    def step(self, batch: Batch) -> dict[str, Any]:
+        """Make update ``batch.step`` and return its statistics."""
         batch = batch.to(self.device, self.dtype)
         rate = learning_rate(
             batch.step - 1,
@@ -211,10 +210,10 @@ class Trainer:
         }
 
     def _gradient(self, batch: Batch, counts: Tensor) -> tuple[float, Tensor]:
-        """Add up the gradient of the global batch, of which ``batch`` is this process's share.
+        """Compute the gradient of the global batch, of which ``batch`` is this process's share.
 
-        ``counts`` [S]: rows of each slot in the loss, of the global batch. Returns its loss, and its losses
-        per level [L], NaN for one without a row.
+        ``counts`` [S]: for each slot, the rows of the global batch in the loss. Returns the loss of the global
+        batch, and its losses per level [L], NaN for a level without a row in the loss.
         """
         sums = torch.zeros(1 + self.assembly.pyramid.levels, device=self.device, dtype=self.dtype)
         parts = batch.split(self.assembly.config.runtime.micro_batch)
@@ -223,14 +222,14 @@ class Trainer:
                 loss = self.joint_loss(
                     self.assembly, self.network, part, counts, always=self.first_pass_always
                 )
-                # What torch takes the mean of, over processes, is to be the sum.
+                # DDP and FSDP average gradients; scale by the world size to get the sum.
                 (loss.total * distributed.size()).backward()
             sums += torch.cat([loss.total.detach()[None], loss.levels])
         sums = distributed.total(sums)
         return float(sums[0]), sums[1:]
 
     def _check(self, step: int, counts: Tensor, *, total: float, levels: list[float], norm: float) -> None:
-        """Raise `DivergedError` before a loss or gradient that is not finite touches a weight."""
+        """Raise `DivergedError` if the loss or gradient is not finite, before the weights are updated."""
         if math.isfinite(total) and math.isfinite(norm):
             return
         slots = self.assembly.noise_sampler.slots
@@ -292,7 +291,7 @@ class Trainer:
         self._observe("after_checkpoint_saved", path=path)
 
     def _check_weights(self, step: int) -> None:
-        """Raise `DivergedError` rather than save a weight that is not finite."""
+        """Raise `DivergedError` if a weight is not finite, before it is saved."""
         weights = self.model.state_dict().items()
         bad = next((name for name, each in weights if not bool(torch.isfinite(local(each)).all())), None)
         for name in distributed.gather(bad):
@@ -329,7 +328,7 @@ class Trainer:
         distributed.on_main(partial(checkpoints.save_weights, path, weights, metadata=metadata))
 
     def _figures(self) -> dict[str, Any]:
-        """Return seconds, throughput and memory over this attempt and those before."""
+        """Return seconds, throughput and peak memory over this attempt and earlier ones."""
         settled = self.durations[SETTLING_STEPS:] or self.durations
         speed = (
             self.config.batch / statistics.median(settled) if settled else self.before["videos_per_second"]
@@ -362,11 +361,10 @@ class Trainer:
 
 
 def load_ema_model(assembly: Assembly, path: Path) -> HPDM:
-    """Return the network of ``assembly`` with the averaged weights in ``path`` (a trainer's
-    model.safetensors).
+    """Return the network of ``assembly`` with the averaged weights in ``path`` (model.safetensors of a trainer).
 
     It is on ``runtime.device``, in float32, in evaluation mode, without gradients. Raises `InputError` when the
-    file is missing, damaged or of another model.
+    file is missing, damaged or belongs to another model.
     """
     config = assembly.config
     model = assembly.build_model(device=prepare_torch(config.runtime, config.training))

@@ -1,6 +1,7 @@
-"""Every built-in choice, registered through the same hooks as anyone's plugin.
+"""All built-in parts, registered through the same hooks as third-party plugins.
 
-Each submodule is a plugin of its own and imports none of the others; ``presets`` holds what studies extend.
+Each submodule is a separate plugin and imports none of the others; ``presets`` holds configurations that studies
+extend.
 """
 
 __all__ = ["PLUGIN_MODULES"]

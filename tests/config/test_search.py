@@ -123,7 +123,7 @@ def test_a_search_with_its_defaults(tmp_path: Path) -> None:
         ),
         (
             {"space": {"model.context_fusion": {"choices": ["deep", "none"]}}},
-            "arm 'none' sets model.context_fusion itself; search over what no arm sets",
+            "arm 'none' sets model.context_fusion itself; allowed: keys that no arm sets",
         ),
         ({"sampler": "grid"}, "sampler 'grid' takes every value: give a step, or choices"),
         (

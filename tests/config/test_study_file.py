@@ -212,8 +212,8 @@ def test_wrong_values(study, text: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {video: [5, 8, 16]}", ("study.yaml:2: model.video: f = 5 is no multiple of patch",)),
-        ("model: {token: [1, 3, 2]}", ("study.yaml:2: model.patch: h = 4 is no multiple of token 3",)),
+        ("model: {video: [5, 8, 16]}", ("study.yaml:2: model.video: f = 5 is not a multiple of patch",)),
+        ("model: {token: [1, 3, 2]}", ("study.yaml:2: model.patch: h = 4 is not a multiple of token 3",)),
         ("model: {video: [4, 8, 24], levels: 3}", ("study.yaml:2: model.video: ",)),
         (
             "model: {token_dim: 9}",
@@ -241,7 +241,7 @@ def test_values_that_do_not_fit_together(study, text: str, words: tuple[str, ...
 
 def test_an_arm_is_not_blamed_for_sizes_that_it_does_not_set(study) -> None:
     file = study("model:\n  video: [5, 8, 16]\narms:\n  a: {}\n  b: {model.context_fusion: none}\n")
-    assert lines_of(file) == ["study.yaml:3: model.video: f = 5 is no multiple of patch 2"]
+    assert lines_of(file) == ["study.yaml:3: model.video: f = 5 is not a multiple of patch 2"]
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -251,7 +251,7 @@ def test_self_conditioning_needs_a_backbone_with_latents(study, explicit: bool) 
     arms = "arms:\n  a: {}\n  b:\n    model.backbone: {use: dit, heads: 2}"
     (line,) = lines_of(study(f"{share}\n{arms}\n"))
     assert line == (
-        f"study.yaml:6: training.self_conditioning: {0.5 if explicit else 0.9} of the videos are to take latents "
+        f"study.yaml:6: training.self_conditioning: {0.5 if explicit else 0.9} of the videos would take latents "
         "from a first pass, and model.backbone 'dit' has none; allowed is 0, or a backbone with latents"
     )
     load_study(study(f"{share}\n{arms}\n    training.self_conditioning: 0\n"))

@@ -865,10 +865,10 @@ class DrawsByItsPlace(Folder):
     [
         (Folder, None, ""),
         (Unmarked, "places", "the path in option root would be part of the key"),
-        (KeyedByPlace, "elsewhere", "another for the same content"),
+        (KeyedByPlace, "elsewhere", "differs for the same content"),
         (KeyedByNothing, "changes_show", "every file there has changed"),
         (KeyedByNames, "changes_show", "every file there has changed"),
-        (TellsItsPlace, "elsewhere", "describe: tells where option root lies"),
+        (TellsItsPlace, "elsewhere", "describe: depends on the path in option root"),
         (DrawsByItsPlace, "elsewhere", "at another place gives another clip"),
     ],
 )

@@ -168,7 +168,7 @@ def test_classes_can_be_left_out_of_training(pyav):
 
 def test_wrong_options_are_refused(pyav):
     with pytest.raises(
-        InputError, match=r"'red circle going left' is no class.*did you mean 'red circle moving left'"
+        InputError, match=r"'red circle going left' is not a class.*did you mean 'red circle moving left'"
     ):
         Shapes(SHAPE, pyav, hold_out=("red circle going left",))
     with pytest.raises(InputError, match="all 36 classes were given"):

@@ -182,7 +182,7 @@ def test_a_vanished_folder_is_trouble(classes, pyav):
     [
         (lambda root: None, "'.*nothing' does not exist; allowed is an existing folder"),
         (lambda root: root.write_text(""), "'.*nothing' is a file; allowed is an existing folder"),
-        (lambda root: root.mkdir(), "'.*nothing' holds no video file, nor does a folder right in it"),
+        (lambda root: root.mkdir(), "'.*nothing' and its immediate subfolders contain no video file"),
         (
             lambda root: (root.mkdir(), (root / "a.mp4").write_text("x")),
             "no file in '.*nothing' can be used for clips of 4 frames, 1 apart: a.mp4: Invalid data",

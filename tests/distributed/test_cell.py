@@ -15,14 +15,12 @@ import pytest
 from hpdm_core.cell import Cell
 from hpdm_core.study.plan.cells import cells_of
 from hpdm_core.study.plan.study_file import load_study
+from tests.small import MODEL
 
-TINY = """
-name: tiny
-model:
-  {video: [4, 16, 16], patch: [2, 4, 4], token: [1, 2, 2], levels: 2, token_dim: 16, blocks: 2, backbone: {
-   use: rin, latent_dim: 16, latents: 4, latent_layers: 1, latent_heads: 2, latent_head_dim: 8, heads: 2,
-   latent_mlp_ratio: 2, token_mlp_ratio: 2}}
-data: {dataset: synthetic}
+TINY = (
+    "name: tiny"
+    + MODEL
+    + """data: {dataset: synthetic}
 training: {steps: 4, batch: 2, learning_rate: 1e-3}
 sampling: {solver: {use: edm, steps: [2]}}
 evaluation: {samples: 20, reals: 40, metrics: [
@@ -32,6 +30,7 @@ arms:
   default: {training.start_from: {arm: base}}
   base: {training.steps: 3}
 """
+)
 
 
 @pytest.fixture(scope="module")

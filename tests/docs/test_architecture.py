@@ -18,6 +18,7 @@ import pytest
 from hpdm_core.evaluate import main as evaluate
 from hpdm_core.study.__main__ import main as study
 from tests.architecture import PACKAGES, Source
+from tests.small import MODEL
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -71,17 +72,15 @@ def in_order(steps: list[tuple[str, str]], calls: list[tuple[str, str]]) -> bool
     return all(step in left for step in steps)
 
 
-TINY = """
-model:
-  {video: [4, 16, 16], patch: [2, 4, 4], token: [1, 2, 2], levels: 2, token_dim: 16, blocks: 2, backbone: {
-   use: rin, latent_dim: 16, latents: 4, latent_layers: 1, latent_heads: 2, latent_head_dim: 8, heads: 2,
-   latent_mlp_ratio: 2, token_mlp_ratio: 2}}
-data: {dataset: synthetic}
+TINY = (
+    MODEL
+    + """data: {dataset: synthetic}
 training: {steps: 3, batch: 2, learning_rate: 1e-3}
 sampling: {solver: {use: edm, steps: [2]}}
 evaluation: {samples: 2, reals: 2, metrics: [throughput]}
 runtime: {threads: 1, prefetch: 0}
 """
+)
 
 
 def test_the_study_the_batch_and_the_tile_take_the_ways_of_the_page(tmp_path: Path) -> None:

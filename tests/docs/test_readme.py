@@ -54,6 +54,10 @@ def test_the_commands_run(clone: Path) -> None:
             # Without a cluster and its data, what the command resolves to is what can be checked.
             words = [word for word in words if word not in ("--backend", "slurm", "--dry-run")]
             before = list(clone.rglob("*"))
+            if (
+                "extends=ucf101_hpdm_s" in words
+            ):  # one arm of that size takes seconds to count, and there are six
+                words += ["--only", "default"]
             assert "nothing was run or written" in run(*words, "--dry-run", folder=clone)
             assert list(clone.rglob("*")) == before
         else:

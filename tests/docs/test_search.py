@@ -67,7 +67,7 @@ def test_the_report_says_what_the_page_says(ran):
     assert "SIMULATED: every number is made up" in text
     report = (folder / "report" / "table.md").read_text()
     assert "## Search: the best proposal of each arm" in report
-    assert "run with seeds 0, 1, none of which was searched with." in report
+    assert "run with seeds 0, 1, none of which the search used." in report
 
 
 def test_the_tables_name_what_there_is():

@@ -285,7 +285,7 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
             ["--real", "REAL", "--fake", "PICTURES", "--protocol", "PROTOCOL"],
             "holds pictures, so it is one video",
         ),
-        (["--real", "REAL", "--fake", "FLOATS", "--protocol", "PROTOCOL"], "say --value-range"),
+        (["--real", "REAL", "--fake", "FLOATS", "--protocol", "PROTOCOL"], "give --value-range"),
         (
             ["--real", "REAL", "--fake", "FLOATS", "--protocol", "PROTOCOL", "--value-range", "0..1"],
             "from -1 to 1, outside --value-range 0..1",
@@ -325,7 +325,7 @@ def test_i3d_by_a_protocol_file(run, ucf, fakes, protocol, tmp_path):
                 *("--fake", "FAKES", "--weights", "PROTOCOL"),
                 *("--protocol", "hpdm/is10k_ucf", "--protocol", "tgan2_is/is2048_ucf"),
             ],
-            "take 2 files of weights (c3d_ucf101.pt, conv3d_deepnetA_ucf.npz)",
+            "need 2 weight files (c3d_ucf101.pt, conv3d_deepnetA_ucf.npz)",
         ),
         (["SOMEWHERE", "--fake", "FAKES"], "is measured by --metric"),
         (

@@ -65,7 +65,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_three_numbers(
     batch = _random_batch(assembly, 1)
     assert len(batch.conditioned) == len(batch.label) == 2
     pretend.found.clear()
-    figures = trainer._step(batch)
+    figures = trainer.step(batch)
 
     assert pretend.found.total() <= MOST, pretend.found
     assert len(losses) == parts and len(figures["loss"]) == 3

@@ -268,8 +268,11 @@ def damaged(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"1 are missing \(Mixed_5b.b2b.conv3d.weight\) and 0 are not its own"),
-        ("extra", r"0 are missing and 1 are not its own \(head.weight\)"),
+        (
+            "missing",
+            r"1 of its arrays are missing \(Mixed_5b.b2b.conv3d.weight\) and 0 arrays are not its own",
+        ),
+        ("extra", r"0 of its arrays are missing and 1 arrays are not its own \(head.weight\)"),
         ("shape", r"has the shape \[3, 2, 1, 3, 2\]; wanted is \[3, 2, 1, 2, 3\]"),
         ("nan", "holds values that are not finite"),
     ],
@@ -287,7 +290,7 @@ def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
     contents = {
         "cut.pt": (data[: len(data) // 2], "damaged or cut off"),
         "empty.pt": (b"", "it is empty"),
-        "page.pt": (b"<html>not found</html>", "no file of weights"),
+        "page.pt": (b"<html>not found</html>", "not a weight file"),
         "old.pt": (b"\x80\x02garbage", "damaged or cut off"),
         "changed.pt": (data[:300] + bytes(200) + data[500:], "damaged or cut off"),
         "cut.npz": (b"PK\x03\x04", "damaged or cut off"),
@@ -389,7 +392,7 @@ def test_the_command_tells_originals_from_others(tmp_path: Path, monkeypatch, ca
     assert rows["model_rgb.pth"]["warning"]
     assert rows["i3d_torchscript.pt"]["path"] is None
     assert hpdm(["weights", str(tmp_path / "mine.pt")]) == 0
-    assert "OTHER CONTENT than the original's" in capsys.readouterr().out
+    assert "CONTENT DIFFERS from the original's" in capsys.readouterr().out
 
 
 def test_the_command_checks_files_to_their_end(tmp_path: Path, monkeypatch, capsys, i3d: I3D) -> None:

@@ -296,13 +296,13 @@ def test_one_level_is_a_plain_rin(build, entries_for):
 def test_wrong_sources_are_refused(build, entries_for):
     model = build()
     entries = entries_for(model)
-    with pytest.raises(ValueError, match=r"level 2 is fed by levels \[0\]; allowed is \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"level 2 has sources of levels \[0\]; allowed is \[0, 1\]"):
         model([entries[0], entries[1], replace(entries[2], sources=(0,))])
-    with pytest.raises(ValueError, match=r"level 1 is fed by levels \[\]"):
+    with pytest.raises(ValueError, match=r"level 1 has sources of levels \[\]"):
         model([replace(entries[1], sources=())])
     with pytest.raises(ValueError, match="1 contexts for 3 entries"):
         model(entries, [None])
-    with pytest.raises(ValueError, match=r"level 1 is fed by levels \[\]"):
+    with pytest.raises(ValueError, match=r"level 1 has sources of levels \[\]"):
         model.contexts(1, entries[1].coords, [])
 
 

@@ -70,8 +70,8 @@ def test_the_best_of_each_arm_and_what_it_took(tmp_path: Path) -> None:
     assert a["loss, finest level"] == "1.000" and a["training.learning_rate"] == "0.25"
     assert table.cells.loc["b"]["given up"] == "1"
     assert table.first == ""
-    assert "not to be compared by this column" in table.caption
-    assert "run with seeds 0, 1, none of which was searched with" in table.caption
+    assert "do not compare arms by this column" in table.caption
+    assert "run with seeds 0, 1, none of which the search used" in table.caption
 
 
 def test_of_an_objective_to_be_maximized_the_largest(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_must_not_be_overlooked(tmp_path: Path, arms: Any, changes: Any, sa
 def test_seeds_that_were_searched_with_flatter(tmp_path: Path) -> None:
     write(tmp_path, {"a": [proposal(0, 1.0)] * 2}, seeds=[1, 5])
     assert (
-        "of these, 1 were searched with too, and there the comparison flatters"
+        "the search used 1 of these too, so results on them are optimistic"
         in search_tables(tmp_path)[0].caption
     )
 
@@ -117,6 +117,6 @@ def test_the_pareto_set(tmp_path: Path) -> None:
     assert members == [("a", 0), ("a", 1), ("b", 3), ("b", 1)]  # equals stay, what is beaten in both goes
     _, table = search_tables(tmp_path)
     assert list(table.cells.index) == ["a#0", "a#1", "b#3", "b#1"]
-    assert "Of 6 proposals" in table.caption and "neighbours may change places" in table.caption
+    assert "Of 6 proposals" in table.caption and "other seeds may give another set" in table.caption
     picture = pareto_figure(tmp_path)
     assert picture is not None and picture.startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ from hpdm_core.assembly.compose import load_cell
 from hpdm_core.plugins import build_plugins
 from hpdm_core.sampling import cache, sample
 from hpdm_core.sampling.cache import GIB
+from tests.small import rin
 
 FOREIGN = Path(__file__).parent.parent / "conformance" / "foreign_fusions.py"
 
@@ -32,15 +33,7 @@ def make_cell():
                 "token": [1, 2, 2],
                 "token_dim": 16,
                 "blocks": 3,
-                "backbone": {
-                    "use": "rin",
-                    "latent_dim": 16,
-                    "latents": 4,
-                    "latent_layers": 1,
-                    "latent_heads": 2,
-                    "latent_head_dim": 8,
-                    "heads": 2,
-                },
+                "backbone": rin(),
                 "context_fusion": fusion,
             },
             "diffusion": {"noise_scaling": {"use": "exponential", "first": 1.0, "ratio": 2.0}},

@@ -8,6 +8,7 @@ import torch
 
 from hpdm_core.assembly.compose import load_cell
 from hpdm_core.sampling import sample
+from tests.small import rin
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +22,7 @@ def make_cell():
                 "classes": 3,
                 "token_dim": 16,
                 "blocks": 3,
-                "backbone": {
-                    "use": "rin",
-                    "latent_dim": 16,
-                    "latents": 4,
-                    "latent_layers": 1,
-                    "latent_heads": 2,
-                    "latent_head_dim": 8,
-                    "heads": 2,
-                },
+                "backbone": rin(),
                 "context_fusion": fusion,
             },
             "diffusion": {"noise_scaling": {"use": "exponential", "first": 1.0, "ratio": 2.0}},

@@ -13,6 +13,7 @@ from hpdm_core.assembly.runtime import compiler_problem
 from hpdm_core.config.schema import Arithmetic
 from hpdm_core.model.hpdm import HPDM
 from hpdm_core.sampling import sample
+from tests.small import rin
 
 CELL: dict[str, Any] = {
     "model": {
@@ -22,15 +23,7 @@ CELL: dict[str, Any] = {
         "levels": 2,
         "token_dim": 16,
         "blocks": 2,
-        "backbone": {
-            "use": "rin",
-            "latent_dim": 16,
-            "latents": 4,
-            "latent_layers": 1,
-            "latent_heads": 2,
-            "latent_head_dim": 8,
-            "heads": 2,
-        },
+        "backbone": rin(),
     },
     "data": {"dataset": "gaussian_world"},
     "training": {"steps": 1, "batch": 1, "learning_rate": 1e-3},
@@ -131,7 +124,7 @@ def test_without_a_compiler_sampling_goes_on_and_says_so(
     (message,) = [
         record.getMessage() for record in caplog.records if record.name == "hpdm_core.assembly.assembly"
     ]
-    assert message == "runtime.compile: no compiler; sampling goes on as it is, not compiled"
+    assert message == "runtime.compile: no compiler; sampling continues without compilation"
 
 
 @pytest.mark.slow

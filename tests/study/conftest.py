@@ -22,6 +22,7 @@ from hpdm_core.study.backends.registry import asking_backends
 from hpdm_core.study.controller.controller import Controller
 from hpdm_core.study.controller.display import PlainDisplay
 from hpdm_core.study.controller.study_run import StudyRun
+from tests.small import MODEL
 
 PLUGINS = build_plugins()
 
@@ -192,13 +193,10 @@ def fake_job() -> Callable[..., None]:
     return make_job()
 
 
-TINY = """
-name: tiny
-model:
-  {video: [4, 16, 16], patch: [2, 4, 4], token: [1, 2, 2], levels: 2, token_dim: 16, blocks: 2, backbone: {
-   use: rin, latent_dim: 16, latents: 4, latent_layers: 1, latent_heads: 2, latent_head_dim: 8, heads: 2,
-   latent_mlp_ratio: 2, token_mlp_ratio: 2}}
-data: {dataset: synthetic}
+TINY = (
+    "name: tiny"
+    + MODEL
+    + """data: {dataset: synthetic}
 training: {steps: 6, batch: 2, learning_rate: 1e-3}
 sampling: {solver: {use: edm, steps: [2]}}
 evaluation: {samples: 4, reals: 4, metrics: [held_out_loss, {use: frechet, extractor: statistics}]}
@@ -207,6 +205,7 @@ arms:
   default: {}
 seeds: [0]
 """
+)
 
 
 @pytest.fixture

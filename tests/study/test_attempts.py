@@ -357,7 +357,7 @@ def test_a_controller_on_another_host_that_lives_is_named(
     write(1)
     backend = Script([over()])
     monkeypatch.setattr(backend, "sleep", lambda seconds: (write(2), Script.sleep(backend, seconds)))
-    with pytest.raises(TroubleError, match="process 7 on login2; one at a time"):
+    with pytest.raises(TroubleError, match="process 7 on login2; only one controller"):
         study([cell("a")], backend=backend)
     assert backend.now < 5
 
@@ -369,7 +369,7 @@ def test_a_dead_controller_on_another_host_is_replaced(
     backend = Script([beat(), finish, over()])
     monkeypatch.setattr(locking.Lease, "_watch", locking.Watch(backend.monotonic))
     run = study([cell("a")], backend=backend)
-    assert run.code == 0 and "looking whether that lives" in run.text
+    assert run.code == 0 and "checking if it is alive" in run.text
 
 
 class Planner:

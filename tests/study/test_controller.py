@@ -184,7 +184,7 @@ def test_a_worker_that_was_killed_is_run_again(study: Any, cell: Any, tmp_path: 
                 write_json(job.folder / "heartbeat.json", {"beat": 1})
 
     killed = study([cell("a")], backend=Killed(None))
-    assert killed.code == 1 and "without a word" in killed.text
+    assert killed.code == 1 and "exited without reporting a result" in killed.text
     assert index(tmp_path) == {("a", "0"): "interrupted"}
     again = study([cell("a")])
     assert again.code == 0 and len(again.made) == 2

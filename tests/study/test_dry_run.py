@@ -128,8 +128,8 @@ print(int("torch._dynamo" in sys.modules))
     said = done.stdout.splitlines()
     assert said[:3] == [
         f"0 reading {file}",
-        "1 counting what arm 'default' takes (1 of 2)",
-        "1 counting what arm 'no_adaptive_computation' takes (2 of 2)",
+        "1 counting the cost of arm 'default' (1 of 2)",
+        "1 counting the cost of arm 'no_adaptive_computation' (2 of 2)",
     ]
     assert (
         said[-1] == "0"

@@ -32,6 +32,7 @@ def test_the_flags_are_a_promise() -> None:
         "--detach",
         "--status",
         "--cancel",
+        "--explain",
     }
     assert str(build_parser().get_default("results")) == "results"
     assert [action.dest for action in build_parser()._actions if not action.option_strings] == ["file"]

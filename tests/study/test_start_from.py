@@ -194,7 +194,7 @@ def test_a_dry_run_counts_a_base_once(tmp_path: Path) -> None:
     assert re.search(r"to do: 4 cells, 6 models to train", text), text
     whole = describe_study(load_study(tmp_path / "small.yaml"), tmp_path / "none")
     assert re.search(r"to do: 8 cells, 8 models to train", whole), whole
-    assert "with that of models which are started from" in whole
+    assert "including the models that arms start from" in whole
 
 
 def test_the_report_adds_what_the_base_took(done: Path) -> None:

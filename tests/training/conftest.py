@@ -10,6 +10,7 @@ from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.config.schema import CellConfig
 from hpdm_core.plugins import Plugins, build_plugins
 from hpdm_core.plugins.observers import Observers
+from tests.small import rin
 
 TINY: dict[str, Any] = {
     "model": {
@@ -20,15 +21,7 @@ TINY: dict[str, Any] = {
         "classes": 4,
         "token_dim": 12,
         "blocks": 3,
-        "backbone": {
-            "use": "rin",
-            "latent_dim": 8,
-            "latents": 5,
-            "latent_layers": 1,
-            "latent_heads": 2,
-            "latent_head_dim": 4,
-            "heads": 2,
-        },
+        "backbone": rin(8, latents=5),
     },
     "data": {"dataset": "synthetic"},
     "training": {

@@ -83,6 +83,6 @@ def test_without_a_compiler_training_goes_on_and_says_so_once(
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hpdm_core")]
     assert (
         message.startswith("runtime.compile: No working C++ compiler")
-        and "training goes on as it is" in message
+        and "training continues without compilation" in message
     )
     assert "\n" not in message

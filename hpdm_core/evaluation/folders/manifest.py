@@ -1,7 +1,7 @@
-"""The manifest of a run: which clip, which frames, with which content; enough to repeat the run exactly.
+"""The manifest of a run: the clips used, their frames and the hashes of their content, to repeat the run exactly.
 
-JSON. Per protocol and side a list of clips; a video's content is told by SHA-256 (of its file, or of those
-pictures of it that were used).
+It is JSON, with a list of clips for each protocol and side. The content of a video is identified by the SHA-256 of its
+file, or of its pictures that were used.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Entry(Frozen):
 
 
 class SideEntries(Frozen):
-    """The clips of one side, in the order in which features are kept, and its folder as it was given."""
+    """The clips of one side, in the order of the features, and its folder as given."""
 
     folder: str
     clips: tuple[Entry, ...]
 
 
 class ProtocolEntries(Frozen):
-    """The sides of one protocol; ``record`` is the identity of the record that chose them, ``passed_over`` what
-    was missing then of sides that are taken whole.
+    """The sides of one protocol. ``record``: the identity of the record that chose them; ``passed_over``: what was
+    missing of sides of which the protocol takes all clips.
     """
 
     protocol: str
@@ -50,15 +50,13 @@ class ProtocolEntries(Frozen):
 
 
 class Manifest(Frozen):
-    """What ``--out FILE`` writes beside it as FILE.manifest.json, and ``--manifest`` reads."""
+    """The manifest that ``--out FILE.json`` writes beside it as FILE.manifest.json, and ``--manifest`` reads."""
 
     format: int = 1
     protocols: tuple[ProtocolEntries, ...]
 
     def of(self, protocol: str, record: str) -> ProtocolEntries:
-        """Return the entries of ``protocol``. Raises InputError when they are not there or of another
-        record.
-        """
+        """Return the entries of ``protocol``. Raises InputError when they are missing or of another record."""
         names = [each.protocol for each in self.protocols]
         if protocol not in names:
             raise InputError(
@@ -74,7 +72,7 @@ class Manifest(Frozen):
 
 
 def entry_of(choice: Choice, sha256: str) -> Entry:
-    """Return the manifest's line for ``choice``."""
+    """Return the manifest's entry for ``choice``."""
     frames = choice.frames
     return Entry(
         video=choice.video.name,
@@ -86,7 +84,7 @@ def entry_of(choice: Choice, sha256: str) -> Entry:
 
 
 def chosen_again(entries: Sequence[Entry], videos: Mapping[str, Video], *, option: str) -> list[Choice]:
-    """Return the clips of a manifest among ``videos`` by name. Raises InputError for those that are gone."""
+    """Return a manifest's clips from ``videos``, found by name. Raises InputError if videos are missing."""
     gone = [entry.video for entry in entries if entry.video not in videos]
     if gone:
         raise InputError(
@@ -102,7 +100,7 @@ def chosen_again(entries: Sequence[Entry], videos: Mapping[str, Video], *, optio
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return the manifest in ``path``. Raises InputError when it is none."""
+    """Return the manifest in ``path``. Raises InputError when it is not a manifest."""
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
         return Manifest.model_validate(data)
@@ -110,4 +108,4 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"--manifest {path}: cannot be read: {error.strerror}") from error
     except (ValueError, ValidationError) as error:
         said = str(error).splitlines()[0]
-        raise InputError(f"--manifest {path}: is no manifest of an evaluation ({said})") from error
+        raise InputError(f"--manifest {path}: is not a manifest of an evaluation ({said})") from error

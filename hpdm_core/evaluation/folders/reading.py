@@ -1,4 +1,4 @@
-"""One clip, decoded and prepared as its protocol says: uint8 [F, H, W, 3], and what was seen on the way."""
+"""Decode one clip and prepare it by its protocol: uint8 [F, H, W, 3], with facts for warnings."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ RANGES: dict[ValueRange, tuple[float, float]] = {"0..255": (0, 255), "0..1": (0,
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What warnings are made of: the size that was stored, that which the detector is given, the least and
-    greatest value, and whether all frames are the same.
+    """Facts of a clip for warnings: its stored size, its size after preparation, its least and greatest value, and
+    whether all frames are equal.
     """
 
     height: int
@@ -48,8 +48,8 @@ def read_clip(
 ) -> tuple[Tensor, ClipFacts]:
     """Return the clip, uint8 [F, H, W, 3], and its facts.
 
-    ``values``: the range of arrays of floats. Raises ReadError for what cannot be read, InputError for
-    floats of a range that is unknown or another.
+    ``values``: the range of float arrays. Raises ReadError for what cannot be read, InputError for floats whose range
+    is not given or differs from ``values``.
     """
     video = choice.video
     if video.kind == "video":
@@ -111,13 +111,13 @@ def check_range(clip: NDArray[Any], name: str, values: ValueRange | None) -> Non
     if values is None:
         raise InputError(
             f"{name}: holds {clip.dtype} from {low:.3g} to {high:.3g}, whose range is not known; allowed is "
-            f"uint8 in 0..255, or say --value-range {' or '.join(RANGES)}"
+            f"uint8 in 0..255, or give --value-range {' or '.join(RANGES)}"
         )
     least, most = RANGES[values]
     if not (least <= low and high <= most):  # also NaN
         raise InputError(
             f"{name}: holds values from {low:.3g} to {high:.3g}, outside --value-range {values}; clip them, "
-            "or name the right range"
+            "or give the right range"
         )
 
 
@@ -140,7 +140,7 @@ def prepared(frames: Tensor, rule: Preparation, *, jpeg: bool = False) -> Tensor
 
 
 def _resized(frames: Tensor, rule: Preparation, size: Sequence[int]) -> Tensor:
-    """Return frames of ``size``: uint8 from lanczos, floats otherwise."""
+    """Return frames resized to ``size``: uint8 from lanczos, floats otherwise."""
     height, width = frames.shape[1:3]
     if rule.crop == "squash":
         scaled, (top, left) = (size[0], size[1]), (0, 0)
@@ -168,14 +168,14 @@ def _quantised(values: Tensor, rule: Preparation) -> Tensor:
     """Return ``values`` in 0..255 as uint8."""
     if values.dtype == torch.uint8:
         return values
-    # Means and weights of bilinear sampling miss whole numbers by rounding: 254.99999999999997 is 255.
+    # Rounding errors of means and bilinear weights must not truncate 254.99999999999997 to 254.
     near = (values * 2**20).round() / 2**20
     whole = near.round() if rule.quantise == "round" else near.floor()
     return whole.clamp(0, 255).to(torch.uint8)
 
 
 def _coded(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Return ``frame`` [H, W, 3] as it comes out of a JPEG file."""
+    """Return ``frame`` [H, W, 3] after JPEG encoding and decoding."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
     with Image.open(buffer) as picture:

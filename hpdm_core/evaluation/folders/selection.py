@@ -1,8 +1,8 @@
-"""Which clips of which videos: the rule of a protocol, applied to a list of videos.
+"""Choose clips from a list of videos by the rule of a protocol.
 
-A rule gives a sequence of candidates in a fixed order; the first ``count`` that can be read are taken. So a
-clip that turns out damaged is replaced by the next one, whichever process meets it, and no other choice
-changes. Randomness is keyed by the record's seed and the video's name.
+A rule gives a sequence of candidates in a fixed order; the first ``count`` readable ones are used. So a damaged clip is
+replaced by the next candidate, and no other choice changes, whichever process finds the damage. Randomness is keyed by
+the record's seed and the video's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hpdm_core.metrics.protocols.records import SideRule
 __all__ = ["Choice", "Probe", "candidates", "needed_frames", "reach"]
 
 Probe = Callable[[Video], VideoInfo | None]
-"""Frames and size of a video; None for one that cannot be used, which then is passed over."""
+"""Returns frames and size of a video, or None to skip a video that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def candidates(
         yield from _windows(rule, frames, ordered, probe, seed)
         return
     if rule.choose == "random":
-        # By hashes of names: a video more or less moves no other.
+        # Sorted by hashes of names, so that adding or removing a video does not reorder the others.
         ordered = sorted(ordered, key=lambda video: _hash(seed, video.name))
     for video in ordered:
         info = probe(video)
@@ -94,7 +94,7 @@ def _windows(
 
 
 def _starts(rule: SideRule, frames: int, info: VideoInfo) -> int:
-    """Return how many places a clip may begin at."""
+    """Return at how many frames a clip may begin."""
     covered = reach(rule, frames)
     return info.frames - max(covered, rule.window or covered) + 1
 

@@ -1,4 +1,4 @@
-"""One side of a comparison: its videos, probed as they are needed, and what was found amiss with them."""
+"""One side of a comparison, real or fake: its videos, which are probed on demand, and the problems found in them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from hpdm_core.metrics.protocols.records import ProtocolRecord, SideRule
 
 __all__ = ["Side", "VideoSet"]
 
-NAMED = 5  # files that a sentence names
+NAMED = 5  # most files that a message names
 
 
 @dataclass(frozen=True)
 class VideoSet:
-    """The videos of one folder, perhaps of a split of it; ``option`` names it for people: ``--real DIR``."""
+    """The videos of a folder, or of a split of it; ``option``: its option in messages, ``--real`` or ``--fake``."""
 
     option: str
     folder: Path
     videos: Sequence[Video]
     split: str | None = None
-    """The split by lists, None for all that is in the folder."""
+    """The split by lists; None for all videos in the folder."""
     absent: Sequence[str] = ()
-    """Listed, and not there."""
+    """Videos that are listed and missing."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Side:
     record: ProtocolRecord
     reader: VideoReader
     infos: dict[str, VideoInfo | None]
-    """Of videos that were probed, shared by the protocols of a run; None for unreadable ones."""
+    """Video -> result of probing it, shared by the protocols of a run; None for unreadable ones."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Video -> why it cannot be read."""
     short: list[str] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Side:
     """Height and width -> the first video with them."""
 
     def choices(self, entries: Sequence[Entry] | None = None) -> Iterator[Choice]:
-        """Yield the clips that the rule takes, in order; or those of a manifest.
+        """Yield the clips that the rule chooses, in order; with ``entries``, those of a manifest.
 
-        Raises InputError for a video that is too short where the rule refuses such, and for a second size
-        where sizes are kept.
+        Raises InputError for a video that is too short if the rule refuses such videos, and for mixed sizes if the
+        protocol uses stored sizes.
         """
         if entries is not None:
             by_name = {video.name: video for video in self.found.videos}
@@ -116,15 +116,15 @@ class Side:
         if self.unreadable:
             first = [f"{name} ({reason})" for name, reason in list(self.unreadable.items())[:NAMED]]
             more = f" and {len(self.unreadable) - NAMED} more" if len(self.unreadable) > NAMED else ""
-            parts.append(f"unreadable are {', '.join(first)}{more}")
+            parts.append(f"unreadable: {', '.join(first)}{more}")
         if self.short:
             parts.append(f"{len(self.short)} are too short, such as {self.short[0]}")
         if self.found.absent:
-            parts.append(f"{len(self.found.absent)} are listed and not there")
+            parts.append(f"{len(self.found.absent)} listed videos are missing")
         return f" ({'; '.join(parts)})" if parts else ""
 
     def describe(self) -> dict[str, Any]:
-        """Return what was found, as JSON; the files that were passed over by name."""
+        """Return what was found, as JSON, with the names of missing and unreadable videos."""
         return {
             "folder": str(self.found.folder),
             "videos": len(self.found.videos),

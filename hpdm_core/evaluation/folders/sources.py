@@ -1,8 +1,7 @@
-"""The videos of a folder, whatever form they have: video files, folders of frames, numpy arrays.
+"""Find the videos in a folder: video files, folders of frames, and numpy arrays.
 
-Class folders may be nested to any depth; hidden files are passed over. A folder of pictures is one video. A
-``.npy`` holds one video, [frames, height, width, channels], or many, [videos, frames, ...]. Nothing is
-decoded here but headers.
+Class folders may be nested to any depth; hidden files are ignored. A folder of pictures is one video. A ``.npy`` holds
+one video, [frames, height, width, channels], or many, [videos, frames, ...]. Only headers are decoded here.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from hpdm_core.base.errors import InputError
 from hpdm_core.data.files import SUFFIXES, sha256
 from hpdm_core.data.readers import ReadError, VideoInfo, VideoReader, reason_of
+from hpdm_core.sampling.files import CONTACT_SHEET
 
 __all__ = ["PICTURES", "Video", "content_hash", "list_videos", "natural", "probe", "read_array"]
 
@@ -31,8 +31,8 @@ ARRAY = ".npy"
 
 @dataclass(frozen=True)
 class Video:
-    """One video: ``name`` is its path relative to the side's folder, with ``#i`` behind it in an array of
-    many; ``index`` is that i; ``kind`` how it is stored.
+    """One video. ``name``: its path relative to the side's folder, with ``#i`` appended in an array of many; ``index``:
+    that i; ``kind``: "video", "frames" or "array".
     """
 
     path: Path
@@ -47,12 +47,12 @@ class Video:
 
     @property
     def jpeg(self) -> bool:
-        """Whether the frames are JPEG files already."""
+        """Whether the video is a folder of JPEG files."""
         return self.kind == "frames" and self.pictures[0].suffix.lower() in JPEGS
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key by which ``a2`` stands before ``a10``."""
+    """Return a sort key that puts ``a2`` before ``a10``."""
     return [
         (0, int(part), part) if part.isdecimal() else (1, 0, part)
         for part in re.split(r"(\d+)", name)
@@ -61,9 +61,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def list_videos(folder: Path, *, option: str) -> list[Video]:
-    """Return all videos under ``folder``, by name. Raises InputError, naming ``option``, for a folder without
-    videos.
-    """
+    """Return all videos under ``folder``, sorted by name. Raises InputError, naming ``option``, if there are none."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"{option} {folder}: {what}; allowed is a folder of videos, frame folders or .npy")
@@ -89,7 +87,7 @@ def _walk(folder: Path, root: Path, option: str) -> Iterator[Video]:
         if path.is_dir():
             if _pictures(path):
                 other = [each for each in path.iterdir() if each.suffix.lower() in (*SUFFIXES, ARRAY)]
-                if other:  # else the pictures would be one video, and the videos beside them none
+                if other:  # otherwise the videos beside the pictures would be ignored
                     raise InputError(
                         f"{option}: {path} holds pictures and videos ({other[0].name}); allowed is a folder of frames, "
                         "or one of videos"
@@ -104,10 +102,14 @@ def _walk(folder: Path, root: Path, option: str) -> Iterator[Video]:
 
 
 def _pictures(folder: Path) -> list[Path]:
+    """Return the pictures in ``folder``, except the contact sheet that ``hpdm_core.sample`` writes beside videos."""
     return [
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in PICTURES
+        and not path.name.startswith(".")
+        and path.name != CONTACT_SHEET
+        and path.is_file()
     ]
 
 
@@ -115,7 +117,7 @@ def _arrays(path: Path, name: str, option: str) -> Iterator[Video]:
     try:
         shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
     except (OSError, ValueError, EOFError):
-        yield Video(path, name, "array")  # damaged: named and counted where videos are probed
+        yield Video(path, name, "array")  # damaged: reported as unreadable when it is probed
         return
     if len(shape) not in (4, 5) or shape[-1] not in (1, 3):
         raise InputError(
@@ -130,16 +132,16 @@ def _arrays(path: Path, name: str, option: str) -> Iterator[Video]:
 
 
 def read_array(video: Video) -> NDArray[np.generic]:
-    """Return the array of ``video`` [F, H, W, C], mapped and not read. Raises ReadError."""
+    """Return the array of ``video`` [F, H, W, C], memory-mapped. Raises ReadError."""
     try:
         array: NDArray[np.generic] = np.load(video.path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ReadError(video.path, f"is no whole .npy file ({reason_of(error)})") from error
+        raise ReadError(video.path, f"is not a complete .npy file ({reason_of(error)})") from error
     return array if video.index is None else array[video.index]
 
 
 def probe(video: Video, reader: VideoReader) -> VideoInfo:
-    """Return frames, height and width without decoding more than a header. Raises ReadError."""
+    """Return frames, height and width, decoding a header only. Raises ReadError."""
     if video.kind == "video":
         return reader.probe(video.path)
     if video.kind == "array":
@@ -155,9 +157,9 @@ def probe(video: Video, reader: VideoReader) -> VideoInfo:
 
 
 def content_hash(video: Video, frames: Sequence[int]) -> str:
-    """Return the SHA-256 of the file that ``video`` is in, or of those pictures among ``frames``.
+    """Return the SHA-256 of the file of ``video``, or of its pictures ``frames``.
 
-    Of whole files: a cache that trusts names or times gives yesterday's numbers. Raises ReadError.
+    Whole files are hashed: a cache keyed by names or times could return outdated features. Raises ReadError.
     """
     try:
         if video.kind != "frames":

@@ -1,4 +1,4 @@
-"""The splits of UCF-101 by its own lists, found beside the videos or named.
+"""The splits of UCF-101 by its official lists, which are found beside the videos or given by ``--lists``.
 
     ROOT/UCF-101/CLASS/v_CLASS_g01_c01.avi    ROOT/ucfTrainTestlist/{trainlist01,testlist01}.txt
 
@@ -18,7 +18,7 @@ __all__ = ["FOLD", "SPLITS", "check_split", "find_lists", "of_split", "videos_ro
 VIDEOS = "UCF-101"
 LISTS = "ucfTrainTestlist"
 FOLD = 1
-"""Which of the three official divisions; papers on generation use the first."""
+"""Number of the official train/test split, of three; papers on generation use the first."""
 
 SPLITS = {"train": ("trainlist",), "test": ("testlist",), "train+test": ("trainlist", "testlist")}
 
@@ -39,13 +39,13 @@ def find_lists(folder: Path, given: Path | None) -> Path | None:
 
 
 def videos_root(folder: Path) -> Path:
-    """Return the folder that lists are relative to: ROOT/UCF-101 when ``folder`` is ROOT."""
+    """Return the folder to which the lists are relative: ROOT/UCF-101 if ``folder`` is ROOT, else ``folder``."""
     inside = folder / VIDEOS
     return inside if inside.is_dir() else folder
 
 
 def check_split(split: str) -> None:
-    """Raise InputError for a name that is no split."""
+    """Raise InputError if ``split`` is not the name of a split."""
     if split not in SPLITS:
         raise InputError(
             f"--split {split}: no such split{did_you_mean(split, SPLITS)}; allowed: {', '.join(SPLITS)}"
@@ -53,9 +53,10 @@ def check_split(split: str) -> None:
 
 
 def of_split(videos: Sequence[Video], split: str, lists: Path) -> tuple[list[Video], list[str]]:
-    """Return the listed ``videos`` of ``split``, and the listed names that are not there.
+    """Return the listed ``videos`` of ``split``, and the listed names that are missing.
 
-    A listed ``A/v.avi`` is also found as the frame folder or array ``A/v``. Raises InputError.
+    A listed ``A/v.avi`` is also found as the frame folder or array ``A/v``. Raises InputError for an unknown split, an
+    unreadable list, and if no listed video exists.
     """
     check_split(split)
     by_stem: dict[str, list[Video]] = {}

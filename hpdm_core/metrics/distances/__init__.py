@@ -1,1 +1,1 @@
-"""Distances between two sets of features, and how sure they are."""
+"""Distances between two sets of features, and their uncertainty."""

@@ -1,13 +1,13 @@
 """The Frechet (2-Wasserstein) distance between Gaussians fitted to two sets of features, in float64.
 
-``|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. With ``S = R^T R`` from a QR decomposition of the
-centred features, the last term is the nuclear norm of ``R_a R_b^T``, and the three together are the least
-``|R_a - Q R_b|^2`` over orthogonal Q (Procrustes), which is how they are summed: no square root of a
-near-singular product, no difference of large traces. So the distance is right for any number of samples, also
-below the number of features, where the usual ``sqrtm`` returns large complex numbers, and for sets that
-nearly agree. Not FVD: that is this distance on one network's features.
+``|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. With ``S = R^T R`` from a QR decomposition of the centred
+features, ``Tr (S_a S_b)^(1/2)`` is the nuclear norm of ``R_a R_b^T``, and the whole trace is the minimum of
+``|R_a - Q R_b|^2`` over orthogonal Q (Procrustes). It is computed in this form, which needs no square root of a
+near-singular product and no difference of large traces. So the distance is accurate for any number of samples (also
+below the number of features, where the usual ``sqrtm`` returns large complex numbers) and for sets that nearly agree.
+FVD is this distance on the features of one particular network.
 
-Where only a mean and a covariance are left of a set, as in other tools' files, the symmetric form
+If only the mean and covariance of a set are known, as in other tools' files, the symmetric form
 ``Tr (S_a^(1/2) S_b S_a^(1/2))^(1/2)`` is used, which loses half of the digits.
 """
 
@@ -45,9 +45,7 @@ class Gaussian:
 
 
 def checked_features(features: Any, *, least: int, of: str) -> Features:
-    """Return ``features`` as float64 [n, d]; raises TroubleError below ``least`` rows or with values not
-    finite.
-    """
+    """Return ``features`` as float64 [n, d]; raises TroubleError for fewer than ``least`` rows or non-finite values."""
     made = np.asarray(features, dtype=np.float64)
     if made.ndim != 2 or made.shape[0] < least:
         raise TroubleError(f"{of}: features of shape {list(made.shape)}; needed are at least {least} rows")
@@ -82,8 +80,7 @@ def distance_between(first: Gaussian, second: Gaussian) -> float:
 
 
 def frechet_distance(first: Any, second: Any, *, ddof: int = 0) -> float:
-    """Return the distance between features ``first`` [n, d] and ``second`` [m, d] (squared units of the
-    features).
+    """Return the distance between features ``first`` [n, d] and ``second`` [m, d], in squared feature units.
 
     ``ddof``: covariances are divided by n - ddof (0 as StyleGAN-V's FVD, 1 as numpy.cov). Never negative;
     exactly 0.0 for equal inputs. Symmetric up to rounding.
@@ -99,11 +96,11 @@ def frechet_distance(first: Any, second: Any, *, ddof: int = 0) -> float:
 def frechet_from_moments(
     first_mean: Any, first_covariance: Any, second_mean: Any, second_covariance: Any
 ) -> float:
-    """Return the distance between Gaussians of which only means [d] and covariances [d, d] are known.
+    """Return the distance between Gaussians given by means [d] and covariances [d, d].
 
-    For files of other tools. About 1e-7 of the traces is lost against features. Never negative; exactly 0.0
-    for equal inputs. Raises TroubleError for shapes that do not fit, values not finite, and covariances that
-    are not symmetric.
+    For files of other tools. Less accurate than `frechet_distance` by about 1e-7 of the traces. Never negative;
+    exactly 0.0 for equal inputs. Raises TroubleError for shapes that do not fit, non-finite values, and covariances
+    that are not symmetric.
     """
     mean_a, cov_a = _checked_moments(first_mean, first_covariance)
     mean_b, cov_b = _checked_moments(second_mean, second_covariance)

@@ -1,8 +1,8 @@
 """The Inception Score, ``exp(mean_n KL(p_n || mean_n p_n))``, from log-probabilities in float64.
 
-Nothing under- or overflows: the mean of the probabilities is taken in logarithms, and what has probability 0
-contributes 0. Between 1 (all predictions alike) and the number of classes. Splits, shuffling and the
-constants that some tools add inside the logarithm are the protocol's.
+The mean of the probabilities is computed from logarithms, so nothing under- or overflows; a probability of 0
+contributes 0. The score lies between 1 (all predictions alike) and the number of classes. The protocol sets the splits,
+the shuffling, and the constant that some tools add inside the logarithm.
 """
 
 import itertools
@@ -31,7 +31,7 @@ class InceptionScore:
 
 
 def log_softmax(logits: Any) -> Features:
-    """Return the log-probabilities [n, c] of ``logits`` [n, c] (or of log-probabilities: they stay)."""
+    """Return the log-probabilities [n, c] of ``logits`` [n, c]; log-probabilities are returned unchanged."""
     values = np.asarray(logits, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape:
         raise TroubleError(
@@ -49,10 +49,9 @@ def inception_score(
 ) -> InceptionScore:
     """Return the score of predictions ``logits`` [n, c], logits or log-probabilities.
 
-    Split i holds the predictions i n // splits to (i + 1) n // splits, after a shuffle by
-    ``RandomState(42)`` if asked for (StyleGAN-V: 10 splits, shuffled). ``epsilon`` is added inside both
-    logarithms (TGAN 1e-7, TGAN2 1e-20). Raises TroubleError for fewer predictions than splits and for values
-    that are no predictions.
+    Split i holds the predictions i n // splits to (i + 1) n // splits, if ``shuffle`` is set after a shuffle by
+    ``RandomState(42)`` (StyleGAN-V: 10 splits, shuffled). ``epsilon`` is added inside both logarithms (TGAN 1e-7,
+    TGAN2 1e-20). Raises TroubleError for fewer predictions than splits, and for a wrong shape, NaN or infinity.
     """
     logs = log_softmax(logits)
     if not 1 <= splits <= len(logs):
@@ -75,6 +74,6 @@ def _score(logs: Features, epsilon: float) -> float:
         top = np.where(np.isneginf(top), 0.0, top)
         with np.errstate(divide="ignore"):
             together = top + np.log(np.exp(logs - top).mean(axis=0))
-        # 0 log 0 is 0; where every prediction is 0 so is their mean
+        # 0 log 0 counts as 0; where all predictions are 0, their mean is 0 too
         gap = np.where(np.isneginf(logs), 0.0, logs) - np.where(np.isneginf(together), 0.0, together)
     return float(np.exp((probabilities * gap).sum(axis=1).mean()))

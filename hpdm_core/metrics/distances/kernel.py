@@ -1,7 +1,7 @@
 """Kernel video distance: the unbiased squared maximum mean discrepancy with a cubic polynomial kernel.
 
-``k(x, y) = (x.y / d + 1)^3``, as DIGAN and TATS compute it on I3D logits. Being unbiased, it has no offset
-that depends on the number of clips, and it can be negative.
+``k(x, y) = (x.y / d + 1)^3``, as DIGAN and TATS compute it on I3D logits. The estimate is unbiased: it has no offset
+that depends on the number of clips, and can be negative.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from hpdm_core.metrics.interface import Features
 
 __all__ = ["kernel_distance"]
 
-_ROWS = 1024  # rows of a kernel matrix held at once: 10,000 clips a side need 80 MB instead of 800
+_ROWS = 1024  # rows of a kernel matrix in memory at once: 10,000 clips per side need 80 MB instead of 800
 
 
 def kernel_distance(first: Any, second: Any) -> float:
@@ -33,7 +33,7 @@ def _kernel_sum(x: Features, y: Features) -> float:
         block = x[start : start + _ROWS] @ y.T
         block /= width
         block += 1.0
-        total += float(np.vdot(block * block, block))  # a general power takes ten times as long
+        total += float(np.vdot(block * block, block))  # block ** 3 takes ten times as long
     return total
 
 

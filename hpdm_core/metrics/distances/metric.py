@@ -1,16 +1,16 @@
-"""A distance between the features of generated and of real clips, on every level, beside its floor.
+"""The distance between the features of generated and real clips on every level, and its floor.
 
-Reference: ``evaluation.reals`` real clips of the training split. Judged: ``evaluation.samples`` generated
-videos. Floor (rows ``NAME.floor``): as many held-out real clips as there are generated videos, so that both
-carry the same bias of a finite set. A value near the floor means nothing: real clips that the model never
-saw are as far away.
+Reference: ``evaluation.reals`` real clips of the training split. Compared with it: ``evaluation.samples`` generated
+videos. Floor (rows ``NAME.floor``): the distance of as many held-out real clips, so that both values have the same
+bias of a finite set. A value near the floor means that the generated videos are no farther from the reference than
+real clips that the model was not trained on.
 
-Controls (rows ``NAME.control``, where asked for): as many training clips, the first of the reference, each spoiled in
-one way. Where the distance sees that way of spoiling, a good model's videos are nearer than these.
+Controls (rows ``NAME.control``, if asked for): the distance of as many training clips, the first of the reference, each
+corrupted in one way. If the distance sees that corruption, a good model's videos have a smaller distance than these.
 
-What "near" is: an unbiased distance has a floor that may come out at 0 or below, so that multiples of it mean
-nothing; it is told from its floor by the spread that the floor has by chance (`floor_spread`). Any other
-distance is told from it in multiples of the floor.
+How a value is compared with the floor: the floor of an unbiased distance may be 0 or negative, so differences are
+expressed in the floor's standard error (`floor_spread`). For any other distance, values are expressed in multiples of
+the floor.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ UNBIASED_UNIT = f"the floor's spread ({SPREAD}); the value is the distance less 
 def floor_spread(
     measure: Callable[[Features, Features], float], reference: Features, held_out: Features
 ) -> float:
-    """Return the standard error of ``measure(reference, held_out)`` that comes from which real clips were
-    drawn.
+    """Return the standard error of ``measure(reference, held_out)`` over the choice of real clips.
 
-    The delete-half jackknife (Shao & Wu 1989): the distance between random halves of both sides, against that
-    between the whole. Right where the two sides differ; where they do not, the distance's chance is quadratic,
-    and this is up to sqrt(3) times too large. NaN with fewer than 4 clips on a side. The same clips give the
-    same value.
+    The delete-half jackknife (Shao & Wu 1989): the root mean square difference between the distance of random halves of
+    both sides and the distance of the whole sides. It is accurate where the two sides differ in distribution; where
+    they do not, the distance varies quadratically and the estimate is up to sqrt(3) times too large. NaN with fewer
+    than 4 clips on a side. The same clips give the same value.
     """
     if min(len(reference), len(held_out)) < 4:
         return math.nan
@@ -86,12 +85,13 @@ class FeatureDistance:
         self.dimensions = dimensions
         self.settings = settings
         self.unbiased = unbiased
-        """Whether the floor may come out at 0 or below: then it is no unit by itself."""
+        """Whether the floor may be 0 or negative, so that it cannot serve as a unit."""
         self.controls = controls
 
     def protocol(self, assembly: Assembly) -> dict[str, Any]:
-        """Return extractor with weights hash, numbers of clips, splits, sizes and scaling. The stride of the
-        clips is found in the data (`EvaluationContext.data_fingerprint`).
+        """Return the extractor with the hash of its weights, numbers of clips, splits, sizes and scaling.
+
+        The stride of the clips is part of the data (`EvaluationContext.data_fingerprint`).
         """
         extractor: FeatureExtractor = assembly.make("feature_extractors", self.extractor)
         described = extractor.describe()
@@ -119,9 +119,8 @@ class FeatureDistance:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return one row per level, one ``.floor`` row per level where the data have a held-out split, and one
-        ``.control`` row per control and level where they are asked for; an unbiased distance's floors have their
-        ``spread`` beside the value.
+        """Return one row per level; one ``.floor`` row per level if the data have a held-out split, for an unbiased
+        distance with its ``spread``; and one ``.control`` row per control and level if controls are asked for.
         """
         samples = context.assembly.config.evaluation.samples
         fakes = context.fake_features(self.extractor)
@@ -182,11 +181,12 @@ class FeatureDistance:
 
 
 class CorruptionCheck:
-    """What a distance sees: how far away corrupted real clips are. Depends on the data alone.
+    """The sensitivity of a distance: how far corrupted real clips are from the reference. Depends on the data alone.
 
-    The held-out clips of the floor are corrupted on each level (`hpdm_core.metrics.corruptions`), and their
-    distance to the same reference is counted in floors (`UNIT`), or, for an unbiased distance, from the floor
-    on in its spreads (`UNBIASED_UNIT`). Below 3 the distance is blind to that corruption on that level.
+    The held-out clips of the floor are corrupted on each level (`hpdm_core.metrics.corruptions`). Their distance to the
+    same reference is expressed in multiples of the floor (`UNIT`), or, for an unbiased distance, as its difference from
+    the floor in multiples of the floor's spread (`UNBIASED_UNIT`). Below 3 the distance counts as blind to that
+    corruption on that level.
     """
 
     needs: Need = "data"
@@ -205,8 +205,9 @@ class CorruptionCheck:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return a row per corruption and level; ``value`` in units, with ``distance``, ``floor`` and ``unit``
-        beside it. ``value`` is infinite where the unit is 0 or, with too few clips, unknown (None).
+        """Return a row per corruption and level: ``value`` in multiples of ``unit``, ``distance``, ``floor``, ``unit``.
+
+        ``value`` is infinite where the unit is 0 or, with too few clips, unknown (None).
         """
         count = context.assembly.config.evaluation.samples
         references, held_out = self.distance._real(context)

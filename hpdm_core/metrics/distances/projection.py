@@ -1,9 +1,8 @@
-"""Bringing features to a common scale and, when clips are few, to few dimensions, before a distance is
-taken.
+"""Scale features and, if there are few clips, reduce their dimension, before a distance is computed.
 
-Everything is fitted on the reference clips alone (real, training split), never on what is judged. The
-scalings are `hpdm_core.metrics.interface.Scaling`: a distance of 1 is then one real standard deviation,
-whatever the features' units.
+Everything is fitted on the reference clips alone (real, training split), never on the clips compared with them. The
+scalings are `hpdm_core.metrics.interface.Scaling`: after scaling, a difference of 1 is one standard deviation of the
+real clips, whatever the features' units.
 """
 
 from dataclasses import dataclass
@@ -15,25 +14,23 @@ from hpdm_core.metrics.interface import Features, Scaling
 __all__ = ["FEW", "PER_DIRECTION", "Projection", "dimensions_used", "fit_projection"]
 
 FEW = 10
-"""Clips are few when the smaller set has less than this many per feature: a covariance is then mostly
-noise.
-"""
+"""With fewer clips per feature than this in the smaller set, a covariance estimate is mostly noise."""
 PER_DIRECTION = 4
-"""Reference clips per whitened direction: with fewer the variances themselves are made up."""
+"""Least reference clips per whitened direction: with fewer, the variances themselves are mostly noise."""
 
-_LEAST_VARIANCE = 1e-6  # of a direction of standardised features; below it lies rounding
+_LEAST_VARIANCE = 1e-6  # of a direction of standardised features; smaller variances are rounding errors
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Centre [d], scale [d] and (or None) directions [d, k]."""
+    """Centre [d], scale [d], and directions [d, k] or None."""
 
     mean: Features
     scale: Features
     directions: Features | None
 
     def __call__(self, features: Features) -> Features:
-        """Return ``features`` [n, d] as [n, k]."""
+        """Return ``features`` [n, d] projected to [n, k]; [n, d] without directions."""
         scaled = (features - self.mean) / self.scale
         return scaled if self.directions is None else scaled @ self.directions
 
@@ -41,24 +38,23 @@ class Projection:
 def dimensions_used(width: int, *, fakes: int, reals: int, limit: int | None, scaling: Scaling) -> int:
     """Return how many dimensions a distance on ``width`` features keeps.
 
-    At most ``limit`` when clips are few (`FEW`), all of them otherwise or without a limit. Whitening divides
-    by variances of the reference, so it keeps no more than one direction per `PER_DIRECTION` of its clips.
+    At most ``limit`` if there are few clips (`FEW`); otherwise, or without a limit, all. Whitening divides by variances
+    of the reference, so it keeps at most one direction per `PER_DIRECTION` reference clips.
     """
     kept = width if limit is None or min(fakes, reals) >= FEW * width else min(limit, width)
     return min(kept, max(reals // PER_DIRECTION, 1)) if scaling == "directions" else kept
 
 
 def fit_projection(reference: Features, *, scaling: Scaling, dimensions: int) -> Projection:
-    """Fit on ``reference`` [n, d] and keep its ``dimensions`` leading principal directions (all of them for
-    d or more).
+    """Fit on ``reference`` [n, d] and keep its ``dimensions`` leading principal directions.
 
-    A feature that is constant over the reference keeps its own unit.
+    All are kept for ``dimensions`` of d or more. A feature that is constant over the reference is not rescaled.
     """
     width = reference.shape[1]
     mean, scale = np.zeros(width), np.ones(width)
     if scaling != "none":
         mean, spread = reference.mean(axis=0), reference.std(axis=0)
-        # Relative to the feature's size: a constant computed in floating point is not exactly constant.
+        # The threshold is relative to the feature's size: rounding makes a constant feature vary slightly.
         scale = np.where(spread <= 1e-6 * np.maximum(1.0, np.abs(mean)), 1.0, spread)
     if scaling != "directions" and dimensions >= width:
         return Projection(mean=mean, scale=scale, directions=None)

@@ -1,10 +1,8 @@
-"""Plain statistics of a video as features: contrast, edges, motion, and colour. Nothing is learned or
-drawn.
+"""Plain statistics of a video as features: contrast, edges, motion, and colour. Nothing is learned or random.
 
-At three spatial scales (each half the one before, by averaging 2x2 pixels): the standard deviation of all
-pixels, and the mean absolute difference along x, y and t, and of second order along t; then the mean of
-each colour channel: 5 x 3 + 3 = 18 numbers, in units of [-1, 1]. A difference that a video is too small for
-is 0.
+At three spatial scales (each half the one before, by averaging 2x2 pixels): the standard deviation of all pixels, the
+mean absolute differences along x, y and t, and that of second order along t; then the mean of each colour channel:
+5 x 3 + 3 = 18 numbers, in units of [-1, 1]. A difference along an axis on which the video is too small is 0.
 """
 
 from typing import Any
@@ -28,7 +26,7 @@ class Statistics:
     scaling: Scaling = "directions"
 
     def features(self, videos: Tensor) -> Tensor:
-        """Return float64 [n, 18]; see the module."""
+        """Return float64 [n, 18]; see the module's docstring."""
         pixels = rearrange(colour(videos), "n f h w c -> n c f h w").double() / 127.5 - 1.0
         columns = []
         scaled = pixels

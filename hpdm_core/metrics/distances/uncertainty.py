@@ -1,9 +1,9 @@
-"""How sure a number is that was measured on finitely many clips, and what it would be on infinitely many.
+"""The uncertainty of a number measured on finitely many clips, and its extrapolation to infinitely many.
 
-Everything takes features, clip by clip, and draws by keyed streams: the same clips give the same intervals,
-whatever the batches were. A distance has two errors. It scatters, which `bootstrap` says; and it is too
-large by about c / N (for a Frechet distance), which `extrapolate` takes off and neither the bootstrap nor
-more careful arithmetic does. So distances at different N never compare.
+All functions take features with one row per clip and use keyed random streams: the same clips give the same intervals,
+whatever the batches were. A distance has two errors. `bootstrap` estimates its scatter. A Frechet distance is also
+biased upwards by about c / N; only `extrapolate` removes this, and neither the bootstrap nor more precise arithmetic
+does. So distances at different N never compare.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from hpdm_core.metrics.interface import Features
 __all__ = ["Extrapolation", "Interval", "at_counts", "bootstrap", "default_counts", "extrapolate"]
 
 Measure = Callable[[Features], float]
-"""From the features of some fakes [n, d] to a number; the reals are inside it."""
+"""A function from the features [n, d] of fakes to a number; it holds the reals."""
 
 GROUPS = 10
 LEAST_COUNTS = 3
@@ -39,10 +39,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """``value`` at N = infinity, its standard error and interval (normal, ``level``); ``slope``: the fitted
-    c of value + c / N; ``bend``: how far the value moves when the points with the fewest fakes are used too,
-    which is part of the standard error; ``points``: number of fakes -> measured value, averaged over disjoint
-    subsets.
+    """``value`` at N = infinity, its standard error and its interval (normal, ``level``).
+
+    ``slope``: the fitted c of value + c / N; ``bend``: how far the value changes with another choice of points (see
+    `extrapolate`), which is part of the standard error; ``points``: number of fakes -> measured value, averaged over
+    disjoint subsets.
     """
 
     value: float
@@ -63,15 +64,14 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Return ``measure(*sets)`` with its interval over the choice of clips: each set is drawn again with
-    replacement, row by row, ``replicates`` times.
+    """Return ``measure(*sets)`` with a bootstrap interval over the choice of clips.
 
-    A resampled set repeats clips, which moves a Frechet distance up: so the interval is placed around the
-    value itself, by the replicates' deviations from their own mean. It holds the number of clips fixed: it
-    says where the same measurement on other clips of the same kind would fall. With few clips per feature it
-    is too wide rather than too narrow: for 100 features of equal variance, 6 times at 128 clips, 2.4 at 512,
-    1.6 at 1024; for variances that fall like 1 / k^2, 1.1 to 1.6 throughout. ``value``: measure(*sets) if it
-    is known.
+    The rows of each set are resampled with replacement ``replicates`` times. A resampled set repeats clips, which
+    increases a Frechet distance. So the interval is placed around the value itself, by the replicates' deviations from
+    their mean. It is for a fixed number of clips: it says where the same measurement on other clips of the same kind
+    would fall. With few clips per feature it is too wide rather than too narrow: for 100 features of equal variance, 6
+    times at 128 clips, 2.4 at 512, 1.6 at 1024; for variances that fall like 1 / k^2, 1.1 to 1.6 throughout.
+    ``value``: measure(*sets) if it is known.
     """
     if replicates < 2 or not 0 < level < 1:
         raise InputError(
@@ -104,8 +104,8 @@ def at_counts(
 ) -> dict[int, Interval]:
     """Return number of fakes -> value, for each of ``counts``.
 
-    The fakes are shuffled once (keyed), and cut into as many disjoint subsets of n as there are; the value is
-    their mean, and the standard error that of the mean (NaN for a single subset), with normal bounds at 95 %.
+    For each n, the fakes, shuffled once (keyed), are cut into as many disjoint subsets of n as possible. The value is
+    the mean over the subsets, with the standard error of this mean (NaN for a single subset) and normal bounds at 95 %.
     """
     shuffled = fakes[_order(len(fakes), seed)]
     made = {}
@@ -125,8 +125,8 @@ def at_counts(
 
 
 def default_counts(count: int) -> tuple[int, ...]:
-    """Return the numbers of fakes for `extrapolate`: five from count / 2 to count, evenly spaced in 1 / N, and a
-    third and a quarter of count to see whether the line bends.
+    """Return the numbers of fakes for `extrapolate`: five from count / 2 to count, evenly spaced in 1 / N, and a third
+    and a quarter of count to test whether the points lie on a line.
     """
     return tuple(sorted({max(1, int(count / share)) for share in (4, 3, 2, 1.75, 1.5, 1.25, 1)}))
 
@@ -140,14 +140,15 @@ def extrapolate(
     level: float = 0.95,
     seed: int = 0,
 ) -> Extrapolation:
-    """Return the value for infinitely many fakes: the intercept of a straight line in 1 / N through the values
-    at ``counts`` (`default_counts`).
+    """Return the value for infinitely many fakes: the intercept of a straight line in 1 / N fitted to the values at
+    ``counts`` (`default_counts`).
 
-    Chong and Forsyth 2020 (1911.07023). The line goes through those counts that are half of the largest or
-    more (all, if that leaves fewer than 3); how far it moves with all counts, or without the smallest, is its
-    ``bend``. Below about two fakes per feature the law is not straight, and ``bend`` says so. The standard error
-    joins it with a delete-a-group jackknife of the whole procedure, which knows that the subsets share clips.
-    The reals are held fixed: their own bias stays. Raises InputError for fewer than 3 different counts.
+    Chong and Forsyth 2020 (1911.07023). The line is fitted to the counts that are at least half of the largest (to all,
+    if that leaves fewer than 3). ``bend`` is the change of the intercept when all counts are used, or, if they already
+    are, all but the smallest. Below about two fakes per feature the points do not lie on a line, and ``bend`` is large.
+    The standard error combines ``bend`` with a delete-a-group jackknife of the whole procedure, which accounts for
+    clips shared between subsets. The reals are fixed: the bias from their number stays. Raises InputError for fewer
+    than 3 different counts or fewer than 2 ``groups`` fakes.
     """
     shuffled = fakes[_order(len(fakes), seed)]
     wanted = _checked(default_counts(len(fakes)) if counts is None else counts, len(fakes))

@@ -4,8 +4,8 @@ Source: Tran et al. 2015 (1412.0767); the variant and its preprocessing are thos
 al. 2017, 2020). Eight 3x3x3 convolutions; the last pooling counts windows that reach over the edge (7 -> 4),
 as Caffe and Chainer do: the common PyTorch port pads that pooling instead and gives other values.
 
-It takes exactly 16 frames of 112 x 112 pixels, blue first, on the scale 0..255 less the mean clip of the
-training data. `load_mean` reads that mean, `MeanCrop` says which part of it is subtracted.
+Its input is exactly 16 frames of 112 x 112 pixels, BGR, in 0..255, minus the mean clip of the training data.
+`load_mean` reads that mean; `MeanCrop` names the part of it that is subtracted.
 """
 
 from pathlib import Path
@@ -34,8 +34,7 @@ CLASSES = 101
 FRAMES = 16
 SIDE = 112
 MEAN_BGR = (90.25164795, 97.65701294, 101.4083252)
-"""Mean blue, green and red of the training data, 0..255: what TGAN2 leaves in a comment for those without the
-mean file.
+"""Mean blue, green and red of the training data, 0..255, from a comment in TGAN2's code, for use without the mean file.
 """
 
 _CONVOLUTIONS = {
@@ -57,7 +56,7 @@ left part (rows and columns 8:120, as TGAN2, 21 pixels off the middle), or one c
 
 
 class C3D(nn.Module):
-    """The network, in evaluation mode until told otherwise."""
+    """The network; it starts in evaluation mode."""
 
     def __init__(self, *, classes: int = CLASSES) -> None:
         super().__init__()
@@ -72,8 +71,7 @@ class C3D(nn.Module):
         """Return every layer by name: ``conv1a``, ``pool1`` ... ``pool5`` [B, C, T, H, W], ``fc6``, ``fc7``
         [B, 4096] after ReLU, and ``fc8``, the logits [B, classes].
 
-        ``videos`` [B, 3, 16, 112, 112] float32, BGR, 0..255 less the mean. Raises InputError for other
-        shapes.
+        ``videos`` [B, 3, 16, 112, 112] float32, BGR, 0..255 minus the mean. Raises InputError for other shapes.
         """
         if videos.ndim != 5 or tuple(videos.shape[1:]) != (3, FRAMES, SIDE, SIDE):
             raise InputError(
@@ -110,9 +108,9 @@ def crop_mean(mean: object, crop: MeanCrop) -> Tensor:
     """Return the part of a mean clip that is subtracted: float32 [3, 16, 112, 112], BGR, 0..255.
 
     ``mean``: an array of 3 x 16 x 128 x 171 values in any shape (the file's own layout, with or without axes
-    of length 1, or flat), 3 x 16 x 128 x 128 (columns 21:149 cut out already) or 3 x 16 x 112 x 112 (cropped
-    already; taken as it is). Raises InputError for another number of values, for values that are not
-    finite, and for the crop "tgan2" of a 128 x 128 mean, whose left part is gone.
+    of length 1, or flat), 3 x 16 x 128 x 128 (columns 21:149 already cut out: both crops take the middle of these) or
+    3 x 16 x 112 x 112 (already cropped; used unchanged). Raises InputError for another number of values, and for values
+    that are not finite.
     """
     if crop not in get_args(MeanCrop):
         raise InputError(f"mean clip: no crop '{crop}'; allowed are {', '.join(get_args(MeanCrop))}")
@@ -139,7 +137,7 @@ def crop_mean(mean: object, crop: MeanCrop) -> Tensor:
 def load_mean(file: Path, crop: MeanCrop) -> Tensor:
     """Read the mean clip from ``file`` (npz with the key ``mean``, or npy) and crop it as `crop_mean`.
 
-    Raises InputError, one sentence, for a file that is missing, damaged, pickled or of another content.
+    Raises InputError for a file that is missing, damaged, pickled or has other content.
     """
     from hpdm_core.metrics.networks.state_dicts import read_arrays
 

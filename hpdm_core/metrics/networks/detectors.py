@@ -1,8 +1,8 @@
-"""The detectors I3D and C3D as feature extractors: files, preprocessing and network in one place.
+"""The detectors I3D and C3D as feature extractors: weight files, preprocessing and network.
 
-A detector computes in float32 whatever the process is set to: TF32, autocast and benchmarking of algorithms
-are off while it runs, and it is in evaluation mode. It identifies itself by the hash of its weights, not by
-where they lie, and reads them when the first clip comes. It runs on the device that the videos are on.
+A detector always computes in float32 and in evaluation mode: TF32, autocast and cuDNN benchmarking are off while it
+runs, whatever the settings of the process. It identifies itself by the hash of its weights, not by their path, and
+reads them at the first clip. It runs on the device of the videos.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from hpdm_core.metrics.networks.weights import (
 __all__ = ["C3DDetector", "I3DDetector", "InputRange", "reference_arithmetic"]
 
 InputRange = Literal["-1..1", "-0.5..0.5"]
-"""What 0..255 becomes before I3D: [-1, 1] as the network was trained, or [-0.5, 0.5], as one commit of
-VideoGPT's code (3eee7ec) fed it."""
+"""The range to which 0..255 is scaled for I3D: [-1, 1], as in the network's training, or [-0.5, 0.5], as in one commit
+of VideoGPT's code (3eee7ec)."""
 
 
 @contextlib.contextmanager
 def reference_arithmetic(device: torch.device) -> Iterator[None]:
-    """Within the block: no gradients, no autocast, float32 that is float32 (no TF32), fixed algorithms."""
+    """Within the block: no gradients, no autocast, full float32 precision (no TF32), deterministic algorithms."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -52,17 +52,17 @@ def reference_arithmetic(device: torch.device) -> Iterator[None]:
 class I3DDetector:
     """The extractor ``i3d``: 400 Kinetics logits, averaged over time.
 
-    ``weights``: the name of a file in the folder ``HPDM_WEIGHTS``, or its path; a state dict in any known naming,
-    or TorchScript in the form of StyleGAN-V's file, which resizes by itself and has its own ``epsilon``.
-    ``trust_weights``: run a TorchScript file of unknown hash. ``resize``: how frames come to 224 x 224.
-    ``epsilon``: of the batch normalisation, 1e-3 in the reference graph, 1e-5 in several copies.
+    ``weights``: the name of a file in the folder ``HPDM_WEIGHTS``, or its path; a state dict in any known naming, or a
+    TorchScript file with the interface of StyleGAN-V's, which resizes by itself and has its own ``epsilon``.
+    ``trust_weights``: run a TorchScript file of unknown hash. ``resize``: how frames are resized to 224 x 224.
+    ``epsilon``: that of the batch normalisation, 1e-3 in the reference graph, 1e-5 in several copies.
     """
 
     name = "i3d"
     scaling: Scaling = "none"
     least_frames = i3d.LEAST_FRAMES
     places = ("weights", "trust_weights")
-    """Options that say where files are: no key holds them, what lies there is in `describe`."""
+    """Options that hold paths: they enter no key; `describe` returns the hash of the files instead."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class I3DDetector:
         return torch.cat(rows).double().cpu()
 
     def _one(self, network: nn.Module, clip: Tensor, *, scripted: bool) -> Tensor:
-        """Clips go through one by one: a clip alone fills the machine, and its bits then know no neighbours."""
+        """Compute the logits of one clip: without a batch, its bits depend on no other clip, at no loss of speed."""
         if scripted and self.resize == "squash" and self.input_range == "-1..1":
             whole = clip.permute(0, 4, 1, 2, 3).contiguous()
             return _logits(network(whole, rescale=True, resize=True, return_features=True))
@@ -131,10 +131,11 @@ class I3DDetector:
 class C3DDetector:
     """The extractor ``c3d``: the logits of 101 classes of UCF-101 (for the Inception Score), or ``fc7``.
 
-    ``weights``: as for I3D; a TorchScript file in the form of StyleGAN-V's takes uint8 and returns probabilities:
-    its features are their logarithms (a probability of 0 counts as the smallest float32 above it), and
-    ``resize``, ``mean`` and ``scale`` are its own. ``mean``: the file of the mean clip, by name or path;
-    ``mean_crop``: `hpdm_core.metrics.networks.c3d.MeanCrop`. ``scale``: what 255 counts as: 255, or 256 as in TGAN.
+    ``weights``: as for I3D; a TorchScript file with the interface of StyleGAN-V's takes uint8 and returns
+    probabilities. Its features are their logarithms (a probability of 0 is replaced by the smallest positive float32),
+    and the file's own resizing, mean and scale apply. ``mean``: the file of the mean clip, by name or path;
+    ``mean_crop``: `hpdm_core.metrics.networks.c3d.MeanCrop`. ``scale``: the value to which 255 is scaled: 255, or 256
+    as in TGAN.
     """
 
     name = "c3d"
@@ -227,12 +228,12 @@ _LEAST_FLOAT32 = 2.0**-149
 
 
 def _check_probabilities(output: Any) -> None:
-    """Raise InputError unless ``output`` are probabilities [1, 101]: of logits, logarithms would be nonsense."""
+    """Raise InputError unless ``output`` are probabilities [1, 101], for example if the file returns logits."""
     shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if shape != [1, c3d.CLASSES]:
         raise InputError(f"c3d: the weights file returned {shape}; wanted is [1, {c3d.CLASSES}]")
     if not (bool((output >= 0).all()) and abs(float(output.double().sum()) - 1) < 1e-3):
-        raise InputError("c3d: the weights file returned values that are no probabilities")
+        raise InputError("c3d: the weights file returned values that are not probabilities")
 
 
 def _logits(output: Any) -> Tensor:

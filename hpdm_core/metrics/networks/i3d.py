@@ -1,11 +1,11 @@
 """I3D: the inflated Inception network whose 400 Kinetics logits FVD is measured on, in plain PyTorch.
 
-Source: Carreira and Zisserman 2017 (1705.07750), as the published TensorFlow graph computes it. Padding is
-TensorFlow's SAME rule, taken from the shape at run time, so that any size above the pooling gives what the
-graph gives. Names of parameters are those of the first PyTorch port (``Mixed_3b.b1a.conv3d.weight``).
+Source: Carreira and Zisserman 2017 (1705.07750), computed as in the published TensorFlow graph. Padding follows
+TensorFlow's SAME rule and is computed from the shape at run time, so that endpoints agree with the graph's for any
+input size. Parameters have the names of the first PyTorch port (``Mixed_3b.b1a.conv3d.weight``).
 
-The graph has no learned scale in its batch normalisation; a network made from it carries ones there. Its
-``epsilon`` is 1e-3; several well-known PyTorch copies use 1e-5, which changes every feature a little.
+The graph has no learned scale in its batch normalisation; a network with its weights has ones there. Its ``epsilon`` is
+1e-3; several well-known PyTorch copies use 1e-5, which changes every feature slightly.
 """
 
 import functools
@@ -19,9 +19,9 @@ from hpdm_core.base.errors import InputError
 __all__ = ["ENDPOINTS", "I3D", "LEAST_FRAMES", "LOGITS", "MIXED", "SIDE"]
 
 SIDE = 224
-"""Height and width that the logits are defined for: the last pooling is one window of 7 x 7."""
+"""Height and width for which the logits are defined: the last pooling is one window of 7 x 7."""
 LEAST_FRAMES = 9
-"""8 frames leave a single step in time for a pooling over two."""
+"""Least number of frames: 8 frames leave a single time step for the last pooling, which needs two."""
 LOGITS = 400
 
 MIXED: dict[str, tuple[int, int, int, int, int, int, int]] = {
@@ -55,13 +55,13 @@ ENDPOINTS = (
     "Mixed_5b",
     "Mixed_5c",
 )
-"""Layers in the order in which they run, up to the pooling before the logits."""
+"""Layers in execution order, up to the pooling before the logits."""
 
 Triple = tuple[int, int, int]
 
 
 class I3D(nn.Module):
-    """The network, in evaluation mode until told otherwise. ``classes``: width of the logits."""
+    """The network; it starts in evaluation mode. ``classes``: width of the logits."""
 
     def __init__(self, *, epsilon: float = 1e-3, classes: int = LOGITS) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class I3D(nn.Module):
         """
         _check(videos)
         hidden = videos
-        for name in ENDPOINTS:  # not `endpoints`: a whole batch of activations would be kept
+        for name in ENDPOINTS:  # not by `endpoints`, which keeps the activations of all layers
             hidden = self.get_submodule(name)(hidden)
         pooled = functional.avg_pool3d(hidden, (2, 7, 7), stride=1)  # [B, 1024, T', 1, 1]
         logits: Tensor = self.logits(pooled)
@@ -124,10 +124,10 @@ class _Unit(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Maximum over a window. Padding with zeros is exact: what comes in is not negative.
+    """Maximum over a window. Padding with zeros is exact because the input is not negative.
 
-    Axis by axis, as maxima of shifted views: the same values as max_pool3d, which on a CPU takes as long as
-    all convolutions together.
+    Computed axis by axis as maxima of shifted views: the values are those of max_pool3d, which on a CPU takes as long
+    as all convolutions together.
     """
 
     def __init__(self, kernel: Triple, stride: Triple) -> None:
@@ -142,7 +142,7 @@ class _Pool(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Four branches side by side: 1x1x1; 1x1x1 then 3x3x3, twice; maximum over 3x3x3 then 1x1x1."""
+    """Four parallel branches: 1x1x1; two of 1x1x1 then 3x3x3; and maximum over 3x3x3 then 1x1x1."""
 
     def __init__(self, widths: tuple[int, ...], *, epsilon: float) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Mixed(nn.Module):
 
 
 class _Logits(nn.Module):
-    """A 1x1x1 convolution with bias, and nothing after it."""
+    """A 1x1x1 convolution with bias, without normalisation or activation."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Logits(nn.Module):
 
 
 def _same(hidden: Tensor, kernel: Triple, stride: Triple) -> Tensor:
-    """Pad [B, C, T, H, W] with zeros so that each axis gives ceil(size / stride), the odd one at the end."""
+    """Pad [B, C, T, H, W] with zeros so that each axis gives ceil(size / stride); an odd zero goes to the end."""
     pads: list[int] = []
     for size, window, step in zip(hidden.shape[2:], kernel, stride, strict=True):
         total = max(window - (size % step or step), 0)
@@ -188,7 +188,7 @@ def _same(hidden: Tensor, kernel: Triple, stride: Triple) -> Tensor:
 
 
 def _maximum(hidden: Tensor, axis: int, window: int, step: int) -> Tensor:
-    """Return the maxima of windows along one axis, that begin every ``step``."""
+    """Return the maxima of windows along one axis, with stride ``step``."""
     if window == 1:
         return hidden
     count = (hidden.shape[axis] - window) // step + 1

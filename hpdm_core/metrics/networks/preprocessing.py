@@ -1,7 +1,7 @@
-"""How frames are brought to a detector's size: every published number has its own rule, each is here once.
+"""Rules by which published protocols resize frames to a detector's input size.
 
-All take and give float32 [B, C, F, H, W] on whatever scale; time is never touched. None of them smooths
-before it shrinks: that is what the published tools do, and part of their numbers.
+All take and return float32 [B, C, F, H, W] in any value range, and leave the time axis unchanged. None of them applies
+antialiasing when it shrinks frames: the published tools do not either, which affects their numbers.
 """
 
 import math
@@ -34,7 +34,7 @@ ResizeRule = Literal[
 
 
 def check_uint8(videos: Tensor) -> None:
-    """Raise InputError unless ``videos`` are uint8: a video on another scale would pass unseen."""
+    """Raise InputError unless ``videos`` are uint8: another value range could not be detected otherwise."""
     if videos.dtype != torch.uint8:
         raise InputError(f"detector: videos of type {videos.dtype}; allowed is uint8, 0..255")
 
@@ -46,7 +46,7 @@ def pixels(videos: Tensor) -> Tensor:
 
 
 def unchanged(videos: Tensor, size: int) -> Tensor:
-    """Return ``videos`` as they are; raises InputError unless they are size x size already."""
+    """Return ``videos`` unchanged; raises InputError unless their frames are size x size."""
     if tuple(videos.shape[-2:]) != (size, size):
         height, width = videos.shape[-2:]
         raise InputError(f"resize rule 'none': frames of {height}x{width}; allowed is {size}x{size}")
@@ -54,13 +54,13 @@ def unchanged(videos: Tensor, size: int) -> Tensor:
 
 
 def squash(videos: Tensor, size: int) -> Tensor:
-    """Bilinear to size x size whatever the shape, pixel centres at halves (StyleGAN-V, TATS, CD-FVD)."""
+    """Bilinear to size x size with half-pixel centres, changing the aspect ratio (StyleGAN-V, TATS, CD-FVD)."""
     return _by_frame(videos, lambda frames: _interpolate(frames, (size, size), mode="bilinear"))
 
 
 def legacy_bilinear(videos: Tensor, size: int) -> Tensor:
-    """Bilinear to size x size as TensorFlow 1 does it: output pixel i reads at i * in / out, so the picture is
-    shifted by up to half a pixel (the first FVD code).
+    """Bilinear to size x size as in TensorFlow 1 (the first FVD code): output pixel i is read at i * in / out, so the
+    picture is shifted by up to half a pixel.
     """
     height, width = videos.shape[-2:]
     rows = _legacy_weights(height, size).to(videos)
@@ -69,8 +69,8 @@ def legacy_bilinear(videos: Tensor, size: int) -> Tensor:
 
 
 def short_side_then_crop(videos: Tensor, size: int) -> Tensor:
-    """Bilinear, short side to ``size``, the other rounded up, then the middle size x size (VideoGPT, DIGAN,
-    PVDM).
+    """Bilinear with the short side to ``size`` and the other rounded up, then a centre crop to size x size (VideoGPT,
+    DIGAN, PVDM).
     """
     height, width = videos.shape[-2:]
     scale = size / min(height, width)
@@ -81,15 +81,15 @@ def short_side_then_crop(videos: Tensor, size: int) -> Tensor:
 
 
 def aligned_corners(videos: Tensor, size: int) -> Tensor:
-    """Bilinear to size x size with the outermost pixels on one another (TGAN2, StyleGAN-V's Inception Score)."""
+    """Bilinear to size x size with aligned corner pixels (TGAN2, StyleGAN-V's Inception Score)."""
     return _by_frame(
         videos, lambda frames: _interpolate(frames, (size, size), mode="bilinear", align_corners=True)
     )
 
 
 def cubic_then_crop(videos: Tensor, size: int) -> Tensor:
-    """Cubic (a = -0.75, as OpenCV's INTER_CUBIC on floats) to size * 8/7 square, then the middle size x size:
-    128 and 112 in TGAN.
+    """Bicubic (a = -0.75, as OpenCV's INTER_CUBIC on floats) to a square of size * 8/7, then a centre crop to
+    size x size: 128 and 112 in TGAN.
     """
     large = size * 8 // 7
     resized = _by_frame(videos, lambda frames: _interpolate(frames, (large, large), mode="bicubic"))
@@ -124,7 +124,7 @@ def _interpolate(
 
 
 def _legacy_weights(size: int, wanted: int) -> Tensor:
-    """Return the matrix [wanted, size] of the rule of TensorFlow 1."""
+    """Return the interpolation matrix [wanted, size] of TensorFlow 1's rule."""
     weights = torch.zeros(wanted, size, dtype=torch.float32)
     for row in range(wanted):
         place = row * (size / wanted)

@@ -1,9 +1,8 @@
-"""Features of a fixed random 3-D convolutional network: never trained, the same for everyone.
+"""Features of a fixed random 3-D convolutional network, which is untrained and the same in all installations.
 
-Weights come from streams keyed by constants (not by a study's seed), and their SHA-256 is part of every
-protocol. The network knows nothing of the world, so it favours no data; it sees texture, edges and motion
-on three scales. A distance on it is called ``frechet[random3d]``, never FVD, and compares with nothing but
-itself.
+Weights come from random streams keyed by constants (not by a study's seed), and their SHA-256 is part of every
+protocol. The network is not trained, so it favours no data; it responds to texture, edges and motion on three scales.
+A distance on it is called ``frechet[random3d]``, not FVD, and is comparable only with values of the same name.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _VERSION = 1
 _LAYERS: tuple[tuple[int, tuple[int, int, int]], ...] = ((24, (1, 2, 2)), (48, (2, 2, 2)), (64, (1, 2, 2)))
 """Channels and stride (f, h, w) of each 3x3x3 convolution."""
 _QUIET = 0.01
-"""Added to a standard deviation: about one grey level, below which a response is rounding."""
+"""Added to a standard deviation: about one grey level, below which responses are rounding errors."""
 
 
 @cache
@@ -35,7 +34,7 @@ def _kernels() -> tuple[Tensor, ...]:
     channels = 3
     for index, (width, _) in enumerate(_LAYERS):
         kernel = normal((width, channels, 3, 3, 3), "random3d", _VERSION, index)
-        # Every other filter sums to zero over time: it answers to motion and not to the picture.
+        # Every other filter sums to zero over time, so it responds to motion and not to static content.
         kernel[::2] -= kernel[::2].mean(dim=2, keepdim=True)
         made.append(kernel / kernel.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1))
         channels = width
@@ -45,9 +44,8 @@ def _kernels() -> tuple[Tensor, ...]:
 class Random3D:
     """The extractor ``random3d``: per layer convolution, normalisation of each channel over the clip, GELU.
 
-    The features are, for every layer and channel, the logarithm of the response's standard deviation over
-    the clip, and the mean of the activation. (Unnormalised activations see the picture's contrast and
-    little else.)
+    The features of each layer and channel are the logarithm of the response's standard deviation over the clip, and the
+    mean of the activation. (Unnormalised activations would depend mainly on the picture's contrast.)
     """
 
     name = "random3d"
@@ -57,8 +55,9 @@ class Random3D:
         self.weights = _kernels()
 
     def features(self, videos: Tensor) -> Tensor:
-        """Return float64 [n, 272] for uint8 ``videos`` [n, F, H, W, C], C in (1, 3), of any size: computed in float32,
-        whatever the process is set to.
+        """Return float64 [n, 272] for uint8 ``videos`` [n, F, H, W, C], C in (1, 3), of any size.
+
+        Always computed in float32, whatever the settings of the process.
         """
         with reference_arithmetic(videos.device):
             return self._features(videos)
@@ -67,7 +66,7 @@ class Random3D:
         hidden = rearrange(colour(videos), "n f h w c -> n c f h w").float() / 127.5 - 1.0
         columns = []
         for weight, (_, stride) in zip(self.weights, _LAYERS, strict=True):
-            # Edges are repeated, not padded with grey: a border must not look like an edge of the picture.
+            # Replicate the border: padding with grey would look like an edge in the picture.
             padded = functional.pad(hidden, (1, 1, 1, 1, 1, 1), mode="replicate")
             response = functional.conv3d(padded, weight.to(hidden.device), stride=stride)
             spread, centre = torch.std_mean(response, dim=(2, 3, 4), keepdim=True, correction=0)

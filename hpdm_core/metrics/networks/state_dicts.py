@@ -1,7 +1,7 @@
-"""Reading weights of other people's files: safely, by every naming that is known, and strictly.
+"""Read weight files of other projects: safely, in every known naming, and strictly.
 
-Nothing in here executes what a file holds: torch files are read with ``weights_only``, numpy files without
-pickle. TorchScript, which is code, is only recognised here; `hpdm_core.metrics.networks.weights` decides about it.
+Nothing here executes the content of a file: torch files are read with ``weights_only``, numpy files without pickle.
+TorchScript, which is code, is only recognised here; `hpdm_core.metrics.networks.weights` decides whether to run it.
 """
 
 import io
@@ -33,23 +33,23 @@ __all__ = [
 
 Format = Literal["torchscript", "torch", "npz", "npy"]
 
-_TRACKED = "num_batches_tracked"  # counts training steps; some files have it, no output depends on it
+_TRACKED = "num_batches_tracked"  # counts training steps; some files hold it, and no output depends on it
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How one family of files calls what a network of ours calls by its own names.
+    """Translation between the parameter names of our networks and those of one family of files.
 
-    ``name``: theirs for one of ours, None where their files have no such array; ``axes``: the order in which
-    theirs are to be taken, for arrays of more than one axis; ``absent``: the value of what they lack.
+    ``name``: our name -> their name, None where their files have no such array; ``axes``: number of axes -> the
+    permutation that brings their axes into our order; ``absent``: the value for arrays that their files lack.
     """
 
     name: Callable[[str], str | None]
     axes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     absent: float = 1.0
     simplify: Callable[[str], str] = lambda key: key
-    """What is done to each of their names first, such as cutting off the scope of a graph."""
+    """Applied to each of their names first, for example to remove the scope of a graph."""
 
 
 def _kinetics_i3d_pytorch(own: str) -> str:
@@ -95,7 +95,7 @@ def _tensorflow(own: str) -> str | None:
             "b3b": "Conv3d_0b_1x1",
         }[branch]
         if (module, branch) == ("Mixed_5b", "b2b"):
-            unit = "Conv3d_0a_3x3"  # a slip in the published graph, and so in its variables
+            unit = "Conv3d_0a_3x3"  # a naming mistake in the published graph
         modules = [module, f"Branch_{branch[1]}", unit]
     return "/".join((*modules, leaves[kind, array]))
 
@@ -109,7 +109,7 @@ I3D_NAMINGS: dict[str, Naming] = {
     "kinetics_i3d_pytorch": Naming(_kinetics_i3d_pytorch),
     "tensorflow": Naming(_tensorflow, axes={5: (4, 3, 0, 1, 2)}, simplify=_without_scope),
 }
-"""``pytorch-i3d`` is also that of VideoGPT, DIGAN, PVDM, TATS and CD-FVD."""
+"""The naming ``pytorch-i3d`` is also used by VideoGPT, DIGAN, PVDM, TATS and CD-FVD."""
 
 C3D_NAMINGS: dict[str, Naming] = {
     "pytorch": Naming(lambda own: own),
@@ -121,17 +121,18 @@ C3D_NAMINGS: dict[str, Naming] = {
 
 
 def file_format(data: bytes, file: Path) -> Format:
-    """Return what ``data``, the content of ``file``, is. Raises InputError for a cut-off archive, an empty file
-    and anything else that is none of these.
+    """Return the format of ``data``, the content of ``file``.
+
+    Raises InputError for a truncated archive, an empty file, and any other format.
     """
     if data.startswith(b"\x93NUMPY"):
         return "npy"
     if not data:
         raise _damaged(file, "it is empty")
     if data.startswith(b"\x80"):
-        return "torch"  # the form before archives
+        return "torch"  # the old format, before archives
     if not data.startswith(b"PK"):
-        raise InputError(f"{file}: no file of weights; allowed are those of torch (.pt) and numpy (.npz)")
+        raise InputError(f"{file}: not a weight file; allowed are those of torch (.pt) and numpy (.npz)")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
@@ -145,8 +146,8 @@ def file_format(data: bytes, file: Path) -> Format:
 def read_state_dict(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """Return the named tensors in ``file`` (torch or npz), without executing anything.
 
-    ``data``: its content, if it has been read. A dictionary around the state dict, and the prefix
-    ``module.`` on all names, are taken off. Raises InputError, one sentence, for what cannot be read.
+    ``data``: its content, if it has been read. A dictionary around the state dict, and the prefix ``module.`` of all
+    names, are removed. Raises InputError if the file cannot be read.
     """
     data = _content(file) if data is None else data
     kind = file_format(data, file)
@@ -160,7 +161,7 @@ def read_state_dict(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if re.search(r"[Uu]nsupported (global|class)", str(error)):
             raise InputError(
-                f"{file}: it holds more than tensors, which would have to be executed and is refused; save "
+                f"{file}: refused, because it holds objects other than tensors, which loading would execute; save "
                 "its state dict with torch.save(model.state_dict(), FILE)"
             ) from error
         raise _damaged(file, "it cannot be read as weights") from error
@@ -177,8 +178,9 @@ def read_state_dict(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
 
 
 def read_arrays(file: Path, data: bytes | None = None) -> dict[str, NDArray[Any]]:
-    """Return the named arrays in an npz file, or ``{"mean": array}`` for one in an npy file; pickles are
-    refused. Raises InputError, one sentence, for what cannot be read.
+    """Return the named arrays in an npz file, or ``{"mean": array}`` for an npy file.
+
+    Raises InputError for pickled objects, and if the file cannot be read.
     """
     data = _content(file) if data is None else data
     kind = file_format(data, file)
@@ -199,10 +201,10 @@ def read_arrays(file: Path, data: bytes | None = None) -> dict[str, NDArray[Any]
 def load_strictly(
     network: nn.Module, given: Mapping[str, Tensor], namings: Mapping[str, Naming], *, file: Path
 ) -> str:
-    """Give ``network`` the weights ``given`` and return the name of the naming that they follow.
+    """Load the weights ``given`` into ``network`` and return the name of their naming.
 
-    Every array must be there, of the right shape and finite, and none may be left over (except counts of
-    training steps). Raises InputError that names what is wrong, by the naming that fits best.
+    Every array must exist, be finite and have the right shape, and no other may be in the file (except counts of
+    training steps). Raises InputError with the problems, in the naming that fits best.
     """
     own = {name: value for name, value in network.state_dict().items() if not name.endswith(_TRACKED)}
     best: tuple[int, str, dict[str, str | None], dict[str, str]] | None = None
@@ -218,8 +220,8 @@ def load_strictly(
     extra = sorted(set(theirs) - set(wanted.values()))
     if missing or extra:
         raise InputError(
-            f"{file}: not the weights of {type(network).__name__}: of its arrays {len(missing)} are missing"
-            f"{_some(missing)} and {len(extra)} are not its own{_some(extra)}, by the naming '{title}' that "
+            f"{file}: not the weights of {type(network).__name__}: {len(missing)} of its arrays are missing"
+            f"{_some(missing)} and {len(extra)} arrays are not its own{_some(extra)}, in the naming '{title}', which "
             f"fits best; known are {', '.join(namings)}"
         )
     naming = namings[title]

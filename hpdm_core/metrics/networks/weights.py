@@ -1,8 +1,8 @@
-"""Weights of the detectors: which files are known, where they are looked for, and what a given file is.
+"""Weights of the detectors: known files, where they are searched, and identification by hash.
 
-Nothing is ever downloaded. A file is what its hash says, not what it is called: a known hash has a name, any
-other file is used with a warning that belongs into the record of every number made with it. TorchScript is
-code: it runs only for a known hash, or when the user says that the file is to be trusted.
+Nothing is ever downloaded. A file is identified by its hash, not by its name. A file of unknown hash is used with a
+warning, which enters the record of every number made with it. TorchScript is code: it runs only if its hash is known
+or the user trusts the file.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 FOLDER_VARIABLE = "HPDM_WEIGHTS"
-"""The environment variable that names the folder of weights (or several, parted as in PATH)."""
+"""The environment variable that names the folder of weights (or several, separated as in PATH)."""
 UNKNOWN = "unknown"
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,10 +59,10 @@ _NAMINGS: dict[str, Mapping[str, Naming]] = {"i3d": I3D_NAMINGS, "c3d": C3D_NAMI
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFile:
-    """A file that published numbers were made with.
+    """A weight file that was used for published numbers.
 
     ``git_sha1``: the hash under which git stores it (`git_blob_sha1`), None where no hash is published;
-    ``fvd``: whether its features are those that numbers called FVD are taken on.
+    ``fvd``: whether FVD is defined on its features.
     """
 
     name: str
@@ -129,7 +129,7 @@ KNOWN_FILES: dict[str, KnownFile] = {
             name="mean2.npz",
             network="c3d_mean",
             format="npz",
-            purpose="the mean clip that C3D's input is freed of",
+            purpose="the mean clip that is subtracted from C3D's input",
             source="TGAN",
         ),
     )
@@ -137,13 +137,13 @@ KNOWN_FILES: dict[str, KnownFile] = {
 
 
 class MissingWeights(InputError):
-    """A weights file that is not there. Studies fall back on features that need none."""
+    """A weight file is missing. Studies then use metrics that need no weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightIdentity:
-    """What a weights file is. ``known``: its name in `KNOWN_FILES` by its hash, or "unknown"; ``naming``: that of
-    its arrays, None before it is loaded and for TorchScript.
+    """The identity of a weight file. ``known``: its name in `KNOWN_FILES` according to its hash, or "unknown";
+    ``naming``: the naming of its arrays, None before it is loaded and for TorchScript.
     """
 
     file: str
@@ -155,12 +155,12 @@ class WeightIdentity:
 
     @property
     def fvd(self) -> bool:
-        """Whether features of these weights are those that numbers called FVD are taken on."""
+        """Whether FVD is defined on features of these weights."""
         return self.known in KNOWN_FILES and KNOWN_FILES[self.known].fvd
 
     @property
     def warning(self) -> str | None:
-        """Why numbers made with this file are not the published ones, None for a known file."""
+        """Why numbers made with this file do not compare with published ones; None for a known file."""
         if self.known != UNKNOWN:
             return None
         return (
@@ -168,12 +168,12 @@ class WeightIdentity:
         )
 
     def key(self) -> dict[str, Any]:
-        """Return what features depend on, as JSON: the hashes, never the file's name or place."""
+        """Return what features depend on, as JSON: the hashes, not the file's name or path."""
         made = {"sha256": self.sha256, "git_sha1": self.git_sha1, "known": self.known}
         return made if self.warning is None else {**made, "warning": self.warning}
 
     def record(self) -> dict[str, Any]:
-        """Return everything, as JSON, for the record of a number."""
+        """Return all fields, as JSON, for the record of a number."""
         return {"file": self.file, "format": self.format, "naming": self.naming, **self.key()}
 
 
@@ -183,7 +183,7 @@ def git_blob_sha1(data: bytes) -> str:
 
 
 def identify(file: Path) -> WeightIdentity:
-    """Return what ``file`` is. Raises InputError when it cannot be read, and for a cut-off archive."""
+    """Return the identity of ``file``. Raises InputError when it cannot be read, and for a truncated archive."""
     try:
         state = file.stat()
         return _identify(str(file), state.st_mtime_ns, state.st_size)
@@ -218,10 +218,9 @@ def search_folders() -> list[Path]:
 
 
 def find(weights: str | Path) -> Path | None:
-    """Return the file that ``weights`` means, None where there is none.
+    """Return the file that ``weights`` refers to, None if there is none.
 
-    A path with a folder in it, or a file that is there, is that file; a bare name is looked for in
-    `search_folders`.
+    An existing file is used directly; a name without a folder is searched for in `search_folders`.
     """
     given = Path(weights).expanduser()
     if given.is_file():
@@ -232,9 +231,9 @@ def find(weights: str | Path) -> Path | None:
 
 
 def locate(weights: str | Path, *, of: str) -> Path:
-    """Return the file that ``weights`` means; ``of``: who needs it, for the message.
+    """Return the file that ``weights`` refers to; ``of``: what needs it, for the message.
 
-    Raises MissingWeights that says where it was looked for.
+    Raises MissingWeights, which names the searched folders.
     """
     found = find(weights)
     if found is not None:
@@ -258,10 +257,9 @@ def locate(weights: str | Path, *, of: str) -> Path:
 
 
 def load_into(network: nn.Module, file: Path, *, kind: Literal["i3d", "c3d"]) -> WeightIdentity:
-    """Give ``network`` the state dict in ``file``, by whatever naming it follows, strictly.
+    """Load the state dict in ``file``, in any known naming, into ``network``, strictly.
 
-    Returns the file's identity with its naming. Raises InputError for TorchScript and for anything that does
-    not fit to the last array.
+    Returns the file's identity with its naming. Raises InputError for TorchScript, and if any array does not fit.
     """
     data = _read(file)
     naming = load_strictly(network, read_state_dict(file, data), _NAMINGS[kind], file=file)
@@ -269,7 +267,7 @@ def load_into(network: nn.Module, file: Path, *, kind: Literal["i3d", "c3d"]) ->
 
 
 def uninitialised(build: Callable[[], Module]) -> Module:
-    """Return what ``build`` builds, without drawing initial weights: for networks that are loaded next."""
+    """Return the network from ``build`` with uninitialised weights, to be loaded next."""
     with torch.device("meta"):
         network = build()
     return network.to_empty(device="cpu")
@@ -278,8 +276,8 @@ def uninitialised(build: Callable[[], Module]) -> Module:
 def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIdentity]:
     """Return the module in the TorchScript file ``file``, on the CPU in evaluation mode, and its identity.
 
-    A TorchScript file is a program. Raises InputError for one whose hash is not known unless ``trust``, and
-    for one that cannot be read. What is loaded is what was hashed, also if the file changes meanwhile.
+    A TorchScript file is a program. Raises InputError for an unknown hash unless ``trust`` is set, and if the file
+    cannot be read. The bytes that were hashed are those that are loaded, even if the file changes in between.
     """
     data = _read(file)
     identity = _identity(file, data)
@@ -288,7 +286,7 @@ def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIde
     if identity.known == UNKNOWN and not trust:
         raise InputError(
             f"{file}: a TorchScript file is a program, and the hash of this one is not known (git "
-            f"{identity.git_sha1}); if you trust where it comes from, say trust_weights: true (--trust-weights)"
+            f"{identity.git_sha1}); if you trust its source, set trust_weights: true (--trust-weights)"
         )
     try:
         with warnings.catch_warnings():
@@ -296,14 +294,15 @@ def load_torchscript(file: Path, *, trust: bool = False) -> tuple[Any, WeightIde
             module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise InputError(
-            f"{file}: damaged or cut off: no module can be made of it; get the file again"
+            f"{file}: damaged or cut off: it cannot be loaded as TorchScript; get the file again"
         ) from error
     return module.eval(), identity
 
 
 def checked(file: Path, *, trust: bool = False) -> str:
-    """Read ``file`` to its end and return whose weights it holds, in words. Raises InputError when it holds
-    none of a known network, and as `load_torchscript`.
+    """Read the whole ``file`` and return in words which network's weights it holds.
+
+    Raises InputError if they are of no known network, and as `load_torchscript`.
     """
     from hpdm_core.metrics.networks.c3d import C3D
     from hpdm_core.metrics.networks.i3d import I3D

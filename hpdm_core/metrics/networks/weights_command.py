@@ -1,15 +1,15 @@
-"""``hpdm weights``: which files of weights are known, what each is for, and what is here.
+"""``hpdm weights``: list the known weight files, their purpose, and which are missing.
 
 ``python -m hpdm_core.metrics weights`` is the same.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hpdm_core.base.command_line import CommandParser
 from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.metrics.networks.c3d import load_mean
 from hpdm_core.metrics.networks.weights import (
@@ -30,8 +30,7 @@ def listing(paths: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Return one JSON object per known file, and per other file among ``paths``.
 
     ``state``: "found", "missing", or "other content" for a file of a known name whose hash is not that of the
-    original; ``verified``: whether the hash is that of the original. Raises InputError for a path that is no
-    file.
+    original; ``verified``: whether the hash is that of the original. Raises InputError for a path that is not a file.
     """
     given = {path.name: path for path in paths}
     missing = [str(path) for path in paths if not path.is_file()]
@@ -56,7 +55,7 @@ def listing(paths: Sequence[Path] = ()) -> list[dict[str, Any]]:
     for name, path in given.items():
         identity = identify(path)
         known_as = KNOWN_FILES.get(identity.known)
-        about = "not a file that is known" if known_as is None else known_as.purpose
+        about = "not a known file" if known_as is None else known_as.purpose
         rows.append({"name": name, "purpose": about, **_found(path, identity, original=None)})
     return rows
 
@@ -72,14 +71,14 @@ def _found(path: Path, identity: WeightIdentity, *, original: str | None) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``weights`` and return its exit code: 0, whatever is missing; 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+    """Run the command ``weights`` and return its exit code: 0 also if files are missing, 2 for wrong input."""
+    parser = CommandParser(
         prog="hpdm weights",
-        description="Say which files of weights are known, what each is for, where it is looked for, and what "
+        description="List the known weight files: the purpose of each, where it is searched for, and whether it "
         "is missing. Nothing is downloaded.",
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="say what these files are")
-    parser.add_argument("--check", action="store_true", help="also read every file that is here, to its end")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="identify these files too")
+    parser.add_argument("--check", action="store_true", help="also read every file that was found completely")
     parser.add_argument(
         "--trust-weights", action="store_true", help="with --check: run TorchScript files of unknown hash"
     )
@@ -94,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"folders": [str(folder) for folder in search_folders()], "files": rows}))
         return 0
     folders = ", ".join(str(folder) for folder in search_folders())
-    print(f"looked for in: {folders or f'nowhere, {FOLDER_VARIABLE} is not set'} ({FOLDER_VARIABLE})")
-    print("a study names a file, or its path, as option 'weights' of an extractor\n")
+    print(f"searched folders: {folders or f'none, {FOLDER_VARIABLE} is not set'} ({FOLDER_VARIABLE})")
+    print("in a study, give a file's name or path as the option 'weights' of an extractor\n")
     for row in rows:
         _print(row)
     return 0
@@ -105,16 +104,16 @@ def _print(row: dict[str, Any]) -> None:
     state = {
         "missing": "missing",
         "found": f"found: {row['path']}",
-        "other content": f"OTHER CONTENT than the original's: {row['path']}",
+        "other content": f"CONTENT DIFFERS from the original's: {row['path']}",
     }[row["state"]]
     print(f"{row['name']}  {state}")
     print(f"  for       {row['purpose']}")
     if "source" in row:
         print(f"  from      {row['source']} ({row['format']})")
-        print(f"  git hash  {row['original_git_sha1'] or 'none published: it cannot be verified'}")
+        print(f"  git hash  {row['original_git_sha1'] or 'none published: the file cannot be verified'}")
     if row["state"] != "missing":
         if row["git_sha1"] != row.get("original_git_sha1"):
-            print(f"  this one  git {row['git_sha1']}, SHA-256 {row['sha256']}")
+            print(f"  this file git {row['git_sha1']}, SHA-256 {row['sha256']}")
         print(f"  known as  {row['known']}{'' if 'warning' not in row else ' - ' + row['warning']}")
     if "check" in row:
         print(f"  check     {row['check']}")

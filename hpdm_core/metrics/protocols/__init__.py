@@ -1,1 +1,1 @@
-"""Published protocols as records: what makes two numbers comparable."""
+"""Protocols of published numbers as records, by which numbers can be compared."""

@@ -1,9 +1,9 @@
 """Protocol records: everything that a published kind of number depends on, as frozen data.
 
-"FVD" is a family of numbers that do not compare. A record names one member of it: detector, weights, how
-clips are chosen and prepared, how many, and the arithmetic. The known ones are YAML files in the
-``protocols`` folder beside a plugin package's modules, ``FAMILY/NAME.yaml``; anybody's own is a file of the
-same form. Two numbers compare when their records are equal, and `differences` says in what they are not.
+"FVD" names many different numbers that do not compare. A record specifies one of them: detector, weights, the choice,
+preparation and number of clips, and the arithmetic. Known protocols are YAML files, ``FAMILY/NAME.yaml``, in the folder
+``protocols`` beside a plugin package's modules; your own protocol is a file of the same form. Two numbers compare if
+their records are equal; `differences` lists the fields in which two records differ.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 FORMAT: Final = 1
-"""Version of the form of these files; a record's own ``version`` counts changes of its content."""
+"""Version of this file format; a record's own ``version`` counts changes of its content."""
 
 NOTES = ("quirks", "choices", "source")
-"""Fields that explain a record and change no number."""
+"""Fields that explain a record and do not affect the number."""
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -51,45 +51,45 @@ class Preparation(Frozen):
     """What happens to a clip's frames before the detector sees them, in this order."""
 
     size: tuple[Positive, Positive] | Literal["stored", "as_fakes"] = "stored"
-    """Height and width in pixels that frames of another size are brought to; ``stored`` leaves each side as
-    it is, ``as_fakes`` brings reals to the size of the fakes."""
+    """Height and width in pixels to which frames of another size are resized; ``stored`` leaves both sides unchanged,
+    ``as_fakes`` resizes reals to the size of the fakes."""
     resize: Literal["lanczos", "bilinear", "bilinear_antialias", "area"] = "lanczos"
-    """lanczos and bilinear_antialias see every source pixel; bilinear, half-pixel, four; area averages."""
+    """lanczos and bilinear_antialias use every source pixel; bilinear (half-pixel centres) uses four; area averages."""
     crop: Literal["centre", "squash"] = "centre"
-    """Resize so that the frame is covered, then cut its centre; or change the aspect ratio."""
+    """centre: resize so that the size is covered, then cut out the centre; squash: change the aspect ratio."""
     average: tuple[Positive, Positive, Positive] = (1, 1, 1)
-    """So many frames, rows and columns become their mean: a coarser level of a pyramid of videos."""
+    """Average over boxes of so many frames, rows and columns, which gives a coarser level of a video pyramid."""
     quantise: Literal["round", "truncate"] = "round"
-    """How values between two grey levels become whole ones, after each of the steps above."""
+    """How values become integers after each of the steps above."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Frames are coded and decoded once (chroma at half size, as Pillow does it), except those of JPEG files
-    that no step above has changed; null for none."""
+    """Encode and decode frames as JPEG once (chroma at half size, as Pillow does), except frames of JPEG files that no
+    step above has changed; null for no encoding."""
 
 
 class SideRule(Frozen):
     """How the clips of one side, real or fake, are chosen."""
 
     count: Positive | Literal["all"]
-    """Clips."""
+    """Number of clips."""
     fewer: Literal["refuse", "use_all"] = "refuse"
-    """What happens when there are not that many."""
+    """What happens if there are fewer clips than ``count``."""
     split: str | None = None
-    """Part of a data set with lists: ``train``, ``test`` or ``train+test``; null for sides without."""
+    """Split of a data set with lists of videos: ``train``, ``test`` or ``train+test``; null for sides without lists."""
     order: Literal["name", "natural"] = "natural"
-    """How files are sorted: by their characters, so that 10 stands before 2, or by their numbers."""
+    """How files are sorted: name: by characters, so that 10 comes before 2; natural: by the numbers in their names."""
     choose: Literal["first", "random", "random_windows"] = "first"
     """The first files, one clip of each; random files, one clip of each; or random windows of all files."""
     offset: Literal["start", "random"] = "start"
     """Where in its video a clip begins."""
     stride: Positive = 1
-    """Every so-many-th frame is taken."""
+    """Every stride-th frame is used."""
     window: Positive | None = None
-    """A random clip begins where so many frames still follow, and shorter videos do not count; null for as
-    many as the clip reaches over."""
+    """A random clip begins at a frame from which at least so many frames are left; shorter videos are left out. null:
+    as many frames as the clip covers."""
     reach: Literal["exact", "frames_times_stride"] = "exact"
     """How many frames a video must have: (frames - 1) * stride + 1, or frames * stride."""
     short: Literal["drop", "refuse"] = "refuse"
-    """What happens to videos with fewer."""
+    """What happens to videos with fewer frames."""
     prepare: Preparation = Preparation()
 
 
@@ -102,38 +102,38 @@ class ScoreRule(Frozen):
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     """Added inside the logarithms."""
     repeats: Positive = 1
-    """Scores over so many equal parts of the ``fakes.count`` clips; their mean and standard deviation."""
+    """The clips are split into so many equal parts; the result is the mean and standard deviation of their scores."""
 
 
 class ProtocolRecord(Frozen):
-    """One protocol, whole; see the module."""
+    """One complete protocol; see the module's docstring."""
 
     format: Literal[1] = FORMAT
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")]
     version: Positive = 1
     title: Annotated[str, Field(min_length=1)]
-    """What the number is called, such as FVD; distances on other features than I3D's never are."""
+    """The name of the number, such as FVD, which is reserved for features of I3D."""
     source: Annotated[str, Field(min_length=1)]
-    """Where the protocol is from."""
+    """The publication or code that the protocol is from."""
     measure: Literal["frechet", "kernel", "inception_score"]
     detector: Part
-    """A feature extractor: network, weights, batch-norm eps, resize, crop and range are its options."""
+    """A feature extractor; its options are network, weights, batch-norm eps, resize, crop and range."""
     frames: Annotated[int, Field(ge=2)]
-    """Frames of a clip as the detector sees it."""
+    """Frames of a clip in the detector's input."""
     reals: SideRule | None = None
     fakes: SideRule
     ddof: Literal[0, 1] = 0
     """Covariances are divided by N - ddof."""
     score: ScoreRule | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of random files and offsets."""
+    """Seed of the choice of random files and offsets."""
     quirks: tuple[str, ...] = ()
-    """What this protocol does that one might not expect; reproduced here, and said with every number."""
+    """Unexpected properties of this protocol, which are reproduced here and shown with every number."""
     choices: tuple[str, ...] = ()
-    """What its source leaves open and was chosen here."""
+    """What its source leaves open, and what was chosen here."""
 
     def sides(self) -> dict[str, SideRule]:
-        """Return the rules of the sides that there are, reals first."""
+        """Return name -> rule of the sides that the protocol has, reals first."""
         both = {"reals": self.reals, "fakes": self.fakes}
         return {name: rule for name, rule in both.items() if rule is not None}
 
@@ -169,7 +169,7 @@ def load_record(given: str, plugins: Plugins) -> ProtocolRecord:
 
 
 def record_from(document: Document, plugins: Plugins) -> ProtocolRecord:
-    """Return the record in ``document``, the detector's options checked and filled in."""
+    """Return the record in ``document``, with the detector's options checked and their defaults filled in."""
     record, problems = check(ProtocolRecord, document.data)
     if record is None:
         raise InputError(*(f"{document.where(problem.path)}: {problem}" for problem in problems))
@@ -181,7 +181,7 @@ def record_from(document: Document, plugins: Plugins) -> ProtocolRecord:
 
 
 def _relations(record: ProtocolRecord) -> list[Problem]:
-    """Return what is wrong between fields that are each right."""
+    """Return the conflicts between fields that are valid by themselves."""
     problems = []
     if record.measure == "inception_score":
         if record.reals is not None:
@@ -213,7 +213,10 @@ def _relations(record: ProtocolRecord) -> list[Problem]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (field, first's value, second's value) wherever two records in JSON differ; notes are left out."""
+    """Return (field, first's value, second's value) for each field in which two records in JSON differ.
+
+    Notes (`NOTES`) are not compared.
+    """
     a, b = dict(leaves(first)), dict(leaves(second))
     fields = [*a, *(field for field in b if field not in a)]
     return [
@@ -224,7 +227,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
 
 
 def identity_of(record: Mapping[str, Any]) -> str:
-    """Return the first 12 digits of the SHA-256 of all that changes a number in a record in JSON."""
+    """Return the first 12 digits of the SHA-256 of a record in JSON without its notes (`NOTES`)."""
     kept = {key: value for key, value in record.items() if key not in NOTES}
     return hashlib.sha256(canonical_json(kept).encode()).hexdigest()[:12]
 
@@ -233,7 +236,7 @@ ABSENT = "(absent)"
 
 
 def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted field, value) of a record in JSON; lists stay whole."""
+    """Yield (dotted field, value) of a record in JSON; lists are not split."""
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,1 +1,1 @@
-"""Where cells run: in this process, in processes of this machine, on SLURM, or simulated."""
+"""Backends, which run cells: in this process, in other processes of this machine, on SLURM, or simulated."""

@@ -1,4 +1,4 @@
-"""The backend inline: cells one after another in the controller's own process."""
+"""The backend inline: runs cells one after another in the controller's own process."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -29,26 +29,26 @@ class Inline:
         self._runner = runner
 
     def check(self) -> None:
-        """Always possible."""
+        """Do nothing: every machine can run cells inline."""
 
     def free_slots(self, under_way: Sequence[Job]) -> int:
-        """One at a time."""
+        """Return 1, or 0 while a job runs."""
         return 1 - len(under_way)
 
     def interval(self, under_way: int) -> float:
-        """Nothing is to be waited for."""
+        """Return 0: `submit` has already waited for the jobs."""
         return 0.0
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs to their end. What they raise is in their files already."""
+        """Run the jobs to their end. Their errors are in their files already and are not raised."""
         for job in jobs:
             with contextlib.suppress(Exception):
                 self._runner.work(str(job.spec), lambda progress: self._runner.tick())
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
-        """All are over."""
+        """Report every job as over."""
         return {job.id: SchedulerStatus(phase="over") for job in jobs}
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
-        """Nothing to end."""
+        """Do nothing: no job runs between two calls of `submit`."""
         return True

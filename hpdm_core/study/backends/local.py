@@ -1,8 +1,8 @@
-"""The backend local: processes of this machine, behind slots of our own.
+"""The backend local: runs jobs as processes of this machine, in a fixed number of slots.
 
-submitit starts them; its local executor has no queue, gives every job the same GPU, and says nothing of how a
-worker was killed. Slots, GPU ids, cores and a limit of memory are ours; a small parent
-(`hpdm_core.study.backends.local_parent`) stands between submitit and the worker and writes down how it ended.
+submitit starts the processes. Its local executor has no queue, gives every job the same GPU, and does not report how
+a worker was killed. This module adds slots, GPU ids, cores and a memory limit; a small parent process
+(`hpdm_core.study.backends.local_parent`) between submitit and the worker records how the worker ended.
 """
 
 import contextlib
@@ -45,17 +45,17 @@ class LocalOptions(BaseModel):
     slots: Annotated[int, Field(gt=0)] = 1
     """Cells that run at a time."""
     gpus: tuple[str, ...] = ()
-    """What CUDA_VISIBLE_DEVICES is to be in each slot, in turn; empty leaves it as it is."""
+    """CUDA_VISIBLE_DEVICES of each slot, in turn; empty leaves it as it is."""
     cpus_per_slot: Annotated[int, Field(gt=0)] | None = None
-    """Cores that each slot has for itself; null shares all."""
+    """Cores that each slot has for itself; null lets all slots share all cores."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory (GiB) above which a worker is ended, as out of memory; null for no limit."""
+    """Memory (GiB) above which a worker is killed and counted as out of memory; null for no limit."""
     min_free_gb: Annotated[float, Field(ge=0)] = 0.0
     """Free memory (GiB) of the machine below which no further cell is started."""
 
 
 class Local:
-    """Processes of this machine: submitit's, behind our own slots."""
+    """Runs jobs as processes of this machine, started by submitit, in a fixed number of slots."""
 
     attached = False
     queued = False
@@ -80,7 +80,7 @@ class Local:
             )
 
     def free_slots(self, under_way: Sequence[Job]) -> int:
-        """Return the free slots; none while the machine is short of memory, unless nothing runs."""
+        """Return the number of free slots; 0 while less than ``min_free_gb`` is free, unless no job runs."""
         free = self.slots - len(under_way)
         wanted = self._options.min_free_gb * GIB
         if under_way and wanted > 0 and _free_bytes() < wanted:
@@ -88,7 +88,7 @@ class Local:
         return max(0, free)
 
     def interval(self, under_way: int) -> float:
-        """A killed worker is noticed within two seconds."""
+        """Return at most 1 s, so that a killed worker is noticed within two seconds."""
         return min(0.25 + 0.03 * under_way, 1.0)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -128,7 +128,7 @@ class Local:
         self._held[job.id] = _Worker(job.folder, launcher, slot, submitted)
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
-        """Look at the processes."""
+        """Look at the jobs' processes."""
         return {job.id: self._look(job) for job in jobs}
 
     def _look(self, job: Job) -> SchedulerStatus:
@@ -149,7 +149,7 @@ class Local:
         )
 
     def _worker(self, job: Job) -> "_Worker | None":
-        """Return the job's processes, also those that an earlier controller started."""
+        """Return the job's processes, also if an earlier controller started them."""
         if job.id not in self._held:
             data = read_json(job.folder / "job.json")
             if data is None:
@@ -158,7 +158,7 @@ class Local:
         return self._held[job.id]
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
-        """End the processes: as Ctrl-C would, or at once."""
+        """Send SIGTERM to the workers, or with ``now`` kill them."""
         for job in jobs:
             worker = self._worker(job)
             if worker is not None:
@@ -168,7 +168,7 @@ class Local:
 
 @dataclass
 class _Worker:
-    """A launcher (submitit's, ours or an earlier controller's) and the worker below it."""
+    """The launcher process that submitit started, for this or an earlier controller, and the worker below it."""
 
     folder: Path
     launcher: Process | None
@@ -183,28 +183,28 @@ class _Worker:
         return [process for process in found if process.alive() and process.pid != os.getpid()]
 
     def elsewhere(self) -> Process | None:
-        """Return the process when it belongs to another host."""
+        """Return the process if it belongs to another host, else None."""
         process = self._worker() or self.launcher
         return process if process is not None and process.alive() is None else None
 
     def alive(self) -> bool:
         if self.submitted is not None:
-            self.submitted.done()  # buries our child when it has ended
+            self.submitted.done()  # reaps our child process when it has ended
         living = bool(self._processes())
         if not living:
-            self.submitted = None  # submitit's object complains when it is still there as Python ends
+            self.submitted = None  # submitit's object warns if it still exists when Python exits
         return living
 
     def end(self) -> None:
-        # The worker alone: its launcher would give it one second. A worker that has not said who it is yet is
-        # reached through its launcher.
+        # Signal the worker alone: its launcher would give it one second. A worker that has not written worker.json
+        # yet is reached through its launcher.
         for process in self._processes()[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         found = self._processes()
-        # A launcher whose worker has not said who it is must end that worker itself, as it does on SIGINT.
+        # If the worker has not written worker.json yet, the launcher must end it, as it does on SIGINT.
         chosen = signal.SIGINT if found == [self.launcher] and self._worker() is None else signal.SIGKILL
         for process in found:
             with contextlib.suppress(ProcessLookupError):
@@ -218,7 +218,7 @@ def _cores() -> list[int]:
 
 
 def _free_bytes() -> float:
-    """Memory that the machine could give; infinite where that cannot be told."""
+    """The machine's available memory in bytes; infinite where it cannot be read."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

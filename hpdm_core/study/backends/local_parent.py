@@ -1,8 +1,8 @@
-"""The parent of a worker on this machine: says how it ended, which nobody else would, and keeps its memory down.
+"""The parent process of a worker on this machine: records how the worker ended and enforces its memory limit.
 
-Run as a script, ``watch.py FOLDER OPTIONS COMMAND...``; OPTIONS is JSON: ``memory_bytes`` (the command is killed
-above it) and ``cores`` (those that it may use). Writes FOLDER/exit.json. Nothing of this package is imported: it
-starts in milliseconds and takes little memory beside a worker.
+Run as a script, ``local_parent.py FOLDER OPTIONS COMMAND...``; OPTIONS is JSON: ``memory_bytes`` (the command is
+killed above it) and ``cores`` (those that it may use). Writes FOLDER/exit.json. It imports nothing of this package, so
+it starts in milliseconds and takes little memory beside a worker.
 """
 
 import contextlib
@@ -64,13 +64,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _die_with_parent() -> None:
-    """A worker whose watcher is shot is shot too: nobody could tell how it ended."""
+    """In the worker: ask the kernel to kill it when this parent dies, since nothing could then record how it ended."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory that a process holds itself; 0 where that cannot be told."""
+    """Resident memory of a process in bytes; 0 where it cannot be read."""
     try:
         with open(f"/proc/{pid}/statm") as file:  # noqa: PTH123
             return int(file.read().split()[1]) * PAGE
@@ -79,7 +79,7 @@ def _resident(pid: int) -> int:
 
 
 def _kernel_kills() -> int:
-    """Processes that this machine's kernel has killed for want of memory since it started."""
+    """How many processes this machine's kernel has killed for lack of memory since it booted."""
     try:
         with open("/proc/vmstat") as file:  # noqa: PTH123
             return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)

@@ -1,6 +1,6 @@
-"""Backends by name: the family ``backends`` of plugins.
+"""Build backends by name, from the plugin family ``backends``.
 
-The interface that a backend follows stands in `hpdm_core.study.backends.interface`.
+`hpdm_core.study.backends.interface` defines the interface of a backend.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ __all__ = ["asking_backends", "make_backend", "results_of"]
 
 
 def make_backend(plugins: Plugins, part: Part, runner: JobRunner, *, slots: int | None = None) -> Backend:
-    """Build the backend ``part``; ``slots`` overrides how many jobs may be under way at a time, where it has slots.
+    """Build the backend ``part``; ``slots`` overrides its number of simultaneous jobs, if it has slots.
 
     Raises `InputError` for an unknown name or option.
     """
@@ -25,15 +25,15 @@ def make_backend(plugins: Plugins, part: Part, runner: JobRunner, *, slots: int 
 
 
 def asking_backends(plugins: Plugins) -> Callable[[str], Backend]:
-    """Return what builds a backend by its name to ask for jobs that were started by another command: it starts none."""
+    """Return a function that builds a backend by name, only to poll and cancel jobs that another command started."""
     runner = JobRunner(work=_no_work)
     return lambda name: make_backend(plugins, Part(use=name), runner)
 
 
 def _no_work(path: str) -> None:
-    raise AssertionError(f"{path}: nothing is started through another backend")
+    raise AssertionError(f"{path}: a backend built for polling starts no jobs")
 
 
 def results_of(backend: Backend, results: Path) -> Path:
-    """Return where results go under the folder ``results``: made-up ones apart from real ones."""
+    """Return the folder for results under ``results``: simulated ones are kept apart from real ones."""
     return results / "simulated" if backend.made_up else results

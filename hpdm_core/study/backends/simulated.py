@@ -1,10 +1,10 @@
-"""The backend simulated: studies of thousands of cells over virtual days, in seconds, with nothing computed.
+"""The backend simulated: runs studies of thousands of cells over virtual days in seconds, without computing anything.
 
-Durations and failures are drawn from a seed, the cell and the attempt's number, so a study comes out the same however
-often its controller is killed. Time is virtual: the controller's waiting moves it. A finished job writes results of a
-toy (`Toy`) into the store, which is one of its own: made-up numbers never stand beside real ones.
+Durations and failures are drawn from a seed, the cell and the job's number, so a study gives the same results however
+often its controller is killed. Time is virtual: it advances when the controller waits. A finished job writes results
+of a toy objective (`Toy`) into a store of its own, so that simulated numbers never stand beside real ones.
 
-Virtual jobs end with the controller's process; the next one finds them over.
+Virtual jobs end with the controller's process; the next controller finds them over.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from hpdm_core.study.backends.interface import GRACE_SECONDS, Clock, Job, Schedu
 __all__ = ["Simulated", "SimulatedOptions", "Toy", "VirtualClock", "fate"]
 
 WRITTEN: tuple[Cause, ...] = ("code error", "diverged")
-"""Failures that a worker writes down itself; of the others the scheduler knows."""
+"""Failures that a worker reports in ``error.json``; the scheduler reports the others."""
 CAUSES: tuple[Cause, ...] = (*WRITTEN, "out of memory", "lost node", "preempted", "killed")
 BEAT_SECONDS = 15.0
 COLUMNS = {"held_out_loss": {"parents": "clean", "sigma_eff": None}}
-"""Columns that the report looks for in a metric's rows."""
+"""Columns that the report expects in a metric's rows."""
 FINISHED = "finished.log"
-"""A line in the train stage's folder for each attempt that came to its end: more than one would be work done twice."""
+"""File in the train stage's folder with one line per job that finished; a second line means work done twice."""
 POINTS = 100
-"""Lines of a finished metrics.jsonl."""
+"""Number of lines of a finished metrics.jsonl."""
 
 
 class _Frozen(BaseModel):
@@ -48,7 +48,7 @@ class _Frozen(BaseModel):
 
 
 class Axis(_Frozen):
-    """How a key moves the toy's objective: ((x - best) / width) squared, of the logarithms when ``log``."""
+    """A key's term in the toy objective: ((x - best) / width) squared; with ``log``, of log10(x) and log10(best)."""
 
     best: float
     width: Annotated[float, Field(gt=0)] = 1.0
@@ -76,14 +76,14 @@ class SimulatedOptions(_Frozen):
     spread: Annotated[float, Field(ge=0)] = 0.5
     """Standard deviation of the duration's logarithm."""
     interval: Annotated[float, Field(gt=0)] = 30.0
-    """Virtual seconds between two looks of the controller."""
+    """Virtual seconds between two rounds of the controller."""
     failures: Annotated[dict[str, Annotated[float, Field(ge=0, le=1)]], AfterValidator(_known)] = Field(
         default_factory=dict
     )
-    """Class of failure -> its probability at each attempt."""
+    """Class of failure -> its probability in each job."""
     seed: int = 0
     toy: dict[str, Axis] = Field(default_factory=dict)
-    """Dotted key -> how it moves the objective."""
+    """Dotted key -> its term in the toy objective."""
     noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of the objective between seeds."""
     curve: bool = False
@@ -91,7 +91,7 @@ class SimulatedOptions(_Frozen):
 
 
 class VirtualClock:
-    """Time that passes when it is waited for."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -101,14 +101,14 @@ class VirtualClock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """Move the time."""
+        """Advance the time by ``seconds``."""
         self.now += seconds
 
 
 def fate(options: SimulatedOptions, cell: str, attempt: int) -> tuple[float, Cause | None]:
-    """Return how many seconds attempt ``attempt`` (from 1) at ``cell`` takes, and what it fails of; None for nothing.
+    """Return the seconds that job number ``attempt`` (from 1) of ``cell`` takes, and why it fails; None if it does not.
 
-    What fails does so anywhere in its time.
+    A job that fails does so after a uniformly drawn part of its duration.
     """
     draws = _uniform(f"{options.seed}/{cell}/{attempt}", 4)
     normal = math.sqrt(-2 * math.log(1 - draws[0])) * math.cos(2 * math.pi * draws[1])
@@ -139,9 +139,9 @@ class _Running:
 
 
 class Simulated:
-    """Jobs on a virtual clock; see the module's text.
+    """Jobs on a virtual clock; see the module's docstring.
 
-    ``seconds`` and ``busy`` are the real time, and the processor's time, that simulating took by now.
+    ``seconds`` and ``busy`` are the wall-clock and the CPU time that the simulation has taken so far.
     """
 
     attached = False
@@ -161,14 +161,14 @@ class Simulated:
         self._running: dict[str, _Running] = {}
 
     def check(self) -> None:
-        """Always possible."""
+        """Do nothing: every machine can simulate."""
 
     def free_slots(self, under_way: Sequence[Job]) -> int:
-        """Slots that are free."""
+        """Return the number of free slots."""
         return self.slots - len(under_way)
 
     def interval(self, under_way: int) -> float:
-        """Virtual seconds."""
+        """Return the option ``interval``, in virtual seconds."""
         return self._options.interval
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -182,7 +182,7 @@ class Simulated:
         self._count(*started)
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
-        """Let what ended since the last look have ended; jobs of another process are over."""
+        """End the jobs whose time has passed, and return each job's status; jobs of another process are over."""
         started = time.perf_counter(), time.process_time()
         self.polls += 1
         seen = {job.id: self._seen(job) for job in jobs}
@@ -215,7 +215,7 @@ class Simulated:
         running.over = True
         if running.cause is None:
             self._toy.finish(self._spec(running), number=job.number, seconds=running.ends - running.begun)
-            running.spec = {}  # thousands are kept, of whom nothing is asked any more
+            running.spec = {}  # thousands of ended jobs stay in memory, and their specs are not needed
             return SchedulerStatus(phase="over")
         if running.cause in WRITTEN:
             error = {"kind": running.cause, "class": "Simulated", "message": f"simulated: {running.cause}"}
@@ -229,7 +229,7 @@ class Simulated:
         if self._options.curve:
             part = min(1.0, (now - running.begun) / (running.ends - running.begun))
             beat.update(self._toy.train(self._spec(running), number=running.job.number, part=part))
-        # Its only reader is this very process: nothing can be read half.
+        # Only this process reads the file, so it need not be written atomically.
         (running.job.folder / "heartbeat.json").write_text(json.dumps(beat))
 
     def _spec(self, running: _Running) -> dict[str, Any]:
@@ -239,7 +239,9 @@ class Simulated:
 
 
 class Toy:
-    """Results that look like a cell's. The objective of every metric is a bowl over the keys of ``options.toy``."""
+    """Writes results that look like a cell's. Every metric's value is a quadratic bowl over the keys of
+    ``options.toy``.
+    """
 
     def __init__(self, options: SimulatedOptions) -> None:
         self._options = options
@@ -247,7 +249,7 @@ class Toy:
         self._names: dict[str, str] = {}
 
     def value(self, config: Mapping[str, Any]) -> float:
-        """Return the objective of a cell's configuration (plain JSON): 0.1 at best."""
+        """Return the objective of a cell's configuration (plain JSON): 0.1 at its minimum, before noise."""
         total = 0.1
         for key, axis in self._options.toy.items():
             found: Any = config
@@ -261,7 +263,7 @@ class Toy:
         return total + self._options.noise * math.sqrt(12) * (noise - 0.5)
 
     def train(self, spec: Mapping[str, Any], *, number: int, part: float) -> dict[str, Any]:
-        """Write metrics.jsonl as far as ``part`` (0..1) of the training; return where that is."""
+        """Write metrics.jsonl for the first ``part`` (0..1) of the training; return the progress there."""
         config = spec["config"]
         steps = config["training"]["steps"]
         reached, every = int(part * steps), max(1, steps // POINTS)
@@ -318,7 +320,7 @@ class Toy:
             write_bytes(stage.folder / "result.json", json.dumps(result).encode(), durable=False)
 
     def _name(self, part: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
-        """Return the metric's own name, as its rows have it."""
+        """Return the metric's name as it stands in its rows."""
         text = canonical_json(part)
         if text not in self._names:
             plugins = tuple(spec["plugins"])

@@ -1,8 +1,9 @@
-"""The backend slurm: jobs of a SLURM cluster, one per cell, in arrays, on a file system that its nodes share.
+"""The backend slurm: one SLURM job per cell, submitted in arrays, on a file system that all nodes share.
 
-submitit writes the batch script and starts the worker on each node. Ours are: chunks under ``max_pending`` and
-the cluster's MaxArraySize; finding a job again whose number a killed controller had no time to note (every
-array has a name of its own); the state of jobs (`hpdm_core.study.backends.slurm_queue`); and a clean environment.
+submitit writes the batch script and starts the worker on each node. This module adds: splitting jobs into arrays
+within ``max_pending`` and the cluster's MaxArraySize; a unique name for each array, by which a job is found again if
+the controller was killed before it could note the job's number; the state of jobs
+(`hpdm_core.study.backends.slurm_queue`); and an environment without the variables of a surrounding allocation.
 """
 
 import contextlib
@@ -59,19 +60,19 @@ def minutes(value: Any) -> Any:
 
 
 class SlurmOptions(BaseModel):
-    """Options of the backend slurm. What is None is left to the cluster."""
+    """Options of the backend slurm. Options that are null are left to the cluster."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_pending: Annotated[int, Field(gt=0)] = 64
     """Jobs that are submitted or running at a time."""
     max_running: Annotated[int, Field(gt=0)] | None = None
-    """Jobs of one array that run at a time; null for as many as the cluster lets."""
+    """Jobs of one array that run at a time; null for as many as the cluster allows."""
     time: Annotated[int, BeforeValidator(minutes), Field(gt=0)] = 60 * 24
-    """Limit of one job in minutes, or as SLURM writes it (``"1-12:00:00"``)."""
+    """Time limit of one job in minutes, or in SLURM's format (``"1-12:00:00"``)."""
     signal_seconds: Annotated[int, Field(gt=0)] | None = None
-    """Seconds before the limit at which a job saves its work and goes back into the queue; null for 90, or a
-    quarter of a short limit."""
+    """Seconds before the time limit at which a job saves its work and requeues itself; null for 90, or a quarter of
+    the time limit if that is less."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -80,9 +81,9 @@ class SlurmOptions(BaseModel):
     exclude: str | None = None
     """Nodes not to be used."""
     wckey: str = ""
-    """Empty for none; many clusters refuse one that they do not know."""
+    """Empty for none; many clusters refuse an unknown one."""
     nodes: Annotated[int, Field(gt=0)] = 1
-    """Nodes of one cell; its processes find one another by torch.distributed."""
+    """Nodes of one cell; its processes communicate by torch.distributed."""
     tasks_per_node: Annotated[int, Field(gt=0)] = 1
     """Processes of one cell on each node."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
@@ -93,11 +94,11 @@ class SlurmOptions(BaseModel):
     srun_args: tuple[str, ...] = ()
     """Further options of srun, such as ``--cpu-bind=none``."""
     additional_parameters: dict[str, str] = Field(default_factory=dict)
-    """Any other option of sbatch."""
+    """Any other options of sbatch."""
 
     @property
     def notice(self) -> int:
-        """Seconds before the limit at which the signal comes."""
+        """Seconds before the time limit at which SLURM sends its signal."""
         return self.signal_seconds or min(SIGNAL_SECONDS, self.time * 60 // 4)
 
     @property
@@ -112,7 +113,7 @@ class SlurmOptions(BaseModel):
 
 
 def _gpus_of(gres: str | None) -> int:
-    """Return how many GPUs per node ``gpu:a100:2`` asks for."""
+    """Return how many GPUs per node ``gres`` requests: 2 for ``gpu:a100:2``."""
     total = 0
     for each in (gres or "").split(","):
         kind, *rest = each.partition("(")[0].split(":")
@@ -122,13 +123,13 @@ def _gpus_of(gres: str | None) -> int:
 
 
 class Slurm:
-    """Jobs of a SLURM cluster."""
+    """Runs jobs on a SLURM cluster; see the module's docstring."""
 
     attached = False
     queued = True
     made_up = False
     grace = 40.0
-    """SLURM itself gives a job KillWait seconds (30 where nobody changed it) to save its work."""
+    """SLURM itself gives a job KillWait seconds (30 by default) to save its work."""
 
     def __init__(self, runner: JobRunner, options: SlurmOptions, *, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
@@ -139,13 +140,13 @@ class Slurm:
         self._work = runner.work
         self._numbers: dict[str, str] = {}
         self.refused = ""
-        """Why the cluster took fewer jobs than it was given, the last time; empty when that was said before."""
+        """Why the cluster took fewer jobs than submitted the last time; empty if this reason was shown before."""
         self._said: set[str] = set()
         self._array_size: int | None = None
         self._not_before = float("-inf")
 
     def check(self) -> None:
-        """Raise `InputError` where no SLURM answers: its commands alone do not mean a cluster."""
+        """Raise `InputError` unless SLURM's controller answers; that its commands are installed is not enough."""
         if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
             raise InputError(
                 "backend: 'slurm' needs the commands sinfo and sbatch, which are not on this machine's PATH; "
@@ -157,19 +158,19 @@ class Slurm:
             raise InputError(f"backend: 'slurm' finds no controller: sinfo says: {said}")
 
     def free_slots(self, under_way: Sequence[Job]) -> int:
-        """Return how many more jobs stay within ``max_pending``; none for a while after a passing refusal."""
+        """Return how many more jobs fit within ``max_pending``; 0 for `RETRY_SECONDS` after sbatch refused a job."""
         if self.clock.monotonic() < self._not_before:
             return 0
         return max(0, self.slots - len(under_way))
 
     def interval(self, under_way: int) -> float:
-        """The files of hundreds of jobs on a network file system are looked at less often."""
+        """Return 0.25 to 15 s, longer with more jobs, whose files lie on a network file system."""
         return min(0.25 + 0.03 * under_way, 15.0)
 
     # Submitting
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Submit the jobs in arrays. Raises `TroubleError` when the cluster will not have such jobs."""
+        """Submit the jobs in arrays. Raises `TroubleError` when the cluster refuses such jobs for good."""
         left = list(jobs)
         self.refused = ""
         size = self._largest_array()
@@ -182,7 +183,7 @@ class Slurm:
                 self.refused = f"sbatch says: {problem}"
                 self._said.add(problem)
             if len(now) > 1 and any(words in problem.lower() for words in LIMIT_WORDS):
-                size, left = len(now) // 2, now + left  # a limit of the account: fewer, and the rest later
+                size, left = len(now) // 2, now + left  # a limit of the account: submit fewer, the rest later
                 continue
             self._not_before = self.clock.monotonic() + RETRY_SECONDS
             if any(words in problem.lower() for words in (*LIMIT_WORDS, *PASSING_WORDS)):
@@ -202,7 +203,7 @@ class Slurm:
             assert spec is not None, f"{job.spec} was written a moment ago"
             told = {"slurm": limits, "gpus": self.gpus, "processes": self._options.processes}
             write_json(job.spec, {**spec, **told}, durable=False)
-            # From here on the job can be found by its name, also by another controller.
+            # From here on any controller can find the job by its name.
             place = {"slurm": None, "name": name, "index": index if len(jobs) > 1 else None}
             write_json(job.folder / "job.json", {**place, "log": str(folder)}, durable=False)
         frozen = (read_json(jobs[0].spec) or {}).get("code")
@@ -213,7 +214,7 @@ class Slurm:
                 with executor.batch():
                     submitted = [executor.submit(self._work, str(job.spec)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
-            if self.queue.find(name):  # it had arrived all the same
+            if self.queue.find(name):  # the cluster accepted the array despite the error
                 return None
             for job in jobs:
                 (job.folder / "job.json").unlink(missing_ok=True)
@@ -250,7 +251,7 @@ class Slurm:
             "wckey": options.wckey,
             "array_parallelism": options.max_running or count,
             "setup": setup,
-            # A process that ends with an error takes the others along: they would wait for it in a collective.
+            # When one process fails, end the others, which would wait for it in a collective operation.
             "srun_args": [*(["--kill-on-bad-exit=1"] if several else []), *options.srun_args] or None,
             "additional_parameters": {"requeue": True, **options.additional_parameters},
         }
@@ -267,7 +268,7 @@ class Slurm:
     # Looking and ending
 
     def poll(self, jobs: Sequence[Job]) -> Mapping[str, SchedulerStatus]:
-        """Ask the cluster, at most every few seconds."""
+        """Ask the cluster, at most once in a few seconds (`Queue.seconds`)."""
         numbers: dict[str, str] = {}
         found: dict[str, SchedulerStatus] = {}
         for job in jobs:
@@ -283,7 +284,7 @@ class Slurm:
         return found
 
     def _number(self, job: Job) -> str | SchedulerStatus:
-        """Return the job's number, also when its folder has vanished meanwhile; or what that it has none means."""
+        """Return the job's number, also when its folder has vanished since; a `SchedulerStatus` if it has none."""
         if job.id not in self._numbers:
             found = self._find(job)
             if isinstance(found, SchedulerStatus):
@@ -303,13 +304,13 @@ class Slurm:
         index = data.get("index")
         for number in lines:
             if (index is None and "_" not in number) or number.endswith(f"_{index}"):
-                with contextlib.suppress(OSError):  # whoever only looks may not write
+                with contextlib.suppress(OSError):  # a user who runs --status may have no write permission
                     write_json(job.folder / "job.json", {**data, "slurm": number}, durable=False)
                 return number
         return SchedulerStatus(phase="over", cause="never started", word="it never reached the queue")
 
     def cancel(self, jobs: Sequence[Job], *, now: bool = False) -> bool:
-        """Take the jobs out of the queue; SLURM gives those that run KillWait seconds, or none."""
+        """Cancel the jobs; SLURM gives running ones KillWait seconds, or with ``now`` none."""
         found = [self._number(job) for job in jobs]
         numbers = [number for number in found if isinstance(number, str)]
         delivered = not any(isinstance(each, SchedulerStatus) and each.phase == "unknown" for each in found)
@@ -323,8 +324,8 @@ class Slurm:
 
 
 def _explained(job: Job, number: str, seen: SchedulerStatus) -> SchedulerStatus:
-    """Add what only the step's daemon says, in the job's log: without control groups SLURM calls a job that it
-    killed for its memory FAILED.
+    """Find out-of-memory kills in the job's log: without cgroups, SLURM reports such a job as FAILED, and only the
+    slurmstepd line in the log names the memory limit.
     """
     if seen.phase != "over" or seen.cause is not None:
         return seen
@@ -339,11 +340,11 @@ def _explained(job: Job, number: str, seen: SchedulerStatus) -> SchedulerStatus:
 
 
 def _paths(frozen: str | None) -> list[str]:
-    """Shell lines that make workers import the frozen code, wherever they are started."""
+    """Shell lines that make workers import the frozen code, in any working folder."""
     if frozen is None:
         return []
     path = _quoted(f"{frozen}:")
-    # Without the working folder, which Python would put before everything.
+    # Without PYTHONSAFEPATH Python would put the working folder first.
     return [
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={path}${{PYTHONPATH:+$PYTHONPATH:}}{_quoted(str(Path.cwd()))}",
@@ -356,7 +357,7 @@ def _quoted(text: str) -> str:
 
 @contextlib.contextmanager
 def _environment_of(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Let what is started in the block see ``wanted`` as its environment."""
+    """Give the processes that the block starts the environment ``wanted``."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(wanted)

@@ -1,8 +1,9 @@
-"""What a SLURM cluster says of jobs: squeue first, sacct for what squeue has forgotten, and no answer as such.
+"""Query the state of SLURM jobs: squeue first, then sacct for jobs that squeue no longer lists.
 
-submitit's own watcher asks sacct alone, takes states that it does not know for the end (CONFIGURING, SUSPENDED,
-NODE_FAIL), and falls silent where accounting is off. squeue remembers an ended job for a few minutes
-(MinJobAge), so a cluster without accounting is asked often enough to see how jobs end.
+submitit's own watcher asks sacct alone, takes states that it does not know (CONFIGURING, SUSPENDED, NODE_FAIL) for
+ended ones, and reports nothing where accounting is off. squeue lists an ended job for a few minutes (MinJobAge);
+polling within that time shows how jobs ended on a cluster without accounting too. When a command gives no answer, a
+job's phase is ``unknown``.
 """
 
 import getpass
@@ -41,19 +42,19 @@ OVER: Mapping[str, Cause | None] = {
     "TIMEOUT": "time limit",
 }
 UNCERTAIN = {"NODE_FAIL", "BOOT_FAIL"}
-"""Nobody has asked the node: processes may live on there, and SLURM may yet requeue the job."""
+"""States of a node that does not answer: its processes may still run, and SLURM may still requeue the job."""
 
 COLUMNS = ("JobArrayID:40", "State:24", "exit_code:12", "Name:40", "Reason:80")
 ANSWER_SECONDS = 60
 NO_ACCOUNTS_SECONDS = 300.0
-"""After sacct gave no answer it is left alone for so long."""
+"""How long to wait before asking sacct again after it gave no answer."""
 AT_ONCE = 300
-"""Numbers in one command line."""
+"""Most job numbers in one command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One job as the cluster shows it; ``number`` is 77, or 77_3 in an array."""
+    """One job as squeue or sacct shows it; ``number`` is 77, or 77_3 in an array."""
 
     number: str
     state: str
@@ -64,7 +65,7 @@ class Line:
 
 
 def seen_of(line: Line) -> SchedulerStatus:
-    """Return what a line means."""
+    """Return the status that a line means."""
     state = line.state.split()[0].rstrip("+") if line.state else ""
     word = state if line.reason in ("", "None") else f"{state} ({line.reason})"
     phase: Phase = "over" if state in OVER else "alive" if state in ALIVE else "waiting"
@@ -89,7 +90,7 @@ def _signal_name(number: int) -> str:
 
 
 class Queue:
-    """The cluster's answers, asked for at most once per ``seconds``."""
+    """Caches squeue's answer; asks at most once per ``seconds``, and whenever it is asked about new jobs."""
 
     def __init__(self, *, seconds: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
@@ -98,15 +99,15 @@ class Queue:
         self._lines: dict[str, Line] | None = None
         self._known: set[str] = set()
         self._over: dict[str, Line] = {}
-        """How jobs ended that the queue shows no more, or that sacct knows."""
+        """Number -> how the job ended, for jobs that squeue no longer lists and sacct knows."""
         self._accounts_asked = float("-inf")
-        """When sacct last gave no answer: there may be no accounting, or its database was away for a moment."""
+        """When sacct last gave no answer: accounting may be off, or its database was briefly unavailable."""
         self.problem = "never asked"
         """Why there is no answer."""
 
     def look(self, numbers: Collection[str]) -> dict[str, SchedulerStatus]:
-        """Return what is known of the jobs ``numbers``."""
-        # An answer from before a job was submitted says nothing of it.
+        """Return number -> status of the jobs ``numbers``."""
+        # An answer from before a job was submitted cannot contain it: ask again for new numbers.
         if not self._known.issuperset(numbers) or self._clock() - self._asked >= self.seconds:
             self.ask()
         self._known.update(numbers)
@@ -120,12 +121,12 @@ class Queue:
             line = self._lines.get(number) or self._over.get(number)
             if line is not None:
                 found[number] = seen_of(line)
-            else:  # forgotten, and nobody keeps accounts: files and heartbeats have to say
+            else:  # neither squeue nor sacct knows it: judge it by its files and heartbeat
                 found[number] = SchedulerStatus(phase="over", word="not in the queue any more", certain=False)
         return found
 
     def find(self, name: str) -> dict[str, Line] | None:
-        """Return number -> line of the jobs called ``name``, asked now; None without an answer."""
+        """Ask squeue now and return number -> line of the jobs called ``name``; None without an answer."""
         self.ask()
         if self._lines is None:
             return None
@@ -142,7 +143,7 @@ class Queue:
         self._lines = {line.number: line for line in map(_of_squeue, text.splitlines()) if line is not None}
 
     def _account(self, numbers: Sequence[str]) -> dict[str, Line]:
-        """Return how jobs ended as accounting tells it; nothing where there is none."""
+        """Return how jobs ended according to sacct; empty where there is no accounting."""
         found: dict[str, Line] = {}
         if self._clock() - self._accounts_asked < NO_ACCOUNTS_SECONDS:
             return found
@@ -172,7 +173,7 @@ def _of_squeue(text: str) -> Line | None:
 
 
 def _exit_code(status: int) -> int:
-    """Return a shell's exit code of a wait status, which is what squeue shows."""
+    """Return the shell's exit code for a wait status, which squeue shows."""
     return 128 + (status & 127) if status & 127 else status >> 8
 
 
@@ -189,7 +190,7 @@ def _of_sacct(row: str) -> list[Line]:
 def _tasks(number: str) -> list[str]:
     """Return 12_0, 12_1, 12_2 and 12_5 for 12_[0-2,5%2], and any other number as it is.
 
-    sacct shows tasks of an array that never began in one row; not every release has its option against that.
+    sacct shows the tasks of an array that never began in one row, and not every release has an option to list them.
     """
     job, bracket, tasks = number.partition("_[")
     if not bracket:
@@ -203,7 +204,7 @@ def _tasks(number: str) -> list[str]:
 
 
 def user() -> str:
-    """Return this user's name, or number where there is none."""
+    """Return this user's name, or the user id if it has no name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -211,7 +212,7 @@ def user() -> str:
 
 
 def run(command: Sequence[str], *, seconds: float = ANSWER_SECONDS) -> tuple[str | None, str]:
-    """Return what a command of SLURM prints, or None and why not, in one line."""
+    """Run a SLURM command; return (its output, ""), or (None, why it failed in one line)."""
     try:
         shown = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, check=False, env=outside(os.environ)
@@ -234,7 +235,7 @@ GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCA
 
 
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environment`` without what an allocation around this process has set.
+    """Return ``environment`` without the variables that a surrounding SLURM allocation or torchrun has set.
 
     A job that is submitted from within another job would inherit its CPU binding, memory and task numbers.
     """

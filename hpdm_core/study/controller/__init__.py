@@ -1,1 +1,1 @@
-"""What starts cells, follows them, and decides what comes after each ended."""
+"""The controller: starts jobs, follows them, and decides what to do after each has ended."""

@@ -1,4 +1,4 @@
-"""What a study may spend: GPU hours and failures. Counted from the heartbeats of its attempts."""
+"""A study's budget of GPU hours and failures. GPU hours are counted from the heartbeats of its jobs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ __all__ = ["Spending"]
 
 
 class Spending:
-    """What has been spent of ``budget``."""
+    """Counts what a study has spent of ``budget``."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._seconds: dict[str, float] = {}
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Count earlier attempts."""
+        """Count earlier jobs."""
         if self._budget.max_gpu_hours is None:
             return
         for job in jobs:
@@ -29,12 +29,12 @@ class Spending:
                 self.note(job, beat)
 
     def take_up(self, folder: Path) -> None:
-        """Count every attempt below ``folder``, also at cells that are done: each was paid for."""
+        """Count every job below ``folder``, also those of cells that are done."""
         for path in folder.iterdir() if self._budget.max_gpu_hours is not None else ():
             self.add(jobs_in(path, path.name))
 
     def note(self, job: Job, beat: Mapping[str, Any]) -> None:
-        """Take what a heartbeat says."""
+        """Update the GPU time of ``job`` from its heartbeat."""
         if self._budget.max_gpu_hours is not None:
             self._seconds[job.id] = float(beat.get("seconds", 0.0)) * int(beat.get("gpus", 0))
 
@@ -49,7 +49,7 @@ class Spending:
         return limit is not None and self.gpu_hours >= limit
 
     def exhausted(self, failures: int) -> str:
-        """Return why nothing more is started, for people, or an empty string."""
+        """Return a line for the user saying why no more jobs are started, or an empty string."""
         if self.over_hours():
             return (
                 f"budget: {self.gpu_hours:.3g} of {self._budget.max_gpu_hours:g} GPU hours are spent; raise "
@@ -58,6 +58,6 @@ class Spending:
         if self._budget.max_failures is not None and failures >= self._budget.max_failures:
             return (
                 f"budget: {failures} cells have failed, and {self._budget.max_failures} may; raise "
-                "budget.max_failures to go on, or mend them"
+                "budget.max_failures to go on, or repair them"
             )
         return ""

@@ -1,10 +1,10 @@
-"""The controller: plans a study's cells, runs them through a backend, and says what became of them.
+"""The controller: plans a study's cells, runs them through a backend, and reports what became of them.
 
-It keeps no state of its own. What is done is read from the store, what runs from the job folders; so it may
-be killed at any moment and started again, and adopts the jobs that outlived it.
+It needs no state of its own: it reads from the store what is done, and from the job folders what runs. So it may be
+killed at any moment and started again; it then adopts the jobs that still run.
 
     results/<study>/   study.yaml  versions.json  journal.log  index.csv  controller.lock  report/
-                       jobs/<cell>/<attempt>/   code/<hash>/   slurm/<array>/
+                       jobs/<cell>/<number>/   code/<hash>/   slurm/<array>/
 """
 
 import contextlib
@@ -40,7 +40,7 @@ CANCEL = "cancel.json"
 
 
 class Controller:
-    """Runs the cells of ``study`` through ``backend``, as the one writer of the study's folder."""
+    """Runs the cells of ``study`` through ``backend``. It alone writes to the study's folder."""
 
     def __init__(self, study: StudyRun, *, backend: Backend, display: Display) -> None:
         self.study = study
@@ -52,18 +52,18 @@ class Controller:
         self.router = BackendRouter(backend, name=study.backend, other=study.other_backend)
         self.running = RunningJobs(self.router, clock=backend.clock, spending=self.spending)
         self.trouble = False
-        """Whether something went wrong that a person should look at, though the work went on."""
+        """Whether something went wrong that the user should look at, though the work went on."""
         self._planned: dict[Task, None] = {}
-        """What may still be started, in order."""
+        """Tasks that may still be started, in order."""
         self._failures = 0
         self._refusals: set[str] = set()
 
     def run(self) -> int:
-        """Run what is missing and return the exit code: 0 all done (or, detached, submitted), 1 trouble, 130
-        after Ctrl-C.
+        """Run what is missing and return the exit code.
 
-        Raises `TroubleError` when another controller works on the study, when the disk fails, and when the
-        study's folder vanishes.
+        0: all cells are done or, with ``detach``, submitted; 1: cells are missing or something went wrong; 130: Ctrl-C.
+        Raises `TroubleError` when another controller works on the study, when the disk fails, and when the study's
+        folder vanishes.
         """
         lock = locked(self.study.folder, self.study.name, clock=self.clock, say=self.display.line)
         with folder_trouble(self.study.folder), lock as self.lease, contextlib.ExitStack() as self.open:
@@ -76,7 +76,7 @@ class Controller:
                 self.display.close()
                 self._say(interrupted(self.tasks, self.study.again))
                 return 130
-            except LeaseLost:  # whoever has taken over has the workers too
+            except LeaseLost:  # the controller that took over has adopted the workers
                 raise
             except BaseException:
                 self._end_workers(silently=True)
@@ -132,7 +132,7 @@ class Controller:
         self.overview.write_index(force=True)
 
     def _write_versions(self, tasks: Sequence[Task]) -> None:
-        for task in tasks:  # the report tells older results from these
+        for task in tasks:  # the report uses this file to mark results of other versions
             write_json(
                 self.study.folder / "versions.json", {**versions(), "plugins": task.cell.plugins.versions()}
             )
@@ -168,7 +168,7 @@ class Controller:
 
     def _nothing_left(self, started: bool) -> bool:
         stop = bool(self.spending.exhausted(self._failures))
-        if self.study.detach and (stop or not started):  # what waits for another cell is for the next command
+        if self.study.detach and (stop or not started):  # the next command starts cells that wait for others
             return True
         coming = self._planned or (self.study.planner is not None and not self.study.planner.finished())
         return not self.running.tasks and (stop or not coming)
@@ -196,10 +196,10 @@ class Controller:
             self.router.cancel([task.job])
 
     def _over(self, task: Task, status: JobStatus, seen: SchedulerStatus) -> None:
-        """Settle an attempt, and decide whether the cell is tried again."""
+        """Settle a job that is over, and decide whether the cell is tried again."""
         job, steps = task.job, task.cell.missing()
         assert job is not None, f"{task.cell.name} is under way"
-        if seen.phase != "over":  # it has said all, and does not go
+        if seen.phase != "over":  # its results or its error are written, but its process has not exited
             self.router.cancel([job], now=True)
         status, outcome = self.running.settle(task, status, steps)
         if status.state == "done":
@@ -209,7 +209,7 @@ class Controller:
         if status.cause != "pruned" and try_again(task.outcomes):
             short = status.cause == "out of memory"
             less = smaller(read_json(job.spec) or {}, outcome.stage) if short else {}
-            # Cancel what may still run; without an answer and without certainty nothing is started again.
+            # First cancel what may still run. If that fails, retry only if the old job is certainly over.
             if less is not None and (self.router.cancel([job]) or (seen.phase == "over" and seen.certain)):
                 self._retry(task, outcome, less)
                 return
@@ -270,9 +270,9 @@ class Controller:
                 planner.settled(cell, task.state, task.cause)
 
     def _to_do(self, task: Task) -> list[Step]:
-        """Return what is missing of a cell that may start; settles one that is done, or cannot succeed."""
+        """Return the missing stages of a cell that may start. Settle a cell that is done or cannot succeed."""
         steps = task.cell.missing()
-        if not steps:  # another cell, or another study, has made it meanwhile
+        if not steps:  # another cell or another study has computed them in the meantime
             self._set(task, "done", settled=True)
             return []
         problem = blocked(task, steps)
@@ -282,7 +282,7 @@ class Controller:
         return steps
 
     def _take_up(self, task: Task, steps: Sequence[Step]) -> None:
-        """Write the spec of a new attempt."""
+        """Write the spec of a new job."""
         job = task.take_up(self.study.prepare, backend=self.study.backend)
         self.router.own(job)
         self.running.add(task, steps)
@@ -293,14 +293,14 @@ class Controller:
         jobs: dict[Job, Task] = {task.job: task for task in tasks if task.job is not None}
         problem: TroubleError | None = None
         try:
-            # Inline, this returns when the cells have ended.
+            # With the backend inline, this returns when the cells have ended.
             self.backend.submit(list(jobs))
         except TroubleError as error:
             problem = error
         finally:
             for job, task in jobs.items():
                 if not self.backend.attached and not (job.folder / "job.json").exists():
-                    self.running.drop(task)  # the scheduler has taken fewer; its turn comes
+                    self.running.drop(task)  # the scheduler took fewer jobs: submit this one later
                     shutil.rmtree(job.folder, ignore_errors=True)
                     task.numbers -= 1
                     task.state = "planned"
@@ -308,7 +308,7 @@ class Controller:
         if problem is not None:
             if self.backend.attached or not self.running.tasks:
                 raise problem
-            self._refused(problem)  # what is under way goes on
+            self._refused(problem)  # the other jobs go on
         elif refused := getattr(self.backend, "refused", ""):
             self.display.line(f"fewer are submitted for now: {refused}")
 
@@ -320,7 +320,7 @@ class Controller:
     def _set(
         self, task: Task, state: State, reason: str = "", cause: Cause | None = None, *, settled: bool = False
     ) -> None:
-        """Note that ``task`` is in ``state``; ``settled``: for the rest of this command."""
+        """Record that ``task`` is in ``state``; ``settled``: it stays so for the rest of this command."""
         self._planned.pop(task, None)
         task.state, task.reason, task.cause = state, reason, cause
         self._failures += settled and state == "failed"
@@ -332,7 +332,7 @@ class Controller:
             self.study.planner.settled(task.cell, state, cause)
 
     def tick(self) -> None:
-        """Show where everything is; an inline backend calls it while it works."""
+        """Update the display; the backend inline calls this while a cell runs."""
         self._show()
 
     def _show(self, *, force: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: a live table in a terminal, plain lines without one."""
+"""What the user sees while a study runs: a live table in a terminal, plain lines otherwise."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,18 +36,18 @@ class Row:
 
 
 class Display(Protocol):
-    """Shows rows and lines."""
+    """Shows the state of all cells, and single lines."""
 
     def update(self, rows: Sequence[Row], summary: str) -> None:
-        """Show where every cell is."""
+        """Show the state of every cell."""
         ...
 
     def line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a permanent line."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it is."""
+        """Stop updating; what was shown stays in the terminal."""
         ...
 
 
@@ -57,7 +57,7 @@ def make_display(console: Console) -> Display:
 
 
 def seconds_left(progress: Mapping[str, Any] | None) -> float | None:
-    """Return the time left in a stage, from the pace of this attempt; None while there is no pace yet."""
+    """Return the seconds left in a stage, from the pace of the current attempt; None while this is not known."""
     if not progress:
         return None
     step, steps = progress.get("step"), progress.get("steps")
@@ -69,7 +69,7 @@ def seconds_left(progress: Mapping[str, Any] | None) -> float | None:
 
 
 def span(seconds: float | None) -> str:
-    """Return ``seconds`` as people say it: ``45 s``, ``12 min``, ``3 h 20 min``; an empty string for None."""
+    """Return ``seconds`` as text: ``45 s``, ``12 min``, ``3 h 20 min``; an empty string for None."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -79,7 +79,7 @@ def span(seconds: float | None) -> str:
 
 
 def loss_text(progress: Mapping[str, Any]) -> str:
-    """Return the loss of a heartbeat: one number, or one per level."""
+    """Return the loss in a heartbeat as text: one number, or one per level."""
     loss = progress.get("loss")
     if loss is None:
         return ""
@@ -88,7 +88,7 @@ def loss_text(progress: Mapping[str, Any]) -> str:
 
 
 def step_text(progress: Mapping[str, Any]) -> str:
-    """Return ``120/2000``, or what is waited for."""
+    """Return the step as text, ``120/2000``, or what the stage is waiting for."""
     if progress.get("waiting"):
         return str(progress["waiting"])
     step, steps = progress.get("step"), progress.get("steps")
@@ -96,14 +96,14 @@ def step_text(progress: Mapping[str, Any]) -> str:
 
 
 class LiveDisplay:
-    """A table that is drawn again in place."""
+    """A table that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
     def update(self, rows: Sequence[Row], summary: str) -> None:
-        """Draw the table: running and failed cells first when not all fit."""
+        """Draw the table; if not all cells fit, running and failed ones have priority."""
         room = max(5, self._live.console.height - 6)
         shown = list(rows)
         if len(shown) > room:
@@ -138,7 +138,7 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """Lines: one at each change of a cell's state or stage, and one every half minute."""
+    """Prints lines: at each change of a cell's state or stage, and the progress of all cells every half minute."""
 
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -164,7 +164,7 @@ class PlainDisplay:
             ):
                 continue
             if row.state == "running" and not stage:
-                continue  # started, and not heard of yet
+                continue  # started, but without progress yet
             self.line(f"{row.name}: {stage or row.state}{': ' + row.reason if row.reason else ''}")
         if first:
             self._summarize()
@@ -187,7 +187,7 @@ class PlainDisplay:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Say where everything stands, unless that was the last word."""
+        """Print the summary, unless it was already printed last."""
         if self._summary != self._said:
             self._summarize()
 

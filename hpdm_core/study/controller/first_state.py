@@ -1,4 +1,6 @@
-"""What each cell needs when a command is given: nothing, an attempt, patience with one, or a person."""
+"""The first state of each cell in a command: decide per cell to skip, start, wait for a running job, or report a
+failure.
+"""
 
 from collections.abc import Sequence
 
@@ -12,13 +14,13 @@ from hpdm_core.study.controller.tasks import Task, jobs_in
 __all__ = ["blocked", "plan"]
 
 SETTLED: tuple[Cause, ...] = ("code error", "diverged", "out of memory", "time limit")
-"""Causes after which a later command does not try again without being asked to."""
+"""Causes after which a later command does not retry, unless ``--retry-failed`` is given."""
 BLOCKING = ("code error", "diverged", "full disk")
-"""Failures of a shared stage that would be those of every cell that needs it."""
+"""Causes for which the failure of a shared stage fails every cell that needs the stage."""
 
 
 def plan(task: Task, attempts: RunningJobs, *, retry_failed: bool, has_jobs: bool) -> bool:
-    """Bring ``task`` to its first state in this command; return whether a job of an earlier one was adopted."""
+    """Bring ``task`` to its first state in this command; return whether a job of an earlier command was adopted."""
     jobs = jobs_in(task.folder, task.cell.identity) if has_jobs else []
     task.numbers = jobs[-1].number if jobs else 0
     attempts.spending.add(jobs)
@@ -37,7 +39,7 @@ def plan(task: Task, attempts: RunningJobs, *, retry_failed: bool, has_jobs: boo
             task.state = "queued"
             attempts.add(task, steps)
             return True
-        # It ended while nobody looked: what it wrote, and what the scheduler still knows, say how.
+        # It ended while no controller ran: judge it by its files and by what the scheduler still knows.
         task.before = {}
         found.append(attempts.record(task, attempts.ended_unseen(task, steps, seen), steps))
         task.note(steps)
@@ -60,7 +62,7 @@ def plan(task: Task, attempts: RunningJobs, *, retry_failed: bool, has_jobs: boo
 
 
 def _failed_elsewhere(task: Task, steps: Sequence[Step]) -> None:
-    """A stage that failed, for this cell or another's, fails again: unless the disk was at fault."""
+    """Fail ``task`` if one of its stages failed before, in this cell or another, unless the disk was at fault."""
     for step in steps:
         failure = step.stage.failure()
         if failure is None or failure.get("passing"):
@@ -77,7 +79,7 @@ def _failed_earlier(task: Task, cause: Cause | None, reason: str) -> None:
 
 
 def blocked(task: Task, steps: Sequence[Step]) -> tuple[str, Cause] | None:
-    """Return why ``task`` cannot succeed: a stage that it shares with a cell that has failed; or None."""
+    """Return message and cause if a missing stage of ``task`` has failed in another cell that shares it, else None."""
     for step in steps:
         failure = step.stage.failure()
         if failure is None or failure.get("kind", "code error") not in BLOCKING:

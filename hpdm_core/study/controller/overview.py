@@ -1,4 +1,4 @@
-"""Where a study stands, for people: rows for the display, counts, time left, and index.csv."""
+"""The state of a study for the user: rows for the display, counts, time left, and index.csv."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ from hpdm_core.study.controller.tasks import Task
 __all__ = ["Overview", "detached", "index_row", "interrupted", "shortfalls", "summary"]
 
 SHARE = 20.0
-"""What costs t seconds is not done again before 20 t have passed: thousands of rows are shown less often."""
+"""After an update that took t seconds, the next comes 20 t later at the earliest: a large study updates less often."""
 
 
 class Overview:
-    """Shows ``tasks`` and keeps index.csv in ``folder``. ``others`` are cells that the command leaves alone."""
+    """Shows ``tasks`` and writes index.csv in ``folder``. ``others`` are cells that the command does not run."""
 
     def __init__(
         self, folder: Path, tasks: Sequence[Task], *, others: Sequence[Cell], display: Display
@@ -29,7 +29,7 @@ class Overview:
         self.tasks = tasks
         self.display = display
         self.listed: Callable[[], Iterable[tuple[Sequence[str], str]]] | None = None
-        """What index.csv lists instead of the tasks."""
+        """Returns the rows that index.csv lists instead of the tasks, and their states; None lists the tasks."""
         self._others = [(cell, "planned" if cell.missing() else "done") for cell in others]
         self._next_show = self._next_write = float("-inf")
         self._changed = True
@@ -37,7 +37,7 @@ class Overview:
         self._keys: dict[str, list[str]] = {}
 
     def changed(self, task: Task) -> None:
-        """Take note that a task has another state."""
+        """Note that the state of ``task`` has changed."""
         self._changed = True
         if task.state == "done" and task.seconds is not None:
             self._spent.append(task.seconds)
@@ -45,8 +45,9 @@ class Overview:
     def show(
         self, progress: Mapping[Task, Mapping[str, Any]], *, slots: int, now: float, force: bool = False
     ) -> None:
-        """Show where everything is; ``progress`` holds the heartbeats of running tasks, ``now`` is the
-        controller's time.
+        """Show the state of all cells. ``progress``: heartbeats of running tasks; ``now``: the controller's time.
+
+        Does nothing shortly after a slow update, unless ``force`` is set.
         """
         begin = time.perf_counter()
         if not force and begin < self._next_show:
@@ -69,7 +70,7 @@ class Overview:
         self._next_show = end + SHARE * (end - begin) if len(rows) > 100 else end
 
     def _time_left(self, rows: Sequence[Row], slots: int, now: float) -> float | None:
-        """Estimate from the cells finished in this command; while there are none, from the running stages."""
+        """Estimate the seconds left from the cells finished in this command, or before any has, from running stages."""
         waiting = sum(task.state in ("planned", "queued") for task in self.tasks)
         running = [task for task in self.tasks if task.state == "running"]
         if not running and not waiting:
@@ -124,7 +125,7 @@ def summary(counts: Mapping[Any, int], total: int) -> str:
 
 
 def interrupted(tasks: Sequence[Task], again: str) -> list[str]:
-    """Return the last words after Ctrl-C."""
+    """Return the lines shown at the end after Ctrl-C."""
     done = sum(task.state == "done" for task in tasks)
     return [
         f"interrupted: {done} of {len(tasks)} cells done, and nothing of the work is lost.",
@@ -133,7 +134,7 @@ def interrupted(tasks: Sequence[Task], again: str) -> list[str]:
 
 
 def detached(under_way: int, left: int, again: str) -> list[str]:
-    """Return the last words of a command that leaves its jobs alone."""
+    """Return the lines shown at the end of a command with ``--detach``."""
     more = f"; {left} more are submitted when the command is given again" if left else ""
     return [
         f"submitted: {under_way} cells are queued or running{more}.",
@@ -142,7 +143,7 @@ def detached(under_way: int, left: int, again: str) -> list[str]:
 
 
 def shortfalls(tasks: Sequence[Task]) -> list[str]:
-    """Return a line for each cell that ended without its results, and where to look."""
+    """Return lines for each cell that ended without its results: why, and where its log is."""
     lines = []
     for task in tasks:
         if task.state in ("failed", "interrupted", "cancelled") and task.cause != "pruned":

@@ -1,7 +1,7 @@
-"""What decides, while a study runs, which cells come next: the interface that a search follows.
+"""The interface of a planner, which adds and ends cells while a study runs; a search is one.
 
-A planner is asked once per round which cells come next and which running ones are to end; a search is one.
-The controller calls ``settled`` exactly once per cell and command.
+In each round the controller asks the planner which cells come next and which running ones are to end. It calls
+``settled`` exactly once per cell and command.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ __all__ = ["Planner"]
 
 
 class Planner(Protocol):
-    """Decides while the study runs."""
+    """Adds and ends cells while the study runs."""
 
     def begin(self, storage: Storage) -> None:
-        """Take up what an earlier command left in the ledger's storage; called first, under the study's lock."""
+        """Load what an earlier command left in the ledger's storage; called first, under the study's lock."""
         ...
 
     def rows(self) -> Iterable[tuple[Sequence[str], str]]:
-        """Return index.csv's rows, without their state, and their states: what the study is to compare."""
+        """Return (row without its state, state) for each row of index.csv: the cells that the study compares."""
         ...
 
     def next(self, free: int) -> Sequence[Cell]:
-        """Return cells to add to the study now; ``free`` is how many could start at once. With 0, asked once before
-        anything else, those that an earlier command may have left running.
+        """Return cells to add to the study now; ``free`` is how many could start at once.
+
+        Called once with 0 before anything else, to get the cells that an earlier command may have left running.
         """
         ...
 
@@ -39,7 +40,7 @@ class Planner(Protocol):
         ...
 
     def settled(self, cell: Cell, state: State, cause: Cause | None) -> None:
-        """Take note that ``cell`` is in a closed state and will not be tried again in this command."""
+        """Note that ``cell`` is in a closed state and will not be tried again in this command."""
         ...
 
     def finished(self) -> bool:

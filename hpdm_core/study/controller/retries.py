@@ -1,14 +1,13 @@
-"""What follows when an attempt ended without its results, by class of failure; and a study's budgets.
+"""Whether and how a cell is retried when its job ended without its results.
 
-| cause                         | what follows                                                                |
+| cause                         | retry                                                                       |
 |-------------------------------|-----------------------------------------------------------------------------|
-| lost node, preempted          | always again, from the newest checkpoint                                    |
-| out of memory                 | again with half as much at a time (see `smaller`), until that is one;       |
-|                               | while evaluating once                                                       |
-| time limit                    | again while each attempt gets further than the one before                   |
-| never started                 | three times again: a node that starts nothing is the cluster's affair       |
-| code error, diverged          | never without ``--retry-failed``: the same again would end the same way     |
-| killed, cancelled, full disk  | not in this command: somebody, or the disk, said so; the next one goes on   |
+| lost node, preempted          | always, from the newest checkpoint                                          |
+| out of memory                 | with half the batch (see `smaller`), until that is 1; once in an evaluation |
+| time limit                    | while each job gets further than the one before                             |
+| never started                 | until three jobs in a row have not started                                  |
+| code error, diverged          | only with ``--retry-failed``: the same job would fail again                 |
+| killed, cancelled, full disk  | by the next command, not in this one                                        |
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,19 +31,19 @@ PAUSE_DOUBLINGS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the controller made of an attempt, as its ``outcome.json`` keeps it."""
+    """The controller's record of an ended job, stored in the job's ``outcome.json``."""
 
     state: str
     cause: Cause | None
     reason: str
     begun: Mark
-    """How far the cell was when the attempt was submitted, see `hpdm_core.cell.mark.mark_of`."""
+    """How far the cell was when the job was submitted, see `hpdm_core.cell.mark.mark_of`."""
     reached: Mark
-    """How far it was at its end."""
+    """How far the cell was when the job ended."""
     stage: Kind | None = None
-    """What it worked on when it ended without its results."""
+    """The stage that the job worked on when it ended without its results."""
     smaller: Mapping[str, int] = field(default_factory=dict)
-    """Settings of ``runtime:`` that it was given because an earlier one ran out of memory."""
+    """Settings of ``runtime:`` that the job was given because an earlier one ran out of memory."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain form that `read` understands."""
@@ -94,9 +93,9 @@ def try_again(outcomes: Sequence[Outcome]) -> bool:
 
 
 def pause(outcomes: Sequence[Outcome]) -> float:
-    """Return the seconds to wait before a cell is tried again: none, unless it gets nowhere twice in a row.
+    """Return the seconds to wait before a cell is tried again: 0 unless two jobs in a row made no progress.
 
-    One that ran out of memory is not tried again as it was.
+    A job that ran out of memory ends this count, because the next one runs with smaller settings.
     """
     stuck = 0
     for each in reversed(outcomes):
@@ -107,7 +106,7 @@ def pause(outcomes: Sequence[Outcome]) -> float:
 
 
 def refusal(outcomes: Sequence[Outcome]) -> str:
-    """Return what to add to the last reason when `try_again` says no, for people."""
+    """Return text for the user to append to the last reason when the cell is not tried again."""
     last = outcomes[-1]
     if last.cause == "out of memory":
         also = f" also with {told(last.smaller)}" if last.smaller else ""
@@ -129,17 +128,17 @@ WORDS = {
 
 
 def told(settings: Mapping[str, int]) -> str:
-    """Return settings that `smaller` gave, for people."""
+    """Return the settings from `smaller` as text for the user."""
     return " and ".join(WORDS[name].format(number) for name, number in settings.items())
 
 
 def smaller(spec: Mapping[str, Any], stage: Kind | None) -> dict[str, int] | None:
-    """Return settings of ``runtime:`` that take less memory than those of ``spec``, an attempt's; None for none.
+    """Return settings of ``runtime:`` that take less memory than those of a job's ``spec``; None if nothing is left.
 
-    ``stage`` is where it ran out. In training half of what one process takes through the network at once: of its
-    share of the batch, or of ``micro_batch`` where that is less; the global batch stays, the trainer sums as many
-    micro-batches as it takes. In sampling half of the tiles that go through the network together, and once that
-    is one, half of the videos. An evaluation may sample too: half of both. No key depends on any of them.
+    ``stage`` is the stage that ran out of memory. In training, ``micro_batch`` becomes half of what one process takes
+    through the network at once: its share of the batch, or ``micro_batch`` where that is less. The global batch stays
+    the same: the trainer accumulates over more micro-batches. In sampling, ``tile_batch`` is halved, and once that is
+    1, ``sample_batch``. In an evaluation, which may sample too, both are halved. No key depends on these settings.
     """
     config = spec.get("config")
     if not isinstance(config, Mapping) or "training" not in config:
@@ -161,7 +160,7 @@ def _half(name: str, number: int) -> dict[str, int] | None:
 
 
 def _tiles(config: Mapping[str, Any]) -> int:
-    """Return the tiles of the finest level, which has most."""
+    """Return the number of tiles of the finest level, which has the most."""
     from hpdm_core.pyramid import Pyramid
 
     model = config["model"]
@@ -171,7 +170,7 @@ def _tiles(config: Mapping[str, Any]) -> int:
 
 
 def with_runtime(spec: Mapping[str, Any], settings: Mapping[str, int]) -> dict[str, Any]:
-    """Return ``spec`` with ``settings`` of ``runtime:`` where its own are larger; it notes them."""
+    """Return ``spec`` with each setting of ``runtime:`` lowered to that in ``settings``, and noted in ``smaller``."""
     if not settings:
         return dict(spec)
     config = spec["config"]

@@ -1,4 +1,4 @@
-"""Jobs that another controller started, perhaps through another backend: each is asked through its own."""
+"""Poll and cancel each job through the backend that started it, which may be that of an earlier command."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ __all__ = ["BackendRouter", "end_jobs", "end_strangers"]
 POLL_SECONDS = 0.05
 
 LEGACY = {"launcher": "local", "slurm": "slurm"}
-"""What job.json held -> the backend, for jobs whose spec does not name it: those of versions before 2026-11-27."""
+"""Key in job.json -> backend, for jobs of versions before 2026-11-27, whose spec does not name the backend."""
 
 
 class BackendRouter:
-    """The backend ``name`` for its own jobs, and others, built by ``other``, for jobs that an earlier command started
-    through them.
+    """Uses ``backend``, called ``name``, for its own jobs. ``other`` builds, by name, the backends of jobs that an
+    earlier command started through another one.
     """
 
     def __init__(self, backend: Backend, *, name: str, other: Callable[[str], Backend]) -> None:
@@ -29,7 +29,7 @@ class BackendRouter:
         self._names: dict[str, str] = {}
 
     def own(self, job: Job) -> None:
-        """Take note that ``job`` is started through this command's backend."""
+        """Note that ``job`` is started through this command's backend."""
         self._names[job.id] = self._name
 
     def of(self, job: Job) -> Backend:
@@ -51,7 +51,7 @@ class BackendRouter:
         return list(groups.values())
 
     def poll(self, jobs: Sequence[Job]) -> dict[str, SchedulerStatus]:
-        """Return job id -> what its scheduler knows."""
+        """Return job id -> what its scheduler says."""
         found: dict[str, SchedulerStatus] = {}
         for backend, some in self._grouped(jobs):
             found.update(backend.poll(some))
@@ -64,7 +64,7 @@ class BackendRouter:
 
 
 def end_jobs(router: BackendRouter, jobs: Sequence[Job], *, clock: Clock, grace: float | None = None) -> None:
-    """End jobs: first as Ctrl-C would, and after ``grace`` seconds, or at a second Ctrl-C, for good."""
+    """Ask the jobs to end; kill those left after ``grace`` seconds, or at a second Ctrl-C."""
     left = list(jobs)
     if not left:
         return
@@ -83,7 +83,7 @@ def end_jobs(router: BackendRouter, jobs: Sequence[Job], *, clock: Clock, grace:
 def end_strangers(
     jobs: Path, wanted: Collection[str], router: BackendRouter, *, clock: Clock, say: Callable[[str], None]
 ) -> None:
-    """End what runs below the folder ``jobs`` for cells that are not among the ``wanted``."""
+    """End the running jobs below the folder ``jobs`` whose cells are not among the ``wanted``."""
     folders = [path for path in jobs.iterdir() if path.name not in wanted]
     newest = [job for path in folders for job in jobs_in(path, path.name)[-1:]]
     candidates = [job for job in newest if Outcome.read(job) is None]
@@ -95,7 +95,7 @@ def end_strangers(
 
 
 def _named(job: Job) -> str:
-    """Return the name of the backend that ``job`` was given to, as far as its files say."""
+    """Return the name of the backend of ``job`` from its files, or an empty string."""
     spec = read_json(job.spec) or {}
     if "backend" in spec:
         return str(spec["backend"])

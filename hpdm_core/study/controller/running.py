@@ -1,4 +1,4 @@
-"""The attempts that are under way: what is known of each, and what it comes to."""
+"""The jobs under way: collects what is known of each, judges its state, and records its outcome."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ __all__ = ["RunningJobs"]
 LOW_DISK_BYTES = 1 << 20
 FULL_DISK = "the disk is full; free some space and give the same command again"
 LINGER_SECONDS = 30.0
-"""A worker whose heart stopped so long ago, and which is still there, has its files looked at."""
+"""If a worker's heartbeat has stopped for so long, its results are looked at although its process still exists."""
 
 
 class RunningJobs:
-    """Attempts under way, by job id. Liveness is judged on ``clock``; heartbeats are counted in ``spending``."""
+    """Jobs under way, by job id. Silence is measured on ``clock``; heartbeats are counted in ``spending``."""
 
     def __init__(self, router: BackendRouter, *, clock: Clock, spending: Spending) -> None:
         self.router = router
@@ -32,7 +32,7 @@ class RunningJobs:
         self.spending = spending
         self.tasks: dict[str, Task] = {}
         self.progress: dict[Task, Mapping[str, Any]] = {}
-        """The newest heartbeat of each."""
+        """The newest heartbeat of each task."""
         self._watch = Watch(clock.monotonic)
         self._unanswered: dict[str, float] = {}
 
@@ -41,14 +41,14 @@ class RunningJobs:
         return [task.job for task in self.tasks.values() if task.job is not None]
 
     def add(self, task: Task, steps: Sequence[Step]) -> None:
-        """Take ``task`` up, whose job is to make ``steps``."""
+        """Add ``task``, whose job is to compute ``steps``."""
         assert task.job is not None, f"{task.cell.name} has a job"
         self.tasks[task.job.id] = task
         task.shared = shared_stages(steps)
         task.started = self.clock.monotonic()
 
     def drop(self, task: Task) -> None:
-        """Let go of ``task``, whose job is over."""
+        """Remove ``task``, whose job is over."""
         assert task.job is not None, f"{task.cell.name} has a job"
         self.tasks.pop(task.job.id, None)
         self._unanswered.pop(task.job.id, None)
@@ -57,7 +57,7 @@ class RunningJobs:
         task.job = None
 
     def judged(self, task: Task, seen: SchedulerStatus) -> JobStatus:
-        """Return what the attempt of ``task`` is, given what its scheduler says."""
+        """Return the status of the job of ``task``, given what its scheduler says."""
         assert task.job is not None, f"{task.cell.name} has a job"
         now = self.clock.monotonic()
         files = self._files(task)
@@ -66,21 +66,21 @@ class RunningJobs:
         else:
             unanswered = 0.0
             self._unanswered.pop(task.job.id, None)
-        # Results are many files: they are looked at when something says that there is something to see.
+        # Results are many files: look at them only when there is a sign that the job has ended.
         look = seen.phase == "over" or files["silent"] > LINGER_SECONDS or files["ended"] is not None
         steps = task.cell.missing() if look else []
         done = look and not steps
         error = task.error(steps) if look and not done else None
         if seen.phase == "waiting":
-            error = None  # requeued: what it wrote before is of its run before
+            error = None  # requeued: the error is from before
         return judge(Evidence(done=done, error=error, unanswered=unanswered, seen=seen, **files))
 
     def ended_unseen(self, task: Task, steps: Sequence[Step], seen: SchedulerStatus) -> JobStatus:
-        """Return what an attempt came to that ended while there was no controller."""
+        """Return the status of a job that ended while there was no controller."""
         return judge(Evidence(done=False, error=task.error(steps), seen=seen, **self._files(task)))
 
     def _files(self, task: Task) -> dict[str, Any]:
-        """Return what the attempt's own files say: started, silent, ended."""
+        """Return what the job's own files say: started, silent, ended (see `Evidence`)."""
         job = task.job
         assert job is not None, f"{task.cell.name} has a job"
         beat = read_json(job.folder / "heartbeat.json")
@@ -91,7 +91,7 @@ class RunningJobs:
         return {"started": beat is not None, "silent": silent, "ended": read_json(job.folder / "end.json")}
 
     def settle(self, task: Task, status: JobStatus, steps: Sequence[Step]) -> tuple[JobStatus, Outcome]:
-        """Close the attempt of ``task``, with ``steps`` still missing; return what it came to in the end."""
+        """Close the job of ``task``, with ``steps`` still missing; return its final status and its outcome."""
         if task.pruned and status.state != "done":
             status = JobStatus(state="cancelled", over=True, cause="pruned", reason=task.pruned)
         if status.cause == "killed":
@@ -104,7 +104,7 @@ class RunningJobs:
         return status, outcome
 
     def record(self, task: Task, status: JobStatus, steps: Sequence[Step]) -> Outcome:
-        """Write what became of the attempt into its folder."""
+        """Write the outcome of the job into its folder, and return it."""
         job = task.job
         assert job is not None, f"{task.cell.name} has a job"
         said = (task.error(steps) or {}).get("stage")
@@ -114,7 +114,7 @@ class RunningJobs:
             reason=status.reason,
             begun=task.begun or list((read_json(job.spec) or {}).get("begun", [])),
             reached=mark_of(task.cell) if steps else [],
-            # Killed without a word it was at the first stage that is missing: they are done in order.
+            # A killed job reports no stage: it was at the first missing one, since stages run in order.
             stage=said or (steps[0].stage.kind if steps else None),
             smaller=task.smaller,
         )

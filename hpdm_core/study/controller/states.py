@@ -1,17 +1,17 @@
-"""The states of a cell, why an attempt ended, and the one function that decides between them.
+"""The states of a cell, and the one function, `judge`, that decides the state and why a job ended.
 
     planned -> queued -> running -> done
                   ^         |  \\-> failed (cause)
                   |         |  \\-> cancelled
                   \\---- interrupted                 (it goes on: in this command or with the next one)
 
-A state is judged from evidence of three kinds, in this order: what the worker has written (results, its error,
-its last word), whether the worker's heartbeat counter moves, and what the scheduler says. None of them is
-believed alone: a job that the queue has forgotten and that still beats is running; a job that the queue calls
-running and that has written its results is done; a queue that does not answer is no sign of life.
+A state is judged from three kinds of evidence, in this order: what the worker has written (results, error.json,
+end.json), whether the worker's heartbeat counter moves, and what the scheduler says. None of them is believed alone:
+a job that the queue no longer lists but whose heartbeat moves is running; a job that the queue calls running but that
+has written its results is done; a queue that does not answer is not evidence that the job is alive.
 
-No clock of another host is ever read: a heartbeat is a counter, and silence is measured on our own monotonic
-clock.
+Clocks of other hosts are never read: a heartbeat is a counter, and silence is measured on the controller's own
+monotonic clock.
 """
 
 from collections.abc import Mapping
@@ -26,37 +26,38 @@ __all__ = ["CLOSED", "OPEN", "Evidence", "JobStatus", "State", "judge"]
 State = Literal["planned", "queued", "running", "interrupted", "done", "failed", "cancelled"]
 
 OPEN: tuple[State, ...] = ("planned", "queued", "running")
-"""States in which the controller still has something to wait for or to do."""
+"""States in which the controller still has to start the cell or wait for its job."""
 CLOSED: tuple[State, ...] = ("interrupted", "done", "failed", "cancelled")
 
 SILENT_SECONDS = 60.0
-"""After so long without a change of its counter a worker whom the scheduler has given up counts as dead."""
+"""A worker that the scheduler calls over without certainty counts as dead after so long without a heartbeat."""
 UNANSWERED_SECONDS = 600.0
-"""After so long without an answer from the scheduler, and without a beat, an attempt counts as lost."""
+"""A job without a heartbeat counts as lost after so long without an answer from the scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that is known of an attempt at a moment."""
+    """All that is known of a job at one moment."""
 
     done: bool
-    """Whether every result of the cell is there."""
+    """Whether every result of the cell exists."""
     started: bool = False
-    """Whether its worker has said who it is."""
+    """Whether its worker has written a heartbeat."""
     error: Mapping[str, Any] | None = None
-    """What it wrote when it failed: ``kind`` (a `Cause`), ``message``, ``passing``."""
+    """Content of error.json if it failed: ``kind`` (a `Cause`), ``message``, ``passing``."""
     ended: Mapping[str, Any] | None = None
-    """The worker's last word when it ended otherwise: ``cause``, ``requeued``."""
+    """Content of end.json if a signal ended it: ``cause``, ``requeued``."""
     silent: float = 0.0
-    """Seconds, on our own clock, since its counter last moved or since it was first looked at."""
+    """Seconds, on the controller's clock, since its heartbeat counter last moved or was first read."""
     unanswered: float = 0.0
-    """Seconds, on our own clock, for which the scheduler has not answered."""
+    """Seconds, on the controller's clock, for which the scheduler has not answered."""
     seen: SchedulerStatus
+    """What the scheduler says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """What an attempt is. ``over``: it is settled, and nothing of it is to be waited for."""
+    """What the controller concludes of a job. ``over``: the job has ended; unless it is done, ``cause`` says why."""
 
     state: State
     over: bool = False
@@ -65,12 +66,12 @@ class JobStatus:
 
 
 def judge(evidence: Evidence) -> JobStatus:
-    """Return what `evidence` says."""
+    """Return the status that follows from ``evidence``."""
     seen = evidence.seen
     if evidence.done:
         return JobStatus(state="done", over=True)
     kind = str((evidence.error or {}).get("kind", "code error"))
-    # Of several processes one saw that another was gone: the scheduler may know why.
+    # "lost node" from one of several processes means only that another is gone: the scheduler may know why.
     explained = kind == "lost node" and seen.phase == "over" and seen.cause is not None
     if evidence.error is not None and not explained:
         cause: Cause = kind if kind in get_args(Cause) else "code error"  # type: ignore[assignment]
@@ -83,10 +84,10 @@ def judge(evidence: Evidence) -> JobStatus:
     recent = evidence.ended is None and evidence.silent < SILENT_SECONDS
     beats = evidence.started and recent
     if seen.phase == "over":
-        if not seen.certain and recent:  # it may live on, or come back
+        if not seen.certain and recent:  # it may still run, or be requeued
             return JobStatus(state="running" if evidence.started else "queued", reason=seen.word)
         return _ended(evidence)
-    # No answer. A beating worker is at work; a silent one, or a job that waits, is given time.
+    # The scheduler does not answer: wait while the heartbeat moves, and otherwise up to UNANSWERED_SECONDS.
     if evidence.ended is not None and not evidence.ended.get("requeued"):
         return _ended(evidence)
     if beats or evidence.unanswered < UNANSWERED_SECONDS:
@@ -101,7 +102,7 @@ def judge(evidence: Evidence) -> JobStatus:
 
 
 def _ended(evidence: Evidence) -> JobStatus:
-    """What an attempt without results and without an error is, once it is over."""
+    """Return the status of a job that is over, without results and without an error."""
     seen, ended = evidence.seen, evidence.ended or {}
     said = ended.get("cause")
     cause: Cause = seen.cause or (said if said in get_args(Cause) else None) or "killed"
@@ -116,7 +117,7 @@ def _ended(evidence: Evidence) -> JobStatus:
         "lost node": "its node was lost",
         "preempted": "preempted",
         "never started": "its worker never started",
-        "killed": f"its worker ended without a word (killed{by}, or out of memory)",
+        "killed": f"its worker exited without reporting a result (killed{by}, or out of memory)",
         "cancelled": "cancelled",
     }.get(cause, cause)
     if seen.word:

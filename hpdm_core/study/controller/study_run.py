@@ -1,4 +1,4 @@
-"""What one command is to do with a study: all that its controller is told, besides where cells run."""
+"""What one command does with a study: the controller's input, besides the backend."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class StudyRun:
     name: str
     folder: Path
     cells: Sequence[Cell]
-    """What is to be run."""
+    """The cells to run."""
     others: Sequence[Cell] = ()
-    """Cells of the study that this command leaves alone (``--only``): their workers are not ended."""
+    """Cells of the study that this command does not run (``--only``); their workers are not ended."""
     backend: str
-    """The name of the backend, which each job's spec keeps."""
+    """The name of the backend; written to each job's spec."""
     other_backend: Callable[[str], Backend]
-    """Builds a backend by its name, to ask for jobs that an earlier command started through it."""
+    """Builds a backend by name, to poll and cancel jobs that an earlier command started through it."""
     source: str = ""
-    """What the folder keeps as study.yaml."""
+    """The text of study.yaml in the study's folder."""
     storage: str | None = None
     """URL of the ledger's storage; None for a journal beside the results."""
     budget: Budget = field(default_factory=Budget)
@@ -39,10 +39,10 @@ class StudyRun:
     detach: bool = False
     """Whether the command submits what may be submitted and returns."""
     again: str = ""
-    """The command that goes on, for people."""
+    """The command line to show to the user for going on."""
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Changes a cell's spec before it is submitted (frozen code)."""
     report: Callable[[Path], str] | None = None
-    """Called with the folder at the end; returns text to show."""
+    """Called with the study's folder at the end; returns text to show."""
     planner: Planner | None = None
     """Adds and ends cells while the study runs."""

@@ -1,6 +1,6 @@
-"""A cell in the controller's hands, and the folders of its attempts.
+"""A cell as the controller handles it, and the folders of its jobs.
 
-jobs/<cell>/<number>/     one attempt, see `hpdm_core.study.backends.interface`
+jobs/<cell>/<number>/     one job, see `hpdm_core.study.backends.interface`
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,46 +25,49 @@ TAIL_BYTES = 4096
 
 @dataclass(eq=False)
 class Task:
-    """One cell in the controller's hands."""
+    """One cell as the controller handles it."""
 
     cell: Cell
     folder: Path
-    """Where its attempts are."""
+    """The folder of its jobs."""
     state: State = "planned"
     cause: Cause | None = None
     reason: str = ""
     job: Job | None = None
-    """The attempt that is under way."""
+    """The job under way."""
     numbers: int = 0
-    """Attempts so far, over all commands."""
+    """Number of jobs so far, over all commands."""
     outcomes: list[Outcome] = field(default_factory=list)
-    """Of earlier attempts, oldest first; `hpdm_core.study.controller.retries` decides by them."""
+    """Outcomes of earlier jobs, oldest first; `hpdm_core.study.controller.retries` decides by them."""
     begun: Mark = field(default_factory=list)
+    """How far the cell was when its newest job was written."""
     shared: frozenset[Path] = frozenset()
-    """Stages that the attempt is to make and that another cell might want too."""
+    """Folders of the stages that the job computes and that other cells may need too."""
     before: dict[Path, int] = field(default_factory=dict)
-    """Number of the newest attempt at each missing stage before this command, or before the last retry."""
+    """Folder of each missing stage -> number of its newest attempt before this command, or before the last retry."""
     forgiven: bool = False
-    """Whether what failed before does not count: it is tried again."""
+    """Whether earlier failures are ignored, so that the cell is tried again."""
     pruned: str = ""
-    """Why it was asked to end."""
+    """Why the planner ended it; empty if it did not."""
     smaller: dict[str, int] = field(default_factory=dict)
-    """Settings of ``runtime:`` given by a retry after it ran out of memory."""
+    """Settings of ``runtime:`` for retries after it ran out of memory."""
     not_before: float = float("-inf")
+    """Time of the controller's clock before which it is not retried."""
     started: float = 0.0
+    """Time of the controller's clock when its job was started or adopted."""
     seconds: float | None = None
-    """How long it took in this command."""
+    """Duration of its last job in this command."""
     tail: str = ""
-    """The last lines of its log, where it ended without a word."""
+    """The last lines of its log, if its worker exited without reporting a result."""
 
     @property
     def entry(self) -> LedgerCell:
-        """What the ledger writes down."""
+        """The cell as the ledger records it."""
         return LedgerCell(identity=self.cell.identity, arm=self.cell.arm, seed=self.cell.seed)
 
     @property
     def log(self) -> Path:
-        """Where to look: the log of the newest attempt at what is missing, or the newest job's folder."""
+        """The log of the newest attempt at a missing stage, or the log folder of the newest job."""
         for step in self.cell.missing():
             attempts = step.stage.attempts()
             if attempts and (attempts[-1] / "log.txt").exists():
@@ -73,13 +76,13 @@ class Task:
 
     @property
     def work(self) -> float:
-        """Seconds of work in its stages, once all are done."""
+        """Seconds of work in its stages, once all are done; 0 before."""
         if self.state != "done":
             return 0.0
         return float(sum(result.get("wall_seconds", 0.0) for result in self.cell.results().values()))
 
     def take_up(self, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None, *, backend: str) -> Job:
-        """Begin another job for ``backend``: write its spec, which ``prepare`` may change, and return it."""
+        """Make a new job for ``backend``: write its spec, which ``prepare`` may change, and return the job."""
         number = self.numbers + 1
         job = Job(cell=self.cell.identity, number=number, folder=self.folder / str(number))
         spec = with_runtime(self.cell.spec(), self.smaller)
@@ -95,13 +98,13 @@ class Task:
         return job
 
     def note(self, steps: Sequence[Step]) -> None:
-        """Take the newest attempts at the missing ``steps`` for what was there before."""
+        """Record the newest attempts at the missing ``steps``, so that later ones can be told from them."""
         self.before = {step.stage.folder: step.stage.newest() for step in steps}
 
     def stage_progress(self) -> Mapping[str, Any]:
-        """Return the heartbeat of the first missing stage, for jobs in this process, which have none of their own.
+        """Return the heartbeat of the first missing stage, for jobs in this process, which write none themselves.
 
-        Unclaimed, a stage's newest heartbeat is that of an attempt that has ended.
+        Empty while no process holds the stage's lease: its newest heartbeat is then that of an ended attempt.
         """
         for step in self.cell.missing()[:1]:
             if step.stage.holder() is not None:
@@ -109,7 +112,7 @@ class Task:
         return {}
 
     def error(self, steps: Sequence[Step]) -> Mapping[str, Any] | None:
-        """Return what the attempt under way, or one at its missing stages since it began, wrote when it failed."""
+        """Return the error of the job under way, or of a newer attempt at a missing stage than `note` recorded."""
         own = None if self.job is None else read_json(self.job.folder / "error.json")
         if own is not None:
             return own
@@ -122,7 +125,7 @@ class Task:
 
 
 def jobs_in(folder: Path, cell: str) -> list[Job]:
-    """Return the attempts at ``cell`` in its folder, oldest first."""
+    """Return the jobs of ``cell`` in its folder, oldest first."""
     try:
         numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     except (FileNotFoundError, NotADirectoryError):
@@ -131,12 +134,12 @@ def jobs_in(folder: Path, cell: str) -> list[Job]:
 
 
 def shared_stages(steps: Sequence[Step]) -> frozenset[Path]:
-    """Return the stages that other cells may want too: two cells that need one model never train it twice."""
+    """Return the stages that other cells may need too; two cells that need one model never train it twice."""
     return frozenset(step.stage.folder for step in steps if step.stage.kind != "evaluations")
 
 
 def last_lines(path: Path, job: Job | None) -> str:
-    """Return the last lines of the log ``path``, or else of what ``job`` printed."""
+    """Return the last lines of the log ``path``, or if it is empty or missing, of the output of ``job``."""
     candidates = [path]
     if job is not None:
         data = read_json(job.folder / "job.json") or {}

@@ -1,12 +1,11 @@
-"""A journal file as Optuna reads and writes it, with many records per write.
+"""Optuna's journal file format, written many records at a time.
 
-Optuna's own `JournalFileBackend` takes its lock, writes and waits for the disk at every single record, and
-looks for the end of the file from its start whenever somebody else wrote there. A controller of thousands of
-cells writes thousands of records at a time: within `JournalFile.batch` they are kept, readable for this
-process, and reach the disk in one write at the end of the block. A kill within the block leaves a whole
-prefix of them, and at most one torn line.
+Optuna's own `JournalFileBackend` takes its lock, writes and syncs to disk for every single record, and rereads the
+file from its start whenever another process has written to it. A controller of thousands of cells writes thousands of
+records at a time. Within `JournalFile.batch`, records are buffered (this process can read them) and reach the disk in
+one write at the end of the block. A kill during that write leaves the first records complete and at most one torn line.
 
-Not here: what to do with a damaged file (`hpdm_core.study.ledger.ledger`).
+`hpdm_core.study.ledger.ledger` handles a damaged file.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ Record = dict[str, Any]
 class JournalFile(BaseJournalBackend):
     """The records of ``path``, for one reader (an Optuna `JournalStorage`).
 
-    Other processes may append between this one's writes, as a dashboard does: the lock file is Optuna's.
+    Other processes, such as a dashboard, may append between this one's writes: the lock file is Optuna's.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = JournalFileSymlinkLock(str(path))
         self._count = 0
-        """Records that were read, or written from a batch; the next one begins at byte ``_offset``."""
+        """How many records were read, or written from a batch; the next one begins at byte ``_offset``."""
         self._offset = 0
         self._held: list[Record] | None = None
-        """Records of the open batch, None outside."""
+        """Records of the open batch; None outside a batch."""
         self._whole = False
-        """Whether, in the open batch, the file was read to its end."""
+        """Whether the file has been read to its end since the open batch began."""
         path.open("ab").close()
 
     def read_logs(self, log_number_from: int) -> Iterable[Record]:
@@ -66,10 +65,10 @@ class JournalFile(BaseJournalBackend):
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Write what is appended within the block at its end, in one go. Batches may stand in one another.
+        """Write all records appended within the block in one write at its end. Batches may be nested.
 
-        An exception in the block loses nothing that was appended before it. Raises OSError when the disk is
-        full.
+        After an exception in the block, the records appended before it are still written. Raises OSError when the
+        disk is full.
         """
         if self._held is not None:
             yield
@@ -87,7 +86,7 @@ class JournalFile(BaseJournalBackend):
             finally:
                 with contextlib.suppress(
                     RuntimeError
-                ):  # someone thought that we were dead, and has broken it
+                ):  # another process took this one for dead and removed the lock
                     self._lock.release()
 
     def _write(self, records: list[Record]) -> None:

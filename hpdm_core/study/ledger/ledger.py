@@ -1,13 +1,13 @@
-"""The ledger: one Optuna trial per cell, an index for people and dashboards. The store stays the truth.
+"""The ledger: one Optuna trial per cell, as an index for people and dashboards. The store decides what is done.
 
-Trials carry attributes only (cell, arm, seed, state), no parameters, so that arms can be added later; the trials of
-a search stand in studies of their own beside them (`hpdm_core.study.search.search`). A cell that is run again after
-a failure gets a new trial with ``retry_of``. The trial's value is the seconds of work in its stages. The controller
-is the only writer, under its lock: what it has written it knows, so a change costs the same whether the study has
-ten cells or ten thousand. Within `Ledger.batch` changes are written together.
+Trials carry attributes only (cell, arm, seed, state) and no parameters, so that arms can be added later. The trials
+of a search are in Optuna studies of their own (`hpdm_core.study.search.search`). A cell that is run again after a
+failure gets a new trial with ``retry_of``. The trial's value is the seconds of work in its stages. The controller is
+the only writer, under its lock, and keeps the records in memory, so a change costs the same with ten cells as with
+ten thousand. Within `Ledger.batch` changes are written together.
 
-Not here: Optuna's ask and tell, which look through all trials at each call, and its heartbeats (the leases of the store
-are that).
+The ledger uses neither Optuna's ask and tell, which read all trials at each call, nor its heartbeats: the store's
+leases take their place.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ __all__ = ["Ledger", "LedgerCell", "State", "mend_journal"]
 State = Literal["planned", "waiting", "queued", "running", "interrupted", "done", "failed", "cancelled"]
 
 CHUNK = 500
-"""Cells that are written together when a command begins: a kill in a long beginning loses no more."""
+"""How many cells are written together when a command begins; a kill in between loses at most so many."""
 
 TRIAL_STATES: Mapping[State, str] = {
     "planned": "WAITING",
@@ -47,12 +47,12 @@ PLAIN_STATES: Mapping[str, State] = {
     "FAIL": "failed",
     "PRUNED": "cancelled",
 }
-"""What a trial's state says of its cell when the trial says no more."""
+"""Name of a trial's state -> the cell's state, unless the trial's attribute ``state`` says more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerCell:
-    """What the ledger knows of a cell: its hash, where it stands in the design."""
+    """A cell in the ledger: its hash, its arm and its seed."""
 
     identity: str
     arm: str
@@ -76,8 +76,8 @@ class _Record:
 class Ledger:
     """The trials of one study in ``storage`` (any Optuna URL), or in ``folder``/journal.log when that is None.
 
-    ``notices`` holds a line for each thing that a person should know: damage that was mended. Raises InputError when
-    the storage cannot be opened, TroubleError when it fails later.
+    ``notices`` holds a line for the user about each damaged journal that was repaired. Raises InputError when the
+    storage cannot be opened, TroubleError when it fails later.
     """
 
     def __init__(self, folder: Path, *, study: str, storage: str | None = None) -> None:
@@ -98,14 +98,14 @@ class Ledger:
             raise TroubleError(f"{journal}: {error.strerror or error}; the work done is kept") from error
         except (
             Exception
-        ) as error:  # lines that are JSON and make no sense: Optuna raises what it stumbles upon
+        ) as error:  # lines that are JSON but no valid records: Optuna raises many kinds of error
             kept = _set_aside(journal)
             self.notices.append(_damage(journal, f"{type(error).__name__}: {error}", kept))
             self.storage = open_storage(None, folder)
             self._load()
 
     storage: Storage
-    """Open for others too: a search keeps its proposals in it."""
+    """The open storage, which a search uses too: it keeps its proposals there."""
 
     def _load(self) -> None:
         optuna = self.storage.optuna
@@ -117,7 +117,7 @@ class Ledger:
 
                 self._study_id = optuna.create_new_study([StudyDirection.MINIMIZE], self._study_name)
             self._records: dict[str, _Record] = {}
-            for trial in self._trials():  # in the order of their numbers: the newest of a cell stays
+            for trial in self._trials():  # in the order of their numbers: a cell's newest trial is kept
                 if "cell" in trial.user_attrs:
                     name, attributes = trial.state.name, trial.user_attrs
                     self._records[attributes["cell"]] = _Record(
@@ -126,15 +126,15 @@ class Ledger:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Changes made in the block are written together, at its end."""
+        """Write the changes made in the block together, at its end."""
         with storage_trouble(self.storage.journal), self.storage.batch():
             yield
 
     def sync(self, cells: Sequence[tuple[LedgerCell, State, float]]) -> None:
-        """Bring the ledger to what the store says: (cell, state, seconds of work).
+        """Update the ledger from the store: ``cells`` are (cell, state, seconds of work).
 
-        Cells that are missing get their records in this order; records that a killed controller left running are
-        taken over.
+        Missing cells get records in this order. Records that a killed controller left as running are kept and
+        updated.
         """
         for start in range(0, len(cells), CHUNK):
             with self.batch():
@@ -146,9 +146,10 @@ class Ledger:
                         self.set(cell, state, seconds=seconds)
 
     def set(self, cell: LedgerCell, state: State, *, seconds: float = 0.0, cause: str | None = None) -> None:
-        """Record that ``cell`` is now in ``state``, for ``cause``; a closed record is followed by a new one, a retry.
+        """Record that ``cell`` is now in ``state``, because of ``cause``.
 
-        ``seconds`` of work count where the state is done.
+        If the cell's record is closed, a new one is written with ``retry_of``. ``seconds`` of work are recorded only
+        for the state done.
         """
         with self.batch():
             target = TRIAL_STATES[state]
@@ -163,7 +164,7 @@ class Ledger:
                 return
             if record is None or record.closed:
                 record = self._create(cell, "planned", 0.0, retry_of=record)
-            # Attributes cannot be set once a trial is told: they go first.
+            # Optuna forbids setting attributes of a finished trial: they go first.
             if PLAIN_STATES[target] != state:
                 self._attribute(record, "state", state)
             if cause is not None:
@@ -179,7 +180,7 @@ class Ledger:
         return {identity: record.state for identity, record in self._records.items()}
 
     def records(self) -> list[Mapping[str, Any]]:
-        """Return every record's attributes and state, oldest first, with its Optuna state's name under ``optuna``."""
+        """Return each record's attributes and state, oldest first; ``optuna`` is the name of its Optuna state."""
         return [
             {
                 **trial.user_attrs,
@@ -190,7 +191,7 @@ class Ledger:
         ]
 
     def close(self) -> None:
-        """Let go of the storage."""
+        """Close the storage."""
         self.storage.close()
 
     def _trials(self) -> list[Any]:
@@ -199,11 +200,11 @@ class Ledger:
     def _create(
         self, cell: LedgerCell, state: State, seconds: float, *, retry_of: _Record | None = None
     ) -> _Record:
-        """Write a new record, whole: one that is done already takes no second step."""
+        """Write a new record in one operation, also one that is done already."""
         from optuna.trial import TrialState, create_trial
 
         target = TRIAL_STATES[state]
-        if target == "RUNNING":  # a worker that outlived the ledger
+        if target == "RUNNING":  # a running worker whose ledger was lost
             target, state = "WAITING", "planned"
         attributes: dict[str, Any] = {"cell": cell.identity, "arm": cell.arm, "seed": cell.seed}
         if PLAIN_STATES[target] != state:
@@ -238,7 +239,8 @@ class Ledger:
 def _label(optuna: str, attributes: Mapping[str, Any]) -> State:
     """Return the state of the cell whose trial is in state ``optuna``.
 
-    What the trial says itself counts when it agrees: a kill may come between the two.
+    The trial's attribute ``state`` counts only when it agrees with ``optuna``: they are written one after the other,
+    and a kill may come in between.
     """
     said: Any = attributes.get("state")
     agrees = said in TRIAL_STATES and (
@@ -249,11 +251,10 @@ def _label(optuna: str, attributes: Mapping[str, Any]) -> State:
 
 
 def mend_journal(path: Path) -> str | None:
-    """Make a journal readable. Return a line for people when it was worse than a torn end.
+    """Make a journal readable. Return a line for the user if more than its last line was damaged.
 
-    A last line without its end, or one that is no JSON, is what a kill or a full disk leaves: it is cut off
-    silently. Any other damage sets the file aside as ``journal.log.damaged-<n>``, for the ledger to be
-    rebuilt from the store.
+    A last line that is incomplete or not JSON is what a kill or a full disk leaves: it is cut off silently. With any
+    other damage the file is renamed to ``journal.log.damaged-<n>``, and the ledger is rebuilt from the store.
     """
     if not path.exists():
         return None
@@ -262,7 +263,7 @@ def mend_journal(path: Path) -> str | None:
     except OSError as error:
         raise TroubleError(f"{path}: cannot be read: {error.strerror}; the work done is kept") from error
     lines = data.splitlines(keepends=True)
-    # Only the end can be torn; whether the rest makes sense is found out when it is read.
+    # Parse only the last line, which may be torn; the others are parsed when Optuna reads them.
     bad = [number for number, line in enumerate(lines[:-1], 1) if not _RECORD.fullmatch(line)]
     bad += [len(lines)] if lines and not _is_record(lines[-1]) else []
     if not bad:

@@ -1,4 +1,4 @@
-"""One controller per study, and a folder that stays where it is."""
+"""The lock that allows one controller per study, and the error when the study's folder vanishes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ LOOK_SECONDS = 1.0
 
 @contextlib.contextmanager
 def folder_trouble(folder: Path) -> Iterator[None]:
-    """Turn what a full disk, a read-only or a vanished ``folder`` raises into a `TroubleError` of one line."""
+    """Turn the OSError of a full disk, or of a read-only or vanished ``folder``, into a one-line `TroubleError`."""
     try:
         with disk_trouble(folder):
             yield
@@ -27,7 +27,7 @@ def folder_trouble(folder: Path) -> Iterator[None]:
             raise
         raise TroubleError(
             f"{folder}: the study's folder has vanished ({error.strerror}); its workers were ended as far as "
-            "they could be found: put the folder back, and give the same command again"
+            "they could be found; put the folder back and give the same command again"
         ) from error
 
 
@@ -35,8 +35,8 @@ def folder_trouble(folder: Path) -> Iterator[None]:
 def locked(folder: Path, study: str, *, clock: Clock, say: Callable[[str], None]) -> Iterator[Lease]:
     """Hold the lock of the study in ``folder``. Raises `TroubleError` naming the controller that has it.
 
-    One on this host is known to live or not. One elsewhere is watched: it lives when its counter moves, and is
-    replaced when that has stood still for long enough.
+    Whether a holder on this host is alive can be asked directly. A holder on another host is watched: it is alive if
+    its counter moves, and is replaced once the counter has not moved for `STALE_SECONDS`.
     """
     lease = Lease(folder / LOCK)
     watch = Watch(clock.monotonic)
@@ -55,7 +55,7 @@ def locked(folder: Path, study: str, *, clock: Clock, say: Callable[[str], None]
                 if waited == 0.0:
                     who = held.holder or "another process"
                     say(
-                        f"study '{study}' is locked by {who}: looking whether that lives (up to {STALE_SECONDS:.0f} s)"
+                        f"study '{study}' is locked by {who}: checking if it is alive (up to {STALE_SECONDS:.0f} s)"
                     )
                 clock.sleep(LOOK_SECONDS)
         yield lease
@@ -63,6 +63,6 @@ def locked(folder: Path, study: str, *, clock: Clock, say: Callable[[str], None]
 
 def _refusal(folder: Path, study: str, holder: Process | None) -> str:
     return (
-        f"study '{study}' in {folder} is being run by {holder or 'another process'}; one at a time: end that "
-        "one, or wait for it"
+        f"study '{study}' in {folder} is being run by {holder or 'another process'}; only one controller may run a "
+        "study: end that one, or wait for it"
     )

@@ -1,10 +1,9 @@
 """Where a study's records are kept: a journal file beside the study (the default), SQLite, or a database server.
 
-Whether a storage can be opened is found out before a study writes anything (`check_storage`). An open one is an
-Optuna storage and a `Storage.batch`: within it thousands of changes reach the disk, or the server, in one write.
+`check_storage` tests whether a storage can be opened, before a study writes anything. An open `Storage` wraps an
+Optuna storage and adds `Storage.batch`, within which thousands of changes reach the disk or the server in one write.
 
-Not here: what a URL may look like (`hpdm_core.study.plan.study_file`), and what is recorded
-(`hpdm_core.study.ledger.ledger`).
+`hpdm_core.config.study_keys` checks the URL; `hpdm_core.study.ledger.ledger` decides what is recorded.
 """
 
 from __future__ import annotations
@@ -35,28 +34,29 @@ __all__ = [
 ]
 
 SECONDS = 5.0
-"""How long a database that another process holds is waited for before a study begins; once it runs, longer."""
+"""How long to wait for an SQLite file that another process has locked, before a study begins."""
 BUSY_SECONDS = 60.0
+"""The same once the study runs."""
 JOURNAL = "journal.log"
 
 
 class Storage(Protocol):
-    """An open storage: ``optuna`` is what Optuna's studies take, ``journal`` the file behind it if it is one."""
+    """An open storage. ``optuna``: the storage for Optuna's studies; ``journal``: its file, None for a database."""
 
     optuna: BaseStorage
     journal: Path | None
 
     def batch(self) -> contextlib.AbstractContextManager[None]:
-        """Changes made in the block reach the disk or the server at its end, together."""
+        """Write the changes made in the block to the disk or the server together, at its end."""
         ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         ...
 
 
 class Journal:
-    """A journal file in ``folder``, which exists: ours alone, under the controller's lock."""
+    """A journal file in the existing ``folder``; only the controller, under its lock, opens it."""
 
     def __init__(self, folder: Path) -> None:
         from optuna.storages import JournalStorage
@@ -64,13 +64,13 @@ class Journal:
         from hpdm_core.study.ledger.journal import JournalFile
 
         self.journal: Path | None = folder / JOURNAL
-        # A lock that a killed controller left would cost 30 s.
+        # Waiting for the lock of a killed controller would cost 30 s.
         self.journal.with_name(self.journal.name + ".lock").unlink(missing_ok=True)
         self._file = JournalFile(self.journal)
         self.optuna: BaseStorage = JournalStorage(self._file)
 
     def batch(self) -> contextlib.AbstractContextManager[None]:
-        """Records made in the block are written in one go."""
+        """Write the records made in the block in one write, at its end."""
         return self._file.batch()
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class Journal:
 
 
 class Database:
-    """A database behind SQLAlchemy, with one connection: the controller is the only writer."""
+    """A database accessed through SQLAlchemy, with one connection: the controller is the only writer."""
 
     journal: Path | None = None
 
@@ -104,7 +104,7 @@ class Database:
         own = self._rdb.scoped_session
         try:
             with self._rdb.engine.begin() as connection:
-                # Sessions that join: what they commit is committed at the end, what they undo ends it all.
+                # Sessions join this transaction: their commits take effect at its end, a rollback undoes all of it.
                 joined = orm.sessionmaker(bind=connection, join_transaction_mode="rollback_only")
                 self._rdb.scoped_session = orm.scoped_session(joined)
                 try:
@@ -122,7 +122,7 @@ class Database:
 
 
 def open_storage(url: str | None, folder: Path) -> Storage:
-    """Open the storage at ``url``, or the journal in ``folder`` for None; tables are made where there are none.
+    """Open the storage at ``url``, or the journal in ``folder`` for None; missing tables are created.
 
     Raises InputError when it cannot be opened.
     """
@@ -155,7 +155,7 @@ class _Redis:
 
 @contextlib.contextmanager
 def storage_trouble(storage: Path | str | None) -> Iterator[None]:
-    """Turn the errors of a disk or a database that fails into a `TroubleError` of one line."""
+    """Turn the errors of a failing disk or database into a one-line `TroubleError`."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -169,7 +169,7 @@ def storage_trouble(storage: Path | str | None) -> Iterator[None]:
 
 
 def _driver(url: str) -> URL:
-    """Return the URL with the driver that the extra ``postgres`` installs, where it names none."""
+    """Return the URL; if it is PostgreSQL's and names no driver, add the one that the extra ``postgres`` installs."""
     from sqlalchemy.engine import make_url
 
     parsed = make_url(url)
@@ -179,8 +179,8 @@ def _driver(url: str) -> URL:
 def _engine_options(url: URL) -> Mapping[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
-    # A server may close an idle connection during the hours between two results: each use asks first.
-    return {"pool_size": 1, "max_overflow": 1, "pool_pre_ping": True}  # the second while it is opened
+    # A server may close a connection that is idle for the hours between two results: ping before each use.
+    return {"pool_size": 1, "max_overflow": 1, "pool_pre_ping": True}  # opening it takes a second connection
 
 
 def _unopened(url: str, error: BaseException) -> InputError:
@@ -199,11 +199,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_storage(url: str | None, folder: Path) -> None:
-    """Raise InputError when the storage at ``url`` cannot be opened; None, a journal in ``folder``, always
-    can.
+    """Raise InputError when the storage at ``url`` cannot be opened; None (a journal in ``folder``) always can.
 
-    ``folder``: the study's, which need not exist yet, and may hold an SQLite file once it does. An SQLite file
-    is neither made nor changed; a server is asked for a connection.
+    ``folder``: the study's folder, which need not exist yet; an SQLite file may be going to lie in it. The check
+    neither creates nor changes an SQLite file; it connects to a server.
     """
     if url is None:
         return
@@ -225,15 +224,15 @@ def check_storage(url: str | None, folder: Path) -> None:
 
 
 def _check_file(file: Path, folder: Path) -> None:
-    """Raise OSError or sqlite3.Error when SQLite cannot write ``file``, or make it."""
+    """Raise OSError or sqlite3.Error when SQLite cannot write or create ``file``."""
     if file.exists():
         address = f"{file.absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=SECONDS)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")  # reads the header: is it a database?
-            connection.execute("BEGIN IMMEDIATE")  # asks for the right to write, and writes nothing
+            connection.execute("BEGIN IMMEDIATE")  # takes the write lock, and writes nothing
             connection.execute("ROLLBACK")
-    elif not folder.is_relative_to(file.absolute().parent):  # those are made with the study's folder
+    elif not folder.is_relative_to(file.absolute().parent):  # those folders are created with the study's own
         try:
             tempfile.TemporaryDirectory(prefix=".hpdm-", dir=file.parent).cleanup()
-        except OSError as error:  # it names the temporary folder, which says nothing to anybody
+        except OSError as error:  # the error names the temporary folder, which means nothing to the user
             raise OSError(f"{file.parent}: {error.strerror}") from error

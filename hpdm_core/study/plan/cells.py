@@ -15,10 +15,10 @@ __all__ = ["cells_of", "make_cell", "refuse_absent"]
 
 
 def cells_of(study: StudyConfig, store: Path) -> tuple[list[Cell], list[Cell]]:
-    """Return the cells that ``--only`` leaves, and the others: seed by seed, the baseline first, so that pairs of arms
-    are complete early.
+    """Return the cells selected by ``--only`` (all without it), and the other cells of the study.
 
-    Nothing is read or written. Raises `InputError` when a part's options turn out wrong only now.
+    They are ordered by seed, with the baseline first within each seed, so that arms can be compared early. Nothing is
+    read or written. Raises `InputError` when a part rejects its options only now that it is built.
     """
     arms = sorted(study.arms, key=lambda arm: arm != study.baseline)
     shared: dict[str, ArmKeys] = {}
@@ -36,7 +36,8 @@ def make_cell(
 ) -> Cell:
     """Return the cell ``config`` of ``arm``, with the cells whose models it starts from.
 
-    ``arm_keys`` holds what cells of an arm share, and is added to; None where ``config`` is not the arm's own.
+    ``arm_keys`` caches the keys that the cells of an arm share; entries are added. Pass None where ``config`` differs
+    from the arm's own configuration in more than the seed.
     """
     start = config.training.start_from
     base = None
@@ -44,7 +45,7 @@ def make_cell(
         shared = {
             "seed": config.seed,
             "runtime": config.runtime,
-        }  # it is trained as the cell is that asks for it
+        }  # the base is trained with the same seed and runtime settings as this cell
         other = study.configs[start.arm].model_copy(update=shared)
         base = make_cell(study, other, start.arm, store, arm_keys)
     known = None if arm_keys is None else arm_keys.get(arm)
@@ -55,7 +56,10 @@ def make_cell(
 
 
 def refuse_absent(cells: Iterable[Cell]) -> None:
-    """Raise `InputError` when a cell needs files that were never there: found before anything is written."""
+    """Raise `InputError` when a cell needs files that do not exist and are in no earlier record.
+
+    Called before anything is written.
+    """
     lines = dict.fromkeys(line for cell in cells for line in cell.absent())
     if lines:
         raise InputError(*lines)

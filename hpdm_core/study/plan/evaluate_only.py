@@ -1,6 +1,6 @@
-"""``--evaluate-only``: measure what is trained and sampled, and leave the rest for another time.
+"""``--evaluate-only``: evaluate the cells that are already trained and sampled, and skip all others.
 
-For metrics that could not be measured before, such as those whose weights have arrived since.
+Used for metrics that could not be measured before, for example because their weights were missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ COSTLY = ("train", "sample")
 
 
 def only_evaluations(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """Return the cells that lack nothing but evaluations, or nothing, and the others.
+    """Return the cells that are trained and sampled, and the others.
 
-    Raises InputError when there is none of the first.
+    Raises InputError when no cell is trained and sampled.
     """
     ready: list[Cell] = []
     rest: list[Cell] = []

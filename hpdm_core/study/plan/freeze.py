@@ -1,8 +1,8 @@
 """A copy of the code that a study's queued jobs run, made when they are submitted.
 
-A job may wait for days, and imports its code when it starts. What it imports is the copy: this package, the
-plugins' packages and the plugin files, under a name that follows their content. So the tree may be edited, or
-another branch checked out, while jobs wait; jobs that are submitted later run what is there then.
+A job may wait for days and imports its code only when it starts. It imports the copy: this package, the plugins'
+packages and the plugin files, in a folder named by the hash of their content. So you may edit the tree or check out
+another branch while jobs wait; a job that a later command submits runs the code of that time.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ LEFT_OUT = {"__pycache__", ".git", ".venv", "node_modules"}
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """A copy in ``folder``. ``files``: plugin file as it was named -> its copy."""
+    """A copy in ``folder``. ``files``: plugin file, as the study names it -> its copy."""
 
     folder: Path
     files: Mapping[str, str]
@@ -38,9 +38,10 @@ class Frozen:
 
 
 def freeze(root: Path, plugins: Plugins) -> Frozen:
-    """Copy the code that ``plugins`` and this package are to ``root``/<hash>, unless it is there already.
+    """Copy the code of this package and of ``plugins`` to ``root``/<hash>, unless it is there already.
 
-    Packages that are installed among the environment's own stay there: those do not change by editing.
+    Packages installed in the environment (site-packages, standard library) are not copied: editing the tree does not
+    change them.
     """
     packages = {"hpdm_core": Path(__file__).resolve().parents[2]}
     files: dict[str, Path] = {}
@@ -79,7 +80,7 @@ def freeze(root: Path, plugins: Plugins) -> Frozen:
 
 
 def _add(packages: dict[str, Path], name: str) -> None:
-    """Add the package or module ``name`` unless it belongs to the environment."""
+    """Add the package or module ``name`` unless it is installed in the environment."""
     if name in packages:
         return
     try:
@@ -97,7 +98,7 @@ def _add(packages: dict[str, Path], name: str) -> None:
 
 
 def _parts(name: str, top: Path) -> list[tuple[str, Path]]:
-    """Return the files of a package, or of a module alone, by their place in the copy."""
+    """Return (path within the copy, file) for each file of a package, or for a single-file module."""
     if top.is_file():
         return [(top.name, top)]
     found = ((path.relative_to(top), path) for path in top.rglob("*") if path.is_file())

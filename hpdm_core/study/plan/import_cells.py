@@ -1,8 +1,8 @@
-"""Finished work of another results folder, taken over by its keys: what was trained elsewhere is not trained again.
+"""``--import``: take finished stages from another results folder by their keys, so that they are not computed again.
 
-A stage is taken whole or not at all, and only when it is what its key says: a trained model's spec must have that key,
-and every file must be the one whose SHA-256 its result recorded. Files are linked where the file system allows it
-(finished files never change), and copied elsewhere.
+A stage is taken whole or not at all, and only after a check: the spec of a trained model must hold the stage's key,
+and every file must have the SHA-256 that the stage's result recorded. Files are hard-linked where the file system
+allows it (finished files never change), and copied otherwise.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["Importer"]
 class Importer:
     """Takes stages from ``source``: a results folder, or the folder of a study in one.
 
-    Raises InputError when it is neither. ``taken`` counts stages by kind, ``refused`` holds a line for each that is
-    not what its key says.
+    Raises InputError when it is neither. ``taken`` counts the imported stages by kind; ``refused`` holds a line for
+    each stage that failed the check.
     """
 
     def __init__(self, source: Path) -> None:
@@ -49,7 +49,7 @@ class Importer:
             self._take(stage)
 
     def lines(self) -> list[str]:
-        """Return what was taken and what was not, for people."""
+        """Return lines for the user: what was imported and what was not."""
         counted = ", ".join(f"{count} {kind}" for kind, count in self.taken.items()) or "nothing"
         return [
             f"imported from {self._store.root}: {counted}",
@@ -81,7 +81,7 @@ class Importer:
         self.taken[stage.kind] = self.taken.get(stage.kind, 0) + 1
 
     def _problem(self, stage: Stage, result: dict[str, Any]) -> str | None:
-        """Return why the finished ``stage`` is not what its key says, or None."""
+        """Return why the finished ``stage`` fails the check, or None."""
         if stage.kind == "train":
             spec = read_json(stage.folder / "spec.json") or {}
             if spec.get("keys", {}).get("train") != stage.key:
@@ -91,7 +91,7 @@ class Importer:
             return "no hashes were recorded"
         for name, digest in recorded.items():
             path = stage.folder / name
-            if path.exists() and sha256_of(path) != digest:  # what is gone was a cache
+            if path.exists() and sha256_of(path) != digest:  # a missing file was a cache
                 return f"{name} is not the file whose hash was recorded"
         return None
 

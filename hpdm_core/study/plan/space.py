@@ -1,4 +1,4 @@
-"""The space of a search laid over the arms of a study: every axis must fit every arm before anything runs."""
+"""Check a search space against the arms of a study: every axis must be valid in every arm before anything runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ Arms = Mapping[str, Sequence[Override]]
 def check_search(
     search: SearchKeys, layers: Layers, arms: Arms, configs: Mapping[str, CellConfig], plugins: Plugins
 ) -> list[str]:
-    """Return a line for everything that is wrong with ``search``, each with its place.
+    """Return a line for every problem of ``search``, each with its place in the study file.
 
-    Each arm is validated with the ends of every axis and with every choice; ``configs``: the arms as they are.
+    Each arm is validated with the ends of every axis and with every choice. ``configs``: the arms' configurations
+    without the search.
     """
     metrics = {
         plugins.make("metrics", part).name for each in configs.values() for part in each.evaluation.metrics
@@ -44,7 +45,7 @@ def check_search(
                 if given.path[: len(path)] == path or path[: len(given.path)] == given.path:
                     lines.append(
                         f"{layers.where(('search', 'space', key))}: search: arm '{arm}' sets "
-                        f"{dotted(given.path)} itself; search over what no arm sets"
+                        f"{dotted(given.path)} itself; allowed: keys that no arm sets"
                     )
     probes = [axis.probes for axis in search.space.values()]
     for number in range(max(map(len, probes)) if not lines else 0):
@@ -62,9 +63,9 @@ def check_search(
 def vary(
     layers: Layers, arm: str, overrides: Sequence[Override], values: Mapping[str, Any], plugins: Plugins
 ) -> CellConfig:
-    """Return the cell of ``arm``, whose own overrides are given, with dotted keys set to ``values``.
+    """Return the configuration of ``arm``: its own ``overrides``, then the dotted keys of ``values``.
 
-    Raises InputError when they do not fit together.
+    Raises InputError when the values do not fit together.
     """
     varied = layers.copy()
     for override in overrides:

@@ -1,4 +1,4 @@
-"""A study file, whole: its arms or factors, seeds and backend, each arm validated as a cell."""
+"""Read a complete study file: its arms or factors, seeds and backend, with each arm validated as a cell."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StudyConfig:
     budget: Budget
     storage: str | None
     selected: tuple[str, ...]
-    """The arms that ``--only`` leaves, in order; all without it."""
+    """The arms selected by ``--only``, in order; all arms without it."""
     resolved: dict[str, Any]
     """The file after presets and ``--set``, as plain data, without passwords."""
     search: SearchKeys | None = None
@@ -74,7 +74,7 @@ def load_study(
     layers = composed.layers
     keys, problems = check_top_level(layers, backends=composed.plugins.models("backends"))
     if keys is None:
-        # The sections can be checked all the same, so that every problem of the file shows at once.
+        # Check the sections nevertheless, so that every problem of the file is shown at once.
         raise InputError(*problems, *validate_cell(layers, composed.plugins)[1])
     sources = _arms(keys, layers, arms, problems)
     configs: dict[str, CellConfig] = {}
@@ -212,7 +212,7 @@ def _validated_arm(
 def _same(
     configs: Mapping[str, CellConfig], layers: Layers, sources: Mapping[str, Sequence[Override]]
 ) -> list[str]:
-    """Return a line for each arm that is the same as an earlier one in all but ``runtime``."""
+    """Return a line for each arm that differs from an earlier one in ``runtime`` at most."""
     first: dict[str, str] = {}
     problems = []
     for name, config in configs.items():
@@ -230,7 +230,7 @@ def _same(
 def _starts(
     configs: Mapping[str, CellConfig], layers: Layers, sources: Mapping[str, Sequence[Override]]
 ) -> list[str]:
-    """Return a line for each arm that starts from one that is not there, or from itself by way of others."""
+    """Return a line for each arm that starts from an unknown arm, or whose chain of start arms is a cycle."""
     key: KeyPath = ("training", "start_from", "arm")
     started = {arm: config.training.start_from for arm, config in configs.items()}
     after = {arm: start.arm for arm, start in started.items() if start is not None and start.arm is not None}

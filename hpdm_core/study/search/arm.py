@@ -1,9 +1,9 @@
 """The search of one arm: an Optuna study whose trials are proposals.
 
-Everything that the next proposal depends on stands in the storage: the sampler is built anew for each, from a seed that
-is a hash of the search's seed, the arm and the proposal's number. So a search that was killed says next what it would
-have said anyway. A proposal's trial holds its parameters, the curve that the pruner was shown, its objectives, and as
-attributes its cells, what they gave and what they took.
+The storage holds everything that the next proposal depends on. A new sampler is built for each proposal; its seed is a
+hash of the search's seed, the arm and the proposal's number. So a search that was killed and restarted makes the same
+proposals as one that was not. A proposal's trial holds its parameters, the curve that the pruner has seen, its
+objectives, and as attributes its cells, their results, and the steps and seconds that they took.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MA
 
 @dataclass(frozen=True, kw_only=True)
 class Proposed:
-    """What the storage knows of a proposal. ``state``: running, done, pruned or failed."""
+    """One proposal as the storage records it. ``state``: running, done, pruned or failed."""
 
     number: int
     values: dict[str, Any]
@@ -51,7 +51,7 @@ STATES = {
 
 
 class ArmSearch:
-    """The proposals of ``arm``, in ``storage`` under ``name``; trainings have ``steps`` steps."""
+    """The proposals of ``arm``, in ``storage`` under ``name``; each cell trains for ``steps`` steps."""
 
     def __init__(self, search: SearchKeys, *, arm: str, name: str, steps: int, storage: Storage) -> None:
         self.arm = arm
@@ -62,10 +62,10 @@ class ArmSearch:
         watching = pruning if isinstance(pruning, Watching) else None
         self.every = (watching.every if watching is not None else None) or max(1, steps // 20)
         self.watch = watching.watch if watching is not None else None
-        """Column that the pruner is shown, None when nothing is given up."""
+        """Column of metrics.jsonl that the pruner watches; None when nothing is pruned."""
         directions = [DIRECTIONS[objective.direction] for objective in search.objectives]
         against = watching is not None and watching.watch_direction != search.objectives[0].direction
-        self._sign = -1.0 if against else 1.0  # the pruner knows one direction, that of the objective
+        self._sign = -1.0 if against else 1.0  # the pruner minimises or maximises as the objective does
         self._pruner = build_pruner(search, steps=steps, every=self.every)
         optuna = storage.optuna
         try:
@@ -87,7 +87,7 @@ class ArmSearch:
         return self.asked >= self.search.budget
 
     def propose(self) -> Proposed:
-        """Make the next proposal, whole or not at all."""
+        """Make the next proposal, in one batch of writes."""
         number = self.asked
         with self._storage.batch():
             trial = self._study(number).ask()
@@ -110,13 +110,13 @@ class ArmSearch:
         return self._closed[number]
 
     def note(self, number: int, **facts: Any) -> None:
-        """Write facts (JSON) into a proposal that runs."""
+        """Write facts (JSON) into a running proposal."""
         with self._storage.batch():
             for name, value in facts.items():
                 self._storage.optuna.set_trial_user_attr(self._trial_ids[number], name, value)
 
     def show(self, number: int, step: int, value: float) -> bool:
-        """Show the pruner a point of the curve; return whether to give the proposal up."""
+        """Report a point of the curve to the pruner; return whether to prune the proposal."""
         trial_id = self._trial_ids[number]
         with self._storage.batch():
             self._storage.optuna.set_trial_intermediate_value(trial_id, step, self._sign * value)
@@ -140,17 +140,17 @@ class ArmSearch:
         return build_sampler(self.search, seed=int.from_bytes(digest[:4], "big"))
 
     def _complete(self, trial: Trial) -> None:
-        """Draw what the trial lacks; Optuna returns what it has already.
+        """Draw the parameters that the trial lacks; Optuna returns those that it already has.
 
-        Each draw has a seed of its own, so that one that was lost in a kill comes out as it did before.
+        Each draw has its own seed, so a draw that was lost in a kill is repeated with the same value.
         """
-        assert trial.relative_params is not None, "what is drawn together is drawn when it is first asked for"
+        assert trial.relative_params is not None, "reading relative_params makes the sampler's joint draw"
         for key, distribution in distributions(self.search).items():
             trial.study.sampler = self._sampler(trial.number, key)
             suggest(distribution, trial, key)
 
     def _mend(self) -> None:
-        """Draw the rest of a proposal in whose middle the last controller was killed."""
+        """Draw the missing parameters of a proposal that the last controller was killed in the middle of making."""
         for trial in self._trials():
             if not trial.state.is_finished() and set(trial.params) != set(self.search.space):
                 with self._storage.batch():

@@ -1,4 +1,4 @@
-"""What a search reads of its cells: the curve of a running one, the objectives of a finished one."""
+"""What a search reads from its cells: the curve of a running cell, the objectives of a finished one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STANDARD_COLUMNS = ("metric", "level", "resolution", "value")
 
 
 class Curve:
-    """A column of a growing metrics.jsonl: step -> value. A newer attempt's file replaces an older one's.
+    """A column of a growing metrics.jsonl: step -> value. The file of a newer attempt replaces that of an older one.
 
-    Of a list, one number per level, the mean of those that are numbers.
+    Where the column holds a list (one number per level), the value is the mean over its entries that are numbers.
     """
 
     def __init__(self, column: str) -> None:
@@ -28,7 +28,7 @@ class Curve:
         self.values: dict[int, float] = {}
 
     def read(self, path: Path) -> None:
-        """Take in what ``path`` holds by now; a file that is not there holds nothing."""
+        """Read the new lines of ``path``; a missing file counts as empty."""
         if path != self._path:
             self._path, self._offset, self.values = path, 0, {}
         try:
@@ -54,7 +54,10 @@ class Curve:
         return max(self.values, default=0)
 
     def at(self, look: int, *, every: int) -> float | None:
-        """Return the mean over the steps since the last look, once step ``look * every`` is there; None before."""
+        """Return the mean over the steps after ``(look - 1) * every`` up to ``look * every``.
+
+        None while step ``look * every`` is not there yet; NaN when there is no value among those steps.
+        """
         if self.step < look * every:
             return None
         window = [value for step, value in self.values.items() if (look - 1) * every < step <= look * every]
@@ -69,7 +72,7 @@ def _number(value: Any) -> float | None:
 
 
 def objective_of(results: Mapping[str, Mapping[str, Any]], objective: Objective) -> float | None:
-    """Return the mean of the rows in a cell's ``results`` (stage -> result) that match, or None without one."""
+    """Return the mean over the rows of ``results`` (stage -> result) that match ``objective``; None without one."""
     rows = [row for result in results.values() for row in result.get("rows", ()) if _matches(row, objective)]
     rows = _of_level(rows, objective.level)
     extra = {name for row in rows for name in row} - {*STANDARD_COLUMNS, *objective.where}
@@ -96,7 +99,7 @@ def _of_level(rows: Sequence[Mapping[str, Any]], level: int | str) -> list[Mappi
 
 
 def objective_name(objective: Objective) -> str:
-    """Return what people call it: ``held_out_loss, finest level, parents=clean``."""
+    """Return the objective's name as reports show it: ``held_out_loss, finest level, parents=clean``."""
     parts: Iterable[str] = (f"{name}={value}" for name, value in objective.where.items())
     level = f"level {objective.level}" if isinstance(objective.level, int) else f"{objective.level} level"
     if objective.level == "mean":

@@ -1,7 +1,7 @@
-"""Samplers, pruners and spaces as Optuna has them, built from what a study file says.
+"""Build Optuna's samplers, pruners and search space from the ``search:`` section of a study file.
 
-Each is registered for the class of its options: another sampler is another class in `hpdm_core.config.search` and
-another function here.
+Each builder is registered for the class of its options. To add a sampler, add an options class in
+`hpdm_core.config.search` and a function here.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["build_pruner", "build_sampler", "distributions", "suggest", "values_
 
 
 def distributions(search: SearchKeys) -> dict[str, BaseDistribution]:
-    """Return the space, in the order of the file."""
+    """Return dotted key -> Optuna distribution, in the order of the file."""
     return {key: _distribution(axis) for key, axis in search.space.items()}
 
 
 @functools.singledispatch
 def suggest(distribution: BaseDistribution, trial: Trial, key: str) -> None:
-    """Draw ``key`` of ``trial``, unless it has it."""
+    """Draw ``key`` of ``trial``, unless the trial has a value for it."""
     raise AssertionError(f"no draws from {type(distribution).__name__}")
 
 
@@ -59,7 +59,7 @@ def _(distribution: CategoricalDistribution, trial: Trial, key: str) -> None:
 
 
 def values_of(search: SearchKeys, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the study file that a trial's ``params`` stand for, in the order of the file."""
+    """Return the study file's values for a trial's ``params`` (which hold labels for choices), in the file's order."""
     found = {}
     for key, axis in search.space.items():
         choices = {_typed(label(choice)): choice for choice in axis.choices or ()}
@@ -68,7 +68,7 @@ def values_of(search: SearchKeys, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value  # True is no 1
+    return type(value).__name__, value  # so that True and 1 differ
 
 
 def _distribution(axis: Dimension) -> BaseDistribution:
@@ -83,7 +83,7 @@ def _distribution(axis: Dimension) -> BaseDistribution:
 
 
 class InOrder(samplers.BaseSampler):
-    """Proposal n is the n-th combination, the last axis varying fastest."""
+    """Grid sampler: proposal n is the n-th combination, the last axis varying fastest."""
 
     def __init__(self, search: SearchKeys) -> None:
         axes = [[label(value) for value in axis.values or ()] for axis in search.space.values()]
@@ -91,13 +91,13 @@ class InOrder(samplers.BaseSampler):
         self._combinations = list(itertools.product(*axes))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Nothing is drawn together."""
+        """Return nothing: no parameters are sampled jointly."""
         return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing is drawn together."""
+        """Return nothing: no parameters are sampled jointly."""
         return {}
 
     def sample_independent(
@@ -141,7 +141,7 @@ def _(options: asked.BruteForceOptions, search: SearchKeys, seed: int) -> sample
 
 
 def build_sampler(search: SearchKeys, *, seed: int) -> samplers.BaseSampler:
-    """Return a sampler that has drawn nothing yet: with the trials that it reads, ``seed`` decides what it says."""
+    """Return a fresh sampler; ``seed`` and the trials in the storage determine what it draws."""
     with _experiments_allowed():
         return _sampler(search.sampling, search, seed)
 
@@ -177,13 +177,13 @@ def _(options: asked.PatientOptions, steps: int, every: int) -> BasePruner:
 
 
 def build_pruner(search: SearchKeys, *, steps: int, every: int) -> BasePruner:
-    """Return the pruner of trainings of ``steps`` steps that are looked at every ``every`` steps."""
+    """Return the pruner for trainings of ``steps`` steps whose curve it sees every ``every`` steps."""
     with _experiments_allowed():
         return _pruner(search.pruning, steps, every)
 
 
 class _experiments_allowed(warnings.catch_warnings):  # used like a function
-    """Optuna warns of every part that it calls experimental, on every use."""
+    """Silence Optuna's warnings about experimental samplers and pruners, which it repeats on every use."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()

@@ -1,12 +1,12 @@
-"""The search of a study: which proposals come next, which are given up, and which of each arm is the best.
+"""The search of a study: makes the proposals, prunes them, and selects the best proposal of each arm.
 
-Every arm is searched on its own with the same budget, in turns, so that a search that is stopped early has given all
-arms the same. A proposal is one cell per seed of the search; its objectives are the means over them, and they are given
-up together. When an arm's budget is used up, its best proposal is run with the study's own seeds, under the arm's name:
-those cells are what the report compares.
+Each arm is searched separately with the same budget. The arms take turns, so a search that is stopped early has spent
+about the same on every arm. A proposal is one cell per seed of the search; its objectives are the means over these
+cells, which are pruned together. When an arm's budget is used up, its best proposal is run with the study's own seeds,
+under the arm's name; the report compares these cells.
 
-What was proposed, shown and told stands in the ledger's storage (`hpdm_core.study.search.arm`); ``search.json`` in the
-study's folder is what the report reads.
+The ledger's storage holds all proposals, curves and objectives (`hpdm_core.study.search.arm`). The report reads
+``search.json`` in the study's folder.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ FILE = "search.json"
 
 @dataclass
 class _Proposal:
-    """A proposal that is not closed."""
+    """An open proposal."""
 
     arm: ArmSearch
     number: int
     cells: list[Cell]
     curves: list[Curve]
     look: int = 0
-    """Looks that the pruner was shown."""
+    """How many points of the curve the pruner has seen."""
     given_up: str = ""
-    """Why its cells are to end."""
+    """Why the proposal was pruned or dropped, so that its cells are to end; empty while it goes on."""
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Cell -> state and cause, of those that are settled."""
+    """Cell -> (state, cause), for the settled cells."""
 
 
 class Search:
-    """The planner (`hpdm_core.study.backends.interface.Planner`) of a study with a search; its cells go into ``store``.
+    """The planner (`hpdm_core.study.controller.planner.Planner`) of a study with a search; its cells go into ``store``.
 
-    Call `begin` under the study's lock before anything else. ``seen`` is called with each cell that is made.
+    Call `begin` under the study's lock before anything else. ``seen`` is called with each new cell.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Search:
         self._arms: dict[str, ArmSearch] = {}
         self._open: list[_Proposal] = []
         self._waiting: list[Cell] = []
-        """Cells that are to be handed over whatever is free: their jobs may still run."""
+        """Cells to hand to the controller however many slots are free: their jobs may still run."""
         self._settled: dict[str, tuple[Cell, str, str]] = {}
-        """Cells that were settled in this command: cell, state, cause."""
+        """Identity -> (cell, state, cause), for the cells that were settled in this command."""
         self._handed: set[str] = set()
         self._finals: dict[str, list[Cell]] = {}
         self._changed = True
@@ -87,7 +87,7 @@ class Search:
     # The planner's interface
 
     def begin(self, storage: Storage) -> None:
-        """Take up the search as the storage knows it."""
+        """Load the search from the storage."""
         arms = sorted(self.study.selected, key=lambda arm: arm != self.study.baseline)
         for name in arms:
             config = self.study.configs[name]
@@ -143,9 +143,9 @@ class Search:
         )
 
     def rows(self) -> Iterator[tuple[list[str], str]]:
-        """Yield what index.csv lists: the cells that the arms are compared by, and their states.
+        """Yield the rows of index.csv and their states: the cells by which the report compares the arms.
 
-        Those of an arm that is still searched have no keys yet, nor has an arm of which no proposal was done.
+        Rows have empty keys while the arm is still searched, and when none of its proposals finished.
         """
         for name in self._arms:
             cells = {cell.seed: cell for cell in self._finals.get(name, ())}
@@ -166,7 +166,7 @@ class Search:
         return cell
 
     def _design(self, base: Cell) -> str:
-        """Return what makes a search another one: its space, its objectives, its seeds, the arm itself."""
+        """Return a hash of the search's space, objectives, seeds and the arm: a change of any starts a new search."""
         facts = {
             "space": {key: axis.model_dump(mode="json") for key, axis in self.search.space.items()},
             "objectives": [each.model_dump(mode="json") for each in self.search.objectives],
@@ -183,7 +183,7 @@ class Search:
                 for seed in self.seeds
             ]
             identities = [cell.identity for cell in cells]
-        except HpdmError as error:  # values that are each allowed and do not fit together
+        except HpdmError as error:  # each value is allowed, but not the combination
             arm.tell(proposed.number, "failed", reason=str(error).partition("\n")[0])
             return
         if proposed.facts.get("cells") != identities:
@@ -196,13 +196,13 @@ class Search:
             self._waiting += cells
 
     def _hand(self, cell: Cell) -> bool:
-        """Whether the controller does not know the cell yet. Two proposals may well be the same."""
+        """Whether the cell is new to the controller. Two proposals may have the same values and so the same cells."""
         fresh = cell.identity not in self._handed
         self._handed.add(cell.identity)
         return fresh
 
     def _look(self, proposal: _Proposal) -> None:
-        """Show the pruner what is new of a proposal: the mean over its seeds, once all have come so far."""
+        """Report new points of a proposal's curve to the pruner: means over the seeds, once all have got so far."""
         arm = proposal.arm
         if arm.watch is None or proposal.given_up:
             return
@@ -226,7 +226,7 @@ class Search:
                 return
 
     def _conclude(self) -> None:
-        """Close the proposals whose cells have all ended, and find the best of the arms that are through."""
+        """Close the proposals whose cells have all ended, and select the best proposal of each finished arm."""
         for proposal in list(self._open):
             for cell in proposal.cells:
                 if cell.identity in self._settled and cell.identity not in proposal.outcomes:
@@ -249,7 +249,7 @@ class Search:
     def _close(self, proposal: _Proposal) -> None:
         arm, outcomes = proposal.arm, proposal.outcomes
         failed = [cause or state for state, cause in outcomes.values() if state == "failed"]
-        if failed and not proposal.given_up:  # the other seeds would change nothing
+        if failed and not proposal.given_up:  # the proposal fails whatever the other seeds give
             proposal.given_up = f"another seed failed ({failed[0]})"
         gone = bool(proposal.given_up) and not self._handed & {cell.identity for cell in proposal.cells}
         if len(outcomes) < len({cell.identity for cell in proposal.cells}) and not gone:
@@ -260,11 +260,11 @@ class Search:
             arm.tell(proposal.number, "failed", reason=failed[0], **self._spent(proposal))
         elif pruned or (
             proposal.given_up and (gone or states == {"done"})
-        ):  # pruned: perhaps as another's cells
+        ):  # another proposal with the same cells may have had them pruned
             arm.tell(proposal.number, "pruned", **self._spent(proposal))
         elif states == {"done"}:
             self._tell(proposal)
-        else:  # interrupted or cancelled by a person: it goes on with the next command
+        else:  # interrupted, or cancelled by the user: it continues with the next command
             return
         self._open.remove(proposal)
         self._changed = True
@@ -285,7 +285,7 @@ class Search:
         proposal.arm.tell(proposal.number, "done", means, each=each, **self._spent(proposal))
 
     def _spent(self, proposal: _Proposal) -> dict[str, Any]:
-        """Return the steps and seconds of work that a proposal took, as far as they are known."""
+        """Return the training steps and the seconds of work that a proposal took, as far as known."""
         steps, seconds = 0, 0.0
         for cell, curve in zip(proposal.cells, proposal.curves, strict=True):
             results = cell.results()
@@ -304,13 +304,13 @@ class Search:
     # Written
 
     def _write(self) -> None:
-        """Write search.json when something in it has changed."""
+        """Write search.json if its content has changed."""
         if self._changed:
             self._changed = False
             write_json(self._folder / FILE, self.describe(), durable=False)
 
     def describe(self) -> dict[str, Any]:
-        """Return the search as JSON: what was asked, and every proposal of every arm."""
+        """Return the content of search.json: the search's settings and every proposal of every arm."""
         search = self.search
         return {
             "space": {key: axis.model_dump(mode="json", by_alias=True) for key, axis in search.space.items()},
@@ -329,14 +329,14 @@ class Search:
 
 
 def best_of(arm: ArmSearch) -> Proposed | None:
-    """Return the proposal with the best first objective, the earliest of equals; None when none is done."""
+    """Return the finished proposal with the best first objective (the earliest among equals); None without one."""
     sign = -1.0 if arm.search.objectives[0].direction == "maximize" else 1.0
     done = [(sign * each.objectives[0], each.number, each) for each in arm.proposals() if each.objectives]
     return min(done)[2] if done else None
 
 
 def name_of(arm: str, number: int) -> str:
-    """Return what people call the cells of a proposal."""
+    """Return the arm name under which a proposal's cells are shown: ``ARM#NUMBER``."""
     return f"{arm}#{number}"
 
 

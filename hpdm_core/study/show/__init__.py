@@ -1,1 +1,1 @@
-"""What a study says of itself without running: its costs, its state, its report."""
+"""Commands that show a study without running it: its costs, its state, its report."""

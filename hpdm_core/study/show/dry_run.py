@@ -1,4 +1,4 @@
-"""What ``--dry-run`` says: cells, what is done of each, parameters, work and disk. Writes nothing."""
+"""The text of ``--dry-run``: cells, which of their stages are done, parameters, work and disk. Writes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def describe_study(
 ) -> str:
     """Return the text of a dry run of ``study`` whose results go under ``results``.
 
-    ``say`` is told what is being counted.
+    ``say`` is called with a line about each arm before it is counted.
     """
     from hpdm_core.training import cost
 
@@ -30,7 +30,7 @@ def describe_study(
     for cell in counted:  # the seeds of an arm cost the same
         if cell.arm not in figures:
             say(
-                f"counting what arm '{cell.arm}' takes ({len(figures) + 1} of {len({each.arm for each in counted})})"
+                f"counting the cost of arm '{cell.arm}' ({len(figures) + 1} of {len({each.arm for each in counted})})"
             )
             assembly = cell.assembly
             flops = cost.training_flops(assembly)
@@ -88,8 +88,8 @@ def describe_study(
         seeds = len(study.search.seeds or study.seeds[:1])
         lines.append(
             f"search: before that, {study.search.budget} proposals of each arm with {seeds} seeds, "
-            f"{study.search.budget * seeds * len(study.selected)} cells at most, not counted above; the arms run "
-            "with their best ones"
+            f"{study.search.budget * seeds * len(study.selected)} cells at most, not counted above; then each arm "
+            "runs with its best proposal"
         )
     return "\n".join(lines)
 
@@ -102,20 +102,20 @@ class _Figures:
     flops: int
     disk: int
     memory: int
-    """Bytes of a training step."""
+    """Bytes of GPU memory in a training step."""
     train_hours: float
-    """Of one GPU."""
+    """Hours of one GPU."""
     sample_hours: float
 
 
 def _assumptions(cells: Sequence[Cell]) -> str:
-    """Return on what the predictions rest."""
+    """Return the assumptions of the predictions, as a line of text."""
     rates = {(cell.config.runtime.utilisation, cell.config.runtime.peak_tflops) for cell in cells}
     some = {cell.config.runtime.activation_checkpointing for cell in cells}
-    checkpointing = {(True,): ", its blocks run again", (False, True): ", some with blocks run again"}.get(
+    checkpointing = {(True,): ", with recomputed blocks", (False, True): ", some with recomputed blocks"}.get(
         tuple(sorted(some)), ""
     )
-    started = ", with that of models which are started from" if any(cell.bases for cell in cells) else ""
+    started = ", including the models that arms start from" if any(cell.bases for cell in cells) else ""
     listed = "; ".join(f"{share:g} of {peak:g} TFLOP/s" for share, peak in sorted(rates))
     return (
         f"predicted: GPU-hours of training and sampling at {listed} (runtime.utilisation, "
@@ -156,7 +156,7 @@ def _done(cell: Cell, missing: Sequence[str]) -> list[str]:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Return the stages as people list them: ``train, sample, evaluate (a, b)``."""
+    """Return the stages as a short list: ``train, sample, evaluate (a, b)``."""
     first = [name for name in names if not name.startswith("evaluate ")]
     metrics = [name.removeprefix("evaluate ") for name in names if name.startswith("evaluate ")]
     return ", ".join(first + ([f"evaluate ({', '.join(metrics)})"] if metrics else [])) or "-"

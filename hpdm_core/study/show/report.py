@@ -1,7 +1,7 @@
-"""The report at the end of a study: made by a process of its own, and only when something in it would change.
+"""The report at the end of a study: made in a separate process, and only when its content would change.
 
-Tables, intervals and figures take libraries that a controller does not need for days; and a finished study of ten
-thousand cells is looked at in a moment when nothing has happened since.
+The separate process spares the controller, which may run for days, the libraries for tables, intervals and figures.
+Keeping an unchanged report lets the command on a finished study of ten thousand cells return at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEPT = "shown.json"
 def report(folder: Path) -> str:
     """Bring the report of the study in ``folder`` up to date and return it as text.
 
-    Raises TroubleError with what the report's own command says.
+    Raises TroubleError with the error messages of ``python -m hpdm_core.report``.
     """
     made_of = _made_of(folder)
     kept = read_json(folder / "report" / KEPT)
@@ -44,14 +44,14 @@ def report(folder: Path) -> str:
     if done.returncode:
         lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
         ours = lines if done.stderr.startswith("error: ") else lines[-1:]
-        raise TroubleError(*(ours or [f"ended with code {done.returncode} and no word"]))
+        raise TroubleError(*(ours or [f"ended with code {done.returncode} and no message"]))
     text = done.stdout.rstrip("\n")
     write_json(folder / "report" / KEPT, {"made_of": made_of, "text": text}, durable=False)
     return text
 
 
 def _made_of(folder: Path) -> str:
-    """Return a digest of all that a report depends on: contents of the study's own files, times of the store's."""
+    """Return a digest of what a report depends on: contents of the study's files, modification times of results."""
     digest = hashlib.sha256()
     for name in READ:
         path = folder / name

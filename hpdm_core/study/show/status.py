@@ -1,4 +1,4 @@
-"""Looking at a study and ending it, from any machine that sees its folder: ``--status`` and ``--cancel``."""
+"""``--status`` and ``--cancel``: show or end a study, from any machine that can read its folder."""
 
 import contextlib
 import time
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where one cell stands, as files and schedulers say."""
+    """The state of one cell according to its files and its scheduler. ``attempts``: the number of its jobs."""
 
     state: State
     reason: str = ""
@@ -41,9 +41,9 @@ class Standing:
 
 
 def status_of(cells: Sequence[Cell], folder: Path, other: Callable[[str], Backend]) -> str:
-    """Return a table of ``cells``, whose study has the folder ``folder``. Reads only.
+    """Return a table of the states of ``cells``, whose study has the folder ``folder``. Writes nothing.
 
-    ``other`` builds a backend by its name, to ask for its jobs.
+    ``other`` builds a backend by its name, to poll its jobs.
     """
     found = _standings(cells, folder, _router(other))
     rows = []
@@ -58,7 +58,7 @@ def status_of(cells: Sequence[Cell], folder: Path, other: Callable[[str], Backen
                 "step": step_text(progress),
                 "loss": loss_text(progress),
                 "time left": span(seconds_left(progress)),
-                "attempts": standing.attempts or "",
+                "jobs": standing.attempts or "",
                 "": standing.reason.partition("\n")[0],
             }
         )
@@ -73,8 +73,10 @@ def status_of(cells: Sequence[Cell], folder: Path, other: Callable[[str], Backen
 
 
 def begun_cells(folder: Path) -> list[Cell]:
-    """Return the cells that were begun in the study's ``folder``, oldest first: those of a search are known no
-    other way. One whose data, plugins or version have changed since is left out.
+    """Return the cells that have a job in the study's ``folder``, oldest first.
+
+    The cells of a search can be found in no other way. A cell whose data, plugins or schema version have changed since
+    is left out.
     """
     found = []
     for place in sorted((folder / "jobs").glob("*")):
@@ -125,7 +127,7 @@ def _standing(cell: Cell, folder: Path, jobs: Sequence[Job], seen: Mapping[str, 
 
 
 def _router(other: Callable[[str], Backend]) -> BackendRouter:
-    """Schedulers are found by what each job notes of itself; nothing is started."""
+    """Return a router that finds each job's backend from the job's files; it starts nothing."""
     return BackendRouter(other("inline"), name="inline", other=other)
 
 
@@ -134,7 +136,7 @@ def cancel_study(
 ) -> int:
     """End everything that runs or waits for ``study`` and return 0.
 
-    A controller that is at work is asked to do it; without one it is done here, under its lock. Raises
+    A running controller is asked to do it; without one it is done here, under the controller's lock. Raises
     `TroubleError` when the controller does not answer.
     """
     if not folder.is_dir():

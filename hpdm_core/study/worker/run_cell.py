@@ -1,9 +1,9 @@
-"""What a worker process does: one cell from its spec file, with a heartbeat, and a last word.
+"""The worker process: run one cell from its spec file, write a heartbeat meanwhile and at the end why it ended.
 
-Asked to end (SIGTERM, or SIGUSR2 shortly before a time limit or a preemption) it saves a checkpoint after the
-current step and ends; in a SLURM job that was asked by SIGUSR2 it puts itself back into the queue, and goes on
-at that very step when its turn comes. submitit's own handler of that signal is replaced: it would end the cell
-by an exception, and call every job of ten minutes or less timed out.
+On SIGTERM, or on SIGUSR2 (which SLURM sends shortly before a time limit or a preemption), the worker saves a
+checkpoint after the current step and exits. In a SLURM job it requeues itself after SIGUSR2 and later resumes at the
+step of that checkpoint. This replaces submitit's own SIGUSR2 handler, which would end the cell by an exception and
+report every job with a limit of ten minutes or less as timed out.
 """
 
 import contextlib
@@ -26,15 +26,16 @@ from hpdm_core.store.stages import describe
 __all__ = ["run_job"]
 
 RESOLUTION_SECONDS = 90.0
-"""SLURM may send its signal a minute early, and a worker takes a while to start."""
+"""Tolerance in judging whether a signal came for the time limit: SLURM may send it a minute early, and a worker takes
+a while to start."""
 
 
 def run_job(path: str, progress: Progress | None = None) -> None:
-    """Run the cell in the spec file ``path``: all that a worker process does.
+    """Run the cell in the spec file ``path``; this is the whole of a worker process.
 
     Beside the spec it writes ``worker.json``, ``heartbeat.json`` and at the end ``error.json`` or ``end.json``
-    (see `hpdm_core.study.backends.interface`). With ``progress`` it runs in the caller's process, and prints there. Of
-    several processes that run one cell together, the first one writes.
+    (see `hpdm_core.study.backends.interface`). With ``progress`` it runs in the caller's process and prints there. When
+    several processes run one cell together, rank 0 writes these files.
     """
     spec_file = Path(path)
     first = _rank() == 0
@@ -54,7 +55,7 @@ def run_job(path: str, progress: Progress | None = None) -> None:
         except Exception as error:
             said = describe(error, stage=None if cell is None else cell.at)
             file = spec_file.parent / "error.json"
-            # Of several processes, who only sees that another is gone leaves the word to that one.
+            # A process that failed only because another one is gone must not overwrite that one's error.
             lost = said["kind"] == "lost node"
             told = (read_json(file) or {}).get("kind", "lost node") != "lost node"
             if (lost and told) or (not first and (lost or told)):
@@ -68,8 +69,8 @@ def run_job(path: str, progress: Progress | None = None) -> None:
 
 
 def _rank() -> int:
-    """This process's number among those that run the cell together, before they have found each other."""
-    # A local job's own number first: it may have been started within an allocation.
+    """This process's rank among those that run the cell together, before torch.distributed is initialised."""
+    # submitit's number for a local job comes first: such a job may have been started within a SLURM allocation.
     names = ("SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID" if "SLURM_JOB_ID" in os.environ else "RANK")
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
@@ -84,7 +85,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def _together(cell: Cell) -> Iterator[None]:
-    """Join the other processes of the job, where there are any."""
+    """Join the process group of the job, if it has several processes."""
     from hpdm_core.base import distributed
 
     with distributed.joined(cell.config.runtime.device):
@@ -95,7 +96,7 @@ def _together(cell: Cell) -> Iterator[None]:
 def _ended_in_order(
     cell: Cell, heart: JobHeartbeat | None, slurm: Mapping[str, Any] | None
 ) -> Iterator[None]:
-    """Say why the work ended when it was asked to, and go back into the queue where that is due."""
+    """When a signal ended the work, write why to ``end.json``, and requeue the SLURM job where that is due."""
     begun = mark_of(cell) if heart is not None else None
     try:
         yield
@@ -109,8 +110,8 @@ def _ended_in_order(
             raise
         if cause == "time limit" and mark_of(cell) == begun:
             raise TimeLimit(
-                f"the time limit of {float(slurm['limit_seconds']) / 60:.0f} min passed without one step that "
-                "could be saved; raise backend.time, or make steps shorter (runtime.micro_batch)"
+                f"the time limit of {float(slurm['limit_seconds']) / 60:.0f} min passed before any step could be "
+                "saved; raise backend.time, or make steps shorter (runtime.micro_batch)"
             ) from None
         heart.say("end.json", {**word, "requeued": True})
         if not _requeue():
@@ -119,7 +120,7 @@ def _ended_in_order(
 
 
 def _cause(signum: int, seconds: float, slurm: Mapping[str, Any] | None) -> Cause | None:
-    """Why the signal came, as far as this process can tell; None leaves it to the scheduler."""
+    """Why the signal came, as far as this process can tell; None when only the scheduler can tell."""
     if slurm is None or signum != getattr(signal, "SIGUSR2", None):
         return None
     due = float(slurm["limit_seconds"]) - float(slurm["signal_seconds"]) - RESOLUTION_SECONDS

@@ -1,1 +1,1 @@
-"""What follows the gradient: LAMB, the learning rate, the average of the weights."""
+"""Weight updates: the optimizer LAMB, the learning-rate schedule, the average of the weights."""

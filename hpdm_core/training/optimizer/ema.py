@@ -1,4 +1,4 @@
-"""The average of the weights over training, which is what samples and metrics use."""
+"""The exponential moving average of the weights over training. Samples and metrics use it."""
 
 import copy
 from typing import Generic, TypeVar
@@ -18,7 +18,7 @@ class WeightAverage(Generic[Network]):
     """An exponential moving average of every parameter and buffer of ``model``.
 
     ``average <- d * average + (1 - d) * current`` with ``d = 0.5 ** (1 / halflife)``, starting at the initial
-    weights: after ``halflife`` (> 0) updates half of what was there is gone. Tensors that are not floating
+    weights: after ``halflife`` (> 0) updates, the earlier average has weight 1/2. Tensors that are not floating
     point are copied. ``average`` is a module like ``model``, in evaluation mode, without gradients.
     """
 
@@ -38,5 +38,5 @@ class WeightAverage(Generic[Network]):
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors of ``model``; of a sharded one this process's parts, which are averaged alike."""
+    """Return the parameters and buffers of ``model``; if it is sharded, this process's parts of them."""
     return [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]

@@ -1,8 +1,8 @@
 """LAMB: Adam whose step on each matrix is rescaled to a fixed share of the matrix's norm.
 
-You et al. 2020 (arXiv 1904.00962), as the paper's recipe uses it (TensorFlow Addons' form): moments are
-bias-corrected, weight decay stands inside the update, the trust ratio is not clamped. Vectors (biases, gains)
-are excluded from both decay and adaptation and get plain Adam steps. Not here: gradient clipping
+You et al. 2020 (arXiv 1904.00962), in the version of TensorFlow Addons, as in the paper's recipe: moments are
+bias-corrected, weight decay is part of the rescaled update, the trust ratio is not clamped. Vectors (biases,
+gains) have neither decay nor rescaling and get plain Adam steps. Not here: gradient clipping
 (`hpdm_core.training.trainer` does it).
 """
 
@@ -22,7 +22,7 @@ from hpdm_core.training.shards import local
 __all__ = ["Lamb"]
 
 PART = 2**25
-"""Numbers that are updated together: 128 MiB of float32."""
+"""Number of values that are updated together: 128 MiB of float32."""
 
 
 class Lamb(Optimizer):
@@ -30,11 +30,11 @@ class Lamb(Optimizer):
 
     With ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w`` a parameter of two or more axes moves by ``-lr
     * (|w| / |u|) * u`` (``-lr * u`` where a norm is 0), any other by ``-lr * m_hat / (sqrt(v_hat) + eps)``.
-    Moments are float32 (float64 for float64 weights). The norm is taken per whole tensor, also of a sharded
-    one, so a fused projection counts as one.
+    Moments are float32 (float64 for float64 weights). The norm is taken over the whole tensor, even if it is
+    sharded or a fused projection.
 
-    Raises `InputError` when a parameter of two or more axes has norm 0: its trust ratio is undefined, and the
-    rule "a fixed share of the norm" would never move it.
+    Raises `InputError` when a parameter of two or more axes has norm 0: a step that is a fixed share of its norm
+    would never move it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Lamb(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
             state["step"] += 1
         states = [self.state[parameter] for parameter in parameters]
-        # Of sharded tensors each process updates its own part; only the norms need the others'.
+        # Each process updates its own part of sharded tensors; only the norms need communication.
         first = [local(state["exp_avg"]) for state in states]
         second = [local(state["exp_avg_sq"]) for state in states]
         weights = [local(parameter) for parameter in parameters]
@@ -109,9 +109,9 @@ class Lamb(Optimizer):
 
 
 def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Deal ``parameters`` out into runs of about `PART` numbers, so that an update's temporaries stay small.
+    """Split ``parameters`` into groups of about `PART` values, so that temporary tensors of an update stay small.
 
-    Sharded ones count as a whole: every process must make the same parts.
+    The size of a sharded parameter is that of the whole tensor, so that every process makes the same groups.
     """
     part: list[Tensor] = []
     for parameter in parameters:
@@ -138,9 +138,9 @@ def _refuse_zeros(matrices: list[tuple[str, Parameter]]) -> None:
 
 
 def _trust_ratios(weights: tuple[Tensor, ...], updates: tuple[Tensor, ...], *, sharded: bool) -> list[Tensor]:
-    """Return |w| / |u| per whole tensor, 1 where either norm is 0; on the device, without waiting for it.
+    """Return |w| / |u| per whole tensor, 1 where either norm is 0, without a device synchronisation.
 
-    ``sharded``: the tensors are this process's parts, and the norms are over the parts of all.
+    ``sharded``: the tensors are this process's parts; norms are taken over the parts of all processes.
     """
     norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(updates)])
     if sharded:

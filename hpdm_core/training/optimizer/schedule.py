@@ -6,8 +6,7 @@ __all__ = ["default_ema_halflife", "learning_rate"]
 
 
 def learning_rate(done: int, *, peak: float, warmup: int, steps: int) -> float:
-    """Return the rate at the moment when ``done`` of ``steps`` updates have been made; update k uses ``done =
-    k - 1``.
+    """Return the learning rate after ``done`` of ``steps`` updates; update k uses ``done = k - 1``.
 
     ``learning_rate(0)`` is 0 with a warm-up and ``peak`` without, ``learning_rate(warmup)`` is ``peak``,
     ``learning_rate(steps)`` is 0. A warm-up longer than the run never reaches the peak.

@@ -1,14 +1,12 @@
-"""A world in which the best possible denoiser is known: a stationary Gaussian field with a video-like
-spectrum.
+"""A data distribution with a known optimal denoiser: a stationary Gaussian field with a video-like spectrum.
 
-The dataset `gaussian_world` draws exact samples of it; `GaussianDenoiser` is the Bayes-optimal answer to the
-question that an HPDM is asked, E[patch | noisy patch, noisy parents], by linear algebra. So a sampler can be
-held against a known covariance, and a trained model's loss against the lowest loss that there is: a loss
-below it is a leak.
+The dataset `gaussian_world` draws exact samples of it. `GaussianDenoiser` computes the Bayes-optimal denoiser of
+an HPDM, E[patch | noisy patch, noisy parents], by linear algebra. So the samples of a sampler can be compared
+with a known covariance, and the loss of a trained model with the lowest possible loss; a lower loss shows a leak.
 
-The field lives on a torus of twice the clip's size on every axis, of which a clip is a window, so that
-opposite borders of a clip are far apart. Its power falls with the frequency f (cycles per clip length, all
-axes alike) as (1 + f^2) ** (-exponent / 2). Channels are independent and alike. A level is the `area`
+The field is periodic with twice the clip's size on every axis, and a clip is a window of it, so that opposite
+borders of a clip are far apart. Its power decreases with the frequency f (cycles per clip length, the same on all
+axes) as (1 + f^2) ** (-exponent / 2). Channels are independent and identically distributed. A level is the `area`
 downsampling of the clip, which is linear: all covariances between patches of any levels are exact.
 
 Shapes: B rows, C channels, N pixels of a patch (row-major f, h, w). Arithmetic in float64.
@@ -36,13 +34,13 @@ __all__ = ["GaussianContexts", "GaussianDenoiser", "GaussianEncoded", "GaussianF
 
 Triple = tuple[int, int, int]
 
-# Relative to the field's variance. A coarser patch is a linear function of a finer one that covers it, so
-# that the covariance of noise-free parents is singular; this much is added to their noise.
+# Added to the noise variance of parents, relative to the field's variance. A coarser patch is a linear function of a
+# finer one that covers it, so that the covariance of noise-free parents is singular.
 _JITTER = 1e-10
 
 
 class GaussianField:
-    """The field's law: mean 0, standard deviation ``std`` of a pixel, seen through a window of ``size``."""
+    """The distribution of the field: mean 0, standard deviation ``std`` of a pixel; windows (clips) of ``size``."""
 
     def __init__(self, size: Triple, *, exponent: float, std: float) -> None:
         self.size = size
@@ -66,10 +64,9 @@ class GaussianField:
         return field[:, :frames, :height, :width].contiguous()
 
     def covariance(self, first: Triple, second: Triple) -> Tensor:
-        """Return Cov(mean over a box ``first`` at p, mean over a box ``second`` at q) by the lag p - q on the
-        torus.
+        """Return Cov(mean over a box ``first`` at p, mean over a box ``second`` at q) as a function of the lag p - q.
 
-        Boxes are in pixels and start at p and q; the result has the size of the torus, negative lags wrapped.
+        Boxes are in pixels and start at p and q; the result has the size of the torus, with negative lags wrapped.
         """
         product = self.power * self._box(first) * self._box(second).conj()
         lags: Tensor = torch.fft.ifftn(product, dim=(-3, -2, -1)).real
@@ -87,16 +84,17 @@ class GaussianField:
 
 
 class GaussianWorld:
-    """The dataset: every draw is a new clip, the same law for both splits, no labels.
+    """The dataset: every draw is a new clip, from the same distribution for both splits, without labels.
 
-    Values are clamped to [-1, 1], as all clips are. At the default ``std`` that touches one pixel in 16,000
-    and changes the variance by 1e-4 of itself; choose it smaller where more exactness is wanted.
+    Values are clamped to [-1, 1], as in all clips. At the default ``std`` this affects one pixel in 16,000 and
+    changes the variance by a relative 1e-4; a smaller ``std`` makes the distribution more exact.
 
     Args:
         clip: size of the clips.
-        reader: not used, there are no files.
-        exponent: how fast the power falls with the frequency; 3 gives every octave the same share, more is
-        smoother. std: standard deviation of a pixel.
+        reader: not used, because there are no files.
+        exponent: how fast the power decreases with the frequency; 3 gives every octave equal power, larger values
+            are smoother.
+        std: standard deviation of a pixel.
     """
 
     def __init__(
@@ -120,11 +118,11 @@ class GaussianWorld:
         return Clip(self.field.draw(generator, self.clip.channels).clamp(-1, 1).float())
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return None: no clip comes twice."""
+        """Return None, because every clip is new."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return the law as JSON; there are no files, and the number of clips has no bound (null)."""
+        """Return the parameters as JSON; there are no files, and the number of clips is infinite (null)."""
         endless = {"clips": None, "windows": None}
         return {
             "name": "gaussian_world",
@@ -138,7 +136,7 @@ class GaussianWorld:
 
 @dataclass(frozen=True)
 class GaussianEncoded:
-    """Noisy parents: ``values`` [B, C, N] in data units, their noise ``sigma_eff`` [B], where they lie."""
+    """Noisy parents: ``values`` [B, C, N] in data units, their noise ``sigma_eff`` [B], and their positions."""
 
     level: int
     values: Tensor
@@ -150,7 +148,7 @@ class GaussianEncoded:
         return GaussianEncoded(self.level, self.values[rows], self.sigma_eff[rows], self.corner[rows])
 
     def to(self, device: torch.device | str) -> GaussianEncoded:
-        """Return self: everything stays on the CPU."""
+        """Return self, because everything stays on the CPU."""
         return self
 
     @classmethod
@@ -166,7 +164,7 @@ class GaussianEncoded:
 
 @dataclass(frozen=True)
 class _Posterior:
-    """A patch given noisy parents: mean = gain @ parents, covariance = basis @ diag(variances) @ basis.T."""
+    """A patch given noisy parents has mean = gain @ parents, covariance = basis @ diag(variances) @ basis.T."""
 
     gain: Tensor  # [N, K * N] for K parents
     basis: Tensor  # [N, N], orthonormal columns
@@ -175,7 +173,7 @@ class _Posterior:
 
 @dataclass(frozen=True)
 class GaussianContexts:
-    """What the parents say: ``mean`` [B, C, N] of the patch, and by row which of the ``posteriors`` holds."""
+    """The patch's distribution given its parents: ``mean`` [B, C, N], and for each row its index in ``posteriors``."""
 
     mean: Tensor
     which: Tensor  # [B] long
@@ -187,12 +185,11 @@ class GaussianContexts:
 
 
 class GaussianDenoiser:
-    """E[patch | noisy patch, noisy parents] in the world of ``field``: used as `hpdm_core.assembly.denoiser.Denoiser`
-    is.
+    """E[patch | noisy patch, noisy parents] for ``field``; has the interface of `hpdm_core.assembly.denoiser.Denoiser`.
 
-    Exact for `area` downsampling and any noise level of each patch. It has no latents (a tensor [B, 0, 0]
-    stands for them) and takes no notice of labels. What depends on where the patches lie to each other, and
-    on the parents' noise, is computed once for each such constellation, the 1024 last used are kept.
+    Exact for `area` downsampling and any noise level of each patch. It has no latents (it returns a tensor
+    [B, 0, 0]) and ignores labels. Posteriors depend on the patches' relative positions and the parents' noise
+    levels; the 1024 most recently used ones are cached.
     """
 
     def __init__(self, field: GaussianField, pyramid: Pyramid, sigma_in: Sequence[float]) -> None:
@@ -215,12 +212,12 @@ class GaussianDenoiser:
         *,
         blocks: int | None = None,
     ) -> GaussianEncoded:
-        """Return z [B, C, F, H, W] of ``level`` as parents; their ``sources`` speak to a child themselves."""
+        """Return z [B, C, F, H, W] of ``level`` as parents. ``sources`` are unused: a child gets them itself."""
         values = rearrange(z.double() * self.sigma_in[level], "b c f h w -> b c (f h w)")
         return GaussianEncoded(level, values, self._sigma_eff(level, sigma), self._corner(level, coords))
 
     def contexts(self, level: int, coords: Coords, sources: Sequence[GaussianEncoded]) -> GaussianContexts:
-        """Return what ``sources`` (any levels, rows matching) say about the patches at ``coords``."""
+        """Return the distribution of the patches at ``coords`` given ``sources`` (any levels, rows matching)."""
         corner = self._corner(level, coords)
         rows = len(corner)
         keys = [
@@ -256,7 +253,7 @@ class GaussianDenoiser:
         contexts: GaussianContexts | None,
         latents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the posterior mean [B, C, F, H, W], of the dtype of z, of z at ``sigma`` [B], and no latents."""
+        """Return the posterior mean [B, C, F, H, W] given z at ``sigma`` [B], in the dtype of z, and empty latents."""
         if contexts is None:
             contexts = self.contexts(level, coords, ())
         noisy = rearrange(z.double() * self.sigma_in[level], "b c f h w -> b c (f h w)")
@@ -274,11 +271,10 @@ class GaussianDenoiser:
     def bayes_loss(
         self, level: int, offset: Triple, *, sigma_eff: float, context_sigma_eff: float | None
     ) -> float:
-        """Return the lowest mean squared error per pixel, in data units, of the patch at ``offset`` (own
-        pixels).
+        """Return the lowest possible mean squared error per pixel, in data units, of the patch at ``offset``.
 
-        The patch has noise ``sigma_eff``, all its ancestors (`Pyramid.chain`) ``context_sigma_eff``; None for
-        no parents.
+        ``offset`` is in the level's own pixels. ``sigma_eff``: noise of the patch; ``context_sigma_eff``: noise of
+        all its ancestors (`Pyramid.chain`); None for no parents.
         """
         corner = torch.tensor(offset) * torch.tensor(self.pyramid.pitch(level))
         chain = self.pyramid.chain(level, offset) if context_sigma_eff is not None else ()
@@ -312,7 +308,7 @@ class GaussianDenoiser:
         return self.field.covariance(self.pyramid.pitch(level), self.pyramid.pitch(other))
 
     def _solve(self, level: int, parents: tuple[tuple[int, Triple, float], ...]) -> _Posterior:
-        """Return the law of a patch given parents, each (level, child's corner less its own, sigma_eff)."""
+        """Return a patch's posterior given parents, each (level, child's corner minus parent's corner, sigma_eff)."""
         own = (level, (0, 0, 0))
         prior = self.covariance(own, own)
         if not parents:
@@ -338,7 +334,7 @@ class GaussianDenoiser:
         return sigma.detach().cpu().double() * self.sigma_in[level]
 
     def _corner(self, level: int, coords: Coords) -> Tensor:
-        """Return where patches start, [B, 3] long in full-resolution pixels."""
+        """Return the lower corners of patches, [B, 3] long, in full-resolution pixels."""
         size = torch.tensor(self.pyramid.size(level), dtype=torch.float64)
         own = (coords.offset.detach().cpu().double() * size).round().long()
         return own * torch.tensor(self.pyramid.pitch(level))

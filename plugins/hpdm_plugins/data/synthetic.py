@@ -1,8 +1,7 @@
-"""The dataset `synthetic`: moving textures, computed for any size at once and on no disk. For tests and
-timings.
+"""The dataset `synthetic`: moving textures, computed at any size without files. For tests and timings.
 
-A texture is a sum of plane waves, drifting as one, with its contrast raised so that it has edges. A class
-fixes the direction of the drift and the scale of the texture; a clip draws phases, colours and speed.
+A texture is a sum of plane waves that drift together, with increased contrast, so that it has edges. A class
+fixes the direction of the drift and the scale of the texture; phases, colours and speed are random in each clip.
 """
 
 import math
@@ -29,11 +28,11 @@ SPEEDS = (0.25, 0.75)
 
 
 class Synthetic:
-    """Drifting textures in ``classes`` classes, their waves fixed by ``seed``.
+    """Drifting textures in ``classes`` classes, whose waves are fixed by ``seed``.
 
-    A clip is one function of (t, y, x) in [0, 1], sampled at the clip's frame and pixel centres: another size
-    shows the same clip, finer or coarser. A draw takes a class uniformly. Held-out clips come from the same
-    distribution as those for training; no two draws are alike.
+    A clip is a function of (t, y, x) in [0, 1], sampled at the centres of its frames and pixels, so that the same
+    clip can be drawn at any resolution. A draw chooses a class uniformly. Held-out clips have the same distribution
+    as training clips; no two draws are equal.
     """
 
     def __init__(
@@ -86,11 +85,11 @@ class Synthetic:
         return (left @ rearrange(right, "w k -> k w")).tanh_()
 
     def distinct(self, split: Split) -> list[Clip] | None:
-        """Return None: no two clips are alike."""
+        """Return None, because every clip is new."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return the recipe; there is no file, and no end of clips."""
+        """Return the parameters; there are no files, and the number of clips is infinite (null)."""
         return {
             "name": "synthetic",
             "classes": list(self.classes),

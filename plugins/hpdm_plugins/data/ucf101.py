@@ -3,8 +3,8 @@
     ROOT/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi ...
     ROOT/ucfTrainTestlist/{classInd,trainlist01,testlist01,...}.txt
 
-Clips of one group (g01) are near-duplicates, so that a random split would leak; the official lists keep
-groups whole.
+Clips of one group (g01) are near-duplicates, so a random split would put near-duplicates in both splits; the
+official lists do not split groups.
 """
 
 from collections.abc import Iterator
@@ -49,9 +49,9 @@ def ucf101(
 ) -> FileClips:
     """Return the clips of UCF-101: training on train list ``fold``, held out is test list ``fold``.
 
-    A draw takes files uniformly (see `FileClips`), so that a class is as frequent as its files. Labels are
-    those of classInd.txt less one. Options as in `video_folder`. A listed file that is missing, does not open
-    or is too short is skipped and named. Raises InputError for another layout, and when nothing is left.
+    A draw chooses files uniformly (see `FileClips`), so the frequency of a class is its share of the files. Labels
+    are the numbers of classInd.txt minus one. Options as in `video_folder`. A listed file that is missing, does not
+    open or is too short is skipped and logged. Raises InputError for another layout, and if no file is usable.
     """
     require_rgb(NAME, clip)
     folder = existing_folder(NAME, root)
@@ -102,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    """Read classInd.txt: "1 ApplyEyeMakeup" and so on, numbered from 1 without a hole."""
+    """Read classInd.txt: lines such as "1 ApplyEyeMakeup", numbered from 1 without gaps."""
     classes: list[str] = []
     for number, words in _lines(path):
         if len(words) != 2 or words[0] != str(len(classes) + 1):
@@ -114,7 +114,7 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 
 def _listed(folder: Path, listing: Path, classes: tuple[str, ...]) -> list[SourceFile]:
-    """Read a train or test list: "CLASS/FILE.avi", in train lists with the class's number behind it."""
+    """Read a train or test list: lines "CLASS/FILE.avi", in train lists followed by the number of the class."""
     files = []
     for number, words in _lines(listing):
         name, _, file = words[0].partition("/")

@@ -1,6 +1,6 @@
 """The dataset `video_folder`: any folder of video files, flat or with one folder per class.
 
-Nothing is known about shot cuts in such files: a window may straddle one.
+Shot cuts in such files are not known, so a window may contain one.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ NAME = "video_folder"
 
 
 def content(root: Path) -> str:
-    """Return the fingerprint of the video files in ``root`` and right in its folders, by name and content."""
+    """Return the fingerprint, by name and content, of the video files in ``root`` and in its immediate subfolders."""
     places = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
     files = [
         file
@@ -48,24 +48,29 @@ def video_folder(
     flip: bool = True,
     labels: bool = True,
 ) -> FileClips:
-    """Return the clips of the video files in ``root``; a draw takes files uniformly (see `FileClips`).
+    """Return the clips of the video files in ``root``; a draw chooses files uniformly (see `FileClips`).
 
-    Either ``root`` holds the files, and clips have no label, or it holds one folder per class, named after
-    it; classes are numbered in the order of their names. The share ``held_out`` of each class's files, by the
-    hash of their names and at least one, is held out whole. ``stride``: a clip takes every so-many-th frame.
-    ``crop``: where a clip lies in the frame. ``flip``: mirror left-right with probability 1/2, in training
-    only. ``labels`` False hides classes.
+    Either ``root`` contains the files, and clips have no label, or it contains one folder per class, named after
+    it; classes are numbered in the order of their names.
 
-    A file that does not open, or has fewer frames than a clip reaches over, is skipped and named. Raises
-    InputError when nothing is left.
+    Options:
+        held_out: share of each class's files that is held out, at least one file; files are chosen by a hash of
+            their names.
+        stride: a clip takes every ``stride``-th frame.
+        crop: position of a clip in the frame, random or centred.
+        flip: mirror left-right with probability 1/2, in training only.
+        labels: False hides the classes.
+
+    A file that does not open, or has fewer frames than a clip spans, is skipped and logged. Raises InputError if
+    no file is usable.
     """
     require_rgb(NAME, clip)
     folder = existing_folder(NAME, root)
     classes, listed = _listed(folder, root)
     if not listed:
         raise InputError(
-            f"data.dataset '{NAME}', option root: '{root}' holds no video file, nor does a folder right in "
-            f"it; files are known by the endings {' '.join(SUFFIXES)}"
+            f"data.dataset '{NAME}', option root: '{root}' and its immediate subfolders contain no video file; "
+            f"allowed file suffixes are {' '.join(SUFFIXES)}"
         )
     skipped = Skipped(NAME)
     usable = probe_all(listed, reader, span=span(clip.frames, stride), skipped=skipped)
@@ -103,7 +108,7 @@ def video_folder(
 
 
 def _listed(folder: Path, root: Path) -> tuple[tuple[str, ...], list[SourceFile]]:
-    """Return the classes and all video files, labelled. Raises InputError where both layouts are mixed."""
+    """Return the classes and all video files with labels. Raises InputError if both layouts are mixed."""
     flat = video_files(folder)
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     by_class = {path.name: files for path in folders if (files := video_files(path))}
@@ -125,10 +130,10 @@ def _listed(folder: Path, root: Path) -> tuple[tuple[str, ...], list[SourceFile]
 def _split(
     usable: Sequence[tuple[SourceFile, VideoInfo]], held_out: float
 ) -> dict[Split, list[tuple[SourceFile, VideoInfo]]]:
-    """Hold out whole files: per class the share ``held_out``, at least one, but never a class's only file."""
+    """Hold out files: per class the share ``held_out``, at least one file, but never the only file of a class."""
     files: dict[Split, list[tuple[SourceFile, VideoInfo]]] = {"train": [], "held_out": []}
     for label in sorted({file.label for file, _ in usable}):
-        # By a hash of the name: by the name itself, neighbours in a series would end up in one split.
+        # Sorted by a hash of the name: sorted by name, files of one series would end up in the same split.
         ordered = sorted(
             (item for item in usable if item[0].label == label),
             key=lambda item: hashlib.sha256(f"held_out:{item[0].name}".encode()).digest(),

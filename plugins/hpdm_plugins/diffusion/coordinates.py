@@ -1,6 +1,6 @@
-"""Coordinate samplers: where the nested patches of a training video lie (HPDM, section 4.1, Eq 6-9).
+"""Coordinate samplers: they draw the positions of the nested patches of a training video (HPDM, section 4.1, Eq 6-9).
 
-Offsets are whole numbers of each level's own pixels.
+Offsets are integer numbers of each level's own pixels.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ __all__ = ["NestedTopDown", "NestedUniform", "SampledTiles"]
 
 
 def _between(bounds: Sequence[tuple[int, int]], generator: torch.Generator) -> list[int]:
-    """Draw one whole number per axis, uniform over its bounds (both included)."""
+    """Draw one integer per axis, uniformly between its bounds (both included)."""
     return [int(torch.randint(first, last + 1, (), generator=generator)) for first, last in bounds]
 
 
 def _contains(pyramid: Pyramid, level: int, parent: Triple, child: Triple) -> bool:
-    """Whether the patch of ``level`` at ``child`` lies in that of the level below at ``parent``."""
+    """Whether the patch of ``level`` at ``child`` lies in the patch of ``level - 1`` at ``parent``."""
     bounds = pyramid.containing(level, child)
     return all(first <= start <= last for start, (first, last) in zip(parent, bounds, strict=True))
 
 
 class NestedUniform:
-    """The finest offset uniform over its lattice, then each ancestor uniform among those that contain it.
+    """Draws the finest offset uniformly, then each ancestor uniformly among the patches that contain its child.
 
-    Every place of the video is trained equally often on the finest level, borders included.
+    On the finest level, every position is drawn equally often, including those at the borders.
     """
 
     def __init__(self, pyramid: Pyramid) -> None:
@@ -49,10 +49,10 @@ class NestedUniform:
 
 
 class NestedTopDown:
-    """Each offset uniform over the patch before it: the paper's Eq 6, on each level's own lattice.
+    """Draws each offset uniformly within the patch of the coarser level: the paper's Eq 6, in integer pixels.
 
-    Starves borders: at 3 levels and 16-frame patches of 64 frames the first offset has probability 1/289,
-    against 1/49 when uniform.
+    Borders are drawn rarely: with 3 levels and 16-frame patches of 64 frames, the first offset has probability
+    1/289, instead of 1/49 if it were uniform.
     """
 
     def __init__(self, pyramid: Pyramid) -> None:
@@ -71,18 +71,18 @@ class NestedTopDown:
 
 
 class SampledTiles:
-    """Only patches that sampling visits: a tile of a level above 0, with the chain of parents that serves it.
+    """Draws only patches that sampling uses: a tile of a level above 0, with its chain of parents.
 
-    The level is uniform over those above 0, the tile uniform over its tiles; finer levels are tiles of theirs
-    within it. ``overlap``: the axes on which tiles overlap by half, as in ``sampling.overlap``; what sampling
-    with more overlap visits is not trained.
+    The level is uniform over those above 0, the tile uniform over the level's tiles; patches of finer levels are
+    tiles of these levels within the coarser tile. ``overlap``: the axes on which tiles overlap by half, as in
+    ``sampling.overlap``; tiles that exist only with more overlap are not trained.
     """
 
     def __init__(self, pyramid: Pyramid, *, overlap: tuple[Literal["f", "h", "w"], ...] = ()) -> None:
         self.pyramid = pyramid
         tiles = [pyramid.tiles(level, overlap) for level in range(pyramid.levels)]
         self.tiles = tiles
-        # Which tiles of the next level lie in a tile, worked out once: a draw happens for every video.
+        # The tiles of the next level within each tile, computed once, because every video needs a draw.
         self.inside: list[dict[Triple, list[Triple]]] = [{} for _ in tiles]
         for level in range(1, pyramid.levels):
             for tile in tiles[level]:

@@ -1,4 +1,4 @@
-"""Noise scalings (sigma_in per level) and noise samplers (the plan of a training step and its noise levels).
+"""Noise scalings (sigma_in per level) and noise samplers (the slots of a training step and their noise levels).
 
 HPDM, section 4 ("corrupted independently"; input scaling "exponentially smaller ... with each increase in
 pyramid level"); the distribution is EDM's (2206.00364), ln sigma ~ N(-1.2, 1.2^2).
@@ -23,17 +23,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def constant(levels: int, *, value: Positive = 4.0) -> tuple[float, ...]:
-    """One input scale for all levels."""
+    """Return the same input scale for all levels."""
     return (value,) * levels
 
 
 def exponential(levels: int, *, first: Positive = 4.0, ratio: Positive = 2.0) -> tuple[float, ...]:
-    """Return sigma_in = first * ratio^level: the signal is scaled by 1/4, 1/8, 1/16 by default."""
+    """Return sigma_in = first * ratio^level. By default the signal is scaled by 1/4, 1/8, 1/16."""
     return tuple(first * ratio**level for level in range(levels))
 
 
 class Independent:
-    """Every level its own sigma, ln sigma ~ N(mean, std^2): the paper's recipe."""
+    """An independent sigma for every level, ln sigma ~ N(mean, std^2), as in the paper."""
 
     def __init__(self, sigma_in: Sequence[float], *, mean: float = -1.2, std: Positive = 1.2) -> None:
         self.slots = plan(len(sigma_in))
@@ -47,7 +47,7 @@ class Independent:
 
 
 class Shared(Independent):
-    """One sigma for all levels of a video, ln sigma ~ N(mean, std^2): level 0's draw under `Independent`."""
+    """One sigma for all levels of a video, ln sigma ~ N(mean, std^2): the one that `Independent` draws for level 0."""
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See `hpdm_core.diffusion.NoiseSampler`."""
@@ -56,11 +56,11 @@ class Shared(Independent):
 
 
 class CleanParents(Independent):
-    """`Independent`, but in a share of the videos all levels below a random target stand as at inference.
+    """`Independent`, but in a ``share`` of the videos all levels below a random target level are as at inference.
 
-    There their noise is ``context_sigma_eff`` in data units (sigma = context_sigma_eff / sigma_in) and they
-    are not in the loss. Independent draws almost never train this condition, under which every finer level is
-    sampled. The target is uniform over levels 1..L-1; with one level nothing changes.
+    These levels have noise ``context_sigma_eff`` in data units (sigma = context_sigma_eff / sigma_in) and are not in
+    the loss. At inference every finer level is sampled with such parents, which independent draws almost never
+    produce. The target level is uniform over 1..L-1; with one level this sampler equals `Independent`.
     """
 
     def __init__(
@@ -88,18 +88,18 @@ class CleanParents(Independent):
 
 
 class CleanStream:
-    """A second stream of nearly clean patches feeds every level, as finished parents do at inference.
+    """Adds a second set of nearly clean slots, which serve every level as context, like finished parents at inference.
 
-    Slots, for three levels: 0 clean, 0, 1 clean, 1, 2. The clean ones stand at ``context_sigma_eff`` in data
-    units and are in no loss; the others have their own sigma, ln sigma ~ N(mean, std^2), and are fed by the
-    clean ones alone. Costs more block calls than `Independent`, 1.5 times as many with three levels and three blocks,
-    and trains every level in every step under the condition it is sampled in.
+    Slots, for three levels: 0 clean, 0, 1 clean, 1, 2. The clean slots have noise ``context_sigma_eff`` in data units
+    and are not in the loss. The others have their own sigma, ln sigma ~ N(mean, std^2), and only clean slots as
+    sources. So every level is trained in every step with the parents that it has at inference. There are more block
+    calls than with `Independent`: 1.5 times as many with three levels and three blocks.
 
-    At ``context_sigma_eff`` itself the network learns features for other levels, and denoises badly: a solver should
-    not step there (docs/log.md has figures).
+    At the noise level ``context_sigma_eff`` the network is not trained to denoise, only to make features for other
+    levels, and it denoises badly: a solver should not step there (see docs/log.md for measurements).
 
-    ``paired``: the slots in the loss have the sigma and the noise that `Independent` draws for their levels: the
-    two differ in their parents alone. Without it the numbers are those of versions before this option.
+    ``paired``: the slots in the loss have the sigma and the noise that `Independent` draws for their levels, so that
+    the two samplers differ in the parents alone. False gives the random numbers of versions before this option.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Objectives: target, decoder and loss weight, which belong together.
 
-Both predict v under input scaling; they differ in which noise level v is taken at. ``sigma_data`` is the
-standard deviation that data is taken to have, 1 in Snap Video, .5 in EDM (2206.00364, Table 1): around it the
-network's task turns from telling the noise (below) to telling the clean patch (above). Small networks do the
-second much better than the first.
+Both predict v under input scaling; they differ in the noise level at which v is defined. ``sigma_data`` is the
+assumed standard deviation of the data, 1 in Snap Video, .5 in EDM (2206.00364, Table 1). At noise levels below it,
+the network mainly predicts the noise; above it, the clean patch. Small networks predict the clean patch much better
+than the noise.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Positive = Annotated[float, Field(gt=0)]
 class SnapV:
     """v at sigma, decoded with the input scale: Snap Video (2402.14797), Table 1.
 
-    With d = ``sigma_data`` and the answer v = (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)),
+    With d = ``sigma_data`` and the target v = (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)),
     x = (sigma_in d^2 z - sigma_in sigma d sqrt(sigma^2 + d^2) v) / (sigma_in sigma^2 + d^2).
-    The weight ``c`` is (sigma^2 + d^2)^2 / (sigma^2 + d^2 / sigma_in)^2, by which the error of x counts 1 / d^2 +
-    1 / sigma^2; ``v`` is 1.
+    The weighting ``c`` is (sigma^2 + d^2)^2 / (sigma^2 + d^2 / sigma_in)^2, which weights the squared error of x by
+    1 / d^2 + 1 / sigma^2; the weighting ``v`` is 1.
     """
 
     def __init__(self, *, weighting: Literal["c", "v"] = "c", sigma_data: Positive = 1.0) -> None:
@@ -55,10 +55,10 @@ class SnapV:
 
 
 class EffectiveV:
-    """Exact v at s = sigma_eff = sigma_in sigma; every answer counts the same.
+    """Exact v at the noise level s = sigma_eff = sigma_in sigma, with loss weight 1.
 
     With d = ``sigma_data``: v = (d^2 n - s x) / (d sqrt(s^2 + d^2));
-    x = d^2 sigma_in z / (s^2 + d^2) - s d / sqrt(s^2 + d^2) v. The error of x counts 1 / d^2 + 1 / s^2.
+    x = d^2 sigma_in z / (s^2 + d^2) - s d / sqrt(s^2 + d^2) v. The squared error of x has the weight 1 / d^2 + 1 / s^2.
     """
 
     def __init__(self, *, sigma_data: Positive = 1.0) -> None:
@@ -81,7 +81,7 @@ class EffectiveV:
 
 
 def _velocity(clean: Tensor, noise: Tensor, sigma: Tensor, variance: float) -> Tensor:
-    """Return (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)) for d^2 = ``variance``; unit variance if x has d^2."""
+    """Return (d^2 n - sigma x) / (d sqrt(sigma^2 + d^2)), d^2 = ``variance``; unit variance if x has variance d^2."""
     return (variance * noise - sigma * clean) / (variance * (sigma.square() + variance)).sqrt()
 
 

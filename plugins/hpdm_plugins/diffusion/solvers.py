@@ -1,4 +1,4 @@
-"""Solvers: how a level's state is carried from noise to data."""
+"""Solvers: samplers that denoise the state of a level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpdm_core.solver import Denoise, Noise, integrate, karras_sigmas
 __all__ = ["EDM"]
 
 
-# The usual three levels. Where a model has fewer, these defaults are cut; any other surplus value is refused.
+# Defaults for three levels. For a model with fewer levels they are truncated; other lists must not be too long.
 _USUAL: dict[str, tuple[Any, ...]] = {
     "steps": (128, 64, 32),
     "sigma_eff_max": (320.0, 80.0, 80.0),
@@ -26,10 +26,10 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 
 
 class EDM:
-    """Karras et al. 2022, Algorithm 2: Heun or Euler steps, with or without churn, set level by level.
+    """Karras et al. 2022, Algorithm 2: Heun or Euler steps, with or without churn, set separately for each level.
 
-    Each option has one value per level, coarsest first; the last value holds for all deeper levels. The
-    defaults are the paper's as far as it tells (steps; 2nd order and noise on level 0 only) and EDM's
+    Options that are lists have one value per level, coarsest first; the last value is used for all finer levels. The
+    defaults are those of the HPDM paper where it gives them (steps; 2nd order and noise on level 0 only), and EDM's
     ImageNet values for churn.
 
     Args:
@@ -37,12 +37,12 @@ class EDM:
         steps: steps per level, 1 or more.
         sigma_eff_max: noise at the start, in data units (converted by sigma = sigma_eff / sigma_in).
         sigma_eff_min: noise at the last step before 0, in data units.
-        rho: how far the steps crowd towards low noise, one number for all levels.
+        rho: a larger value puts more of the steps at low noise; one number for all levels.
         order: 1 for Euler, 2 for Heun.
-        churn: strength of the fresh noise, S_churn; 0 for a deterministic level.
+        churn: strength of the fresh noise, S_churn; 0 for deterministic sampling of a level.
         churn_min: lowest sigma of the process (not sigma_eff) at which noise is added, S_min.
         churn_max: highest such sigma, S_max.
-        churn_noise: factor on the added noise's standard deviation, S_noise.
+        churn_noise: factor on the standard deviation of the added noise, S_noise.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class EDM:
             if not given or (len(given) > levels and tuple(given) != usual):
                 raise InputError(
                     f"sampling.solver.{name}: {list(given)} has {len(given)} values; allowed is 1 to "
-                    f"{levels}, one per level, coarsest first, the last one holding for deeper levels"
+                    f"{levels}, one per level, coarsest first; the last one is used for all finer levels"
                 )
             if not all(holds(value) for value in given):
                 raise InputError(
@@ -80,12 +80,12 @@ class EDM:
         def positive(value: float) -> bool:
             return math.isfinite(value) and value > 0
 
-        self.steps = per_level("steps", steps, lambda value: value >= 1, "a whole number from 1")
+        self.steps = per_level("steps", steps, lambda value: value >= 1, "a positive integer")
         self.sigma_eff_max = per_level("sigma_eff_max", sigma_eff_max, positive, "a positive number")
         self.sigma_eff_min = per_level("sigma_eff_min", sigma_eff_min, positive, "a positive number")
         self.order = per_level("order", order, lambda value: value in (1, 2), "1 (Euler) or 2 (Heun)")
         self.churn = per_level(
-            "churn", churn, lambda value: math.isfinite(value) and value >= 0, "a number from 0"
+            "churn", churn, lambda value: math.isfinite(value) and value >= 0, "a number of 0 or more"
         )
         for level, (low, high) in enumerate(zip(self.sigma_eff_min, self.sigma_eff_max, strict=True)):
             if low >= high:
@@ -114,7 +114,7 @@ class EDM:
         )
 
     def calls(self, level: int) -> int:
-        """Return the number of denoiser calls on ``level``: two per Heun step but the last."""
+        """Return the number of denoiser calls on ``level``: one per Euler step, two per Heun step except the last."""
         return int(self.steps[level] * self.order[level] - (self.order[level] - 1))
 
     def solve(self, level: int, denoise: Denoise, noise: Noise) -> Tensor:

@@ -1,14 +1,15 @@
-"""The metric `attributes`: reads shape, colour, direction and place back from videos of the dataset `shapes`.
+"""The metric `attributes`: measures shape, colour, direction and position in videos of the dataset `shapes`.
 
-Each frame is matched with templates, every shape at every place of a lattice, drawn at full size and made small
-as the data are; each colour is looked for along its own difference to the ground. A clip's shape and colour are
-those with the best match over all frames; its direction is that of the straight line fitted to its places.
+Each frame is correlated with templates: every shape at every position of a grid, drawn at full size and downsampled
+like the data. For each colour, the frame is projected on the difference between this colour and the background. A
+clip's shape and colour are those with the best match over all frames; its direction is that of the straight line
+fitted to its positions.
 
-All figures are errors, 0 where nothing is wrong. Each stands beside the same figure of real held-out clips
-(``.floor``), with the ``spread`` of the difference that two sets of real clips of these sizes have by chance:
-three spreads above the floor is worse than real.
+All values are errors; 0 is perfect. Each is reported with the same value of real held-out clips (``.floor``), and
+with ``spread``, the standard deviation by chance of the difference between two sets of real clips of these sizes. A
+value more than three spreads above the floor is worse than real clips.
 
-Shapes: n clips, F frames, C = 3 channels, K colours, S shapes, Q places; places in short sides of the picture.
+Shapes: n clips, F frames, C = 3 channels, K colours, S shapes, Q positions; positions in short sides of the picture.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadBack", "Reader", "Reading", "figures", "register_metrics", "spread"]
 
-BATCH = 16  # clips that are read together
+BATCH = 16  # clips that are processed together
 STEP = 1 / 32
-"""Distance of the places at which templates are tried, in short sides; a parabola finds places in between."""
+"""Distance between template positions, in short sides; a fitted parabola gives positions between them."""
 SHARES = ("wrong", "wrong_shape", "wrong_colour", "wrong_direction", "unsteady", "disagree")
-"""The figures that count, each clip or frame right or wrong."""
+"""The errors that are shares of clips or frames, each of which is right or wrong."""
 
 _NAMES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "direction": tuple(DIRECTIONS)}
 _CONTRASTS = torch.tensor(list(COLOURS.values())) - GROUND  # [K, C]
@@ -60,13 +61,13 @@ _CONTRASTS = torch.tensor(list(COLOURS.values())) - GROUND  # [K, C]
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from n clips of one level.
+    """The measured attributes of n clips of one level.
 
-    ``shape``, ``colour`` and ``direction`` [n] are positions in `SHAPES`, `COLOURS` and `DIRECTIONS`; the direction
-    of what moves less than half as far as it should is -1. ``steady`` [n]: share of frames that by themselves show
-    the clip's shape and colour. ``places`` [n, F, 2]: where, frame by frame. ``off_path`` [n]: root mean square
-    distance of the places from the line. ``residual`` [n]: root mean square difference between the clip and the
-    clearest clip of this reading, over the colour's contrast.
+    ``shape``, ``colour`` and ``direction`` [n] are indices into `SHAPES`, `COLOURS` and `DIRECTIONS`; the direction
+    is -1 if the shape moves less than half of `TRAVEL`. ``steady`` [n]: share of frames whose own best match is the
+    clip's shape and colour. ``places`` [n, F, 2]: the position in each frame. ``off_path`` [n]: root mean square
+    distance of the positions from the fitted line. ``residual`` [n]: root mean square difference between the clip and
+    a clip drawn with these attributes on a uniform background, divided by the colour's contrast.
     """
 
     shape: Tensor
@@ -91,7 +92,7 @@ class Reading:
 
 
 class Reader:
-    """Reads clips of ``level`` of ``pyramid``, made small by ``downsampling``."""
+    """Measures attributes of clips of ``level`` of ``pyramid``, made by ``downsampling``."""
 
     def __init__(self, pyramid: Pyramid, level: int, downsampling: str) -> None:
         self._full: Triple = pyramid.video
@@ -108,14 +109,14 @@ class Reader:
         self._templates /= self._templates.norm(dim=1, keepdim=True)
 
     def _small(self, pictures: Tensor) -> Tensor:
-        """Make [N, H, W] small in height and width."""
+        """Downsample [N, H, W] in height and width."""
         return downsample(pictures[:, None], (1, *self._pitch[1:]), self._downsampling)[:, 0]
 
     def read(self, videos: Tensor) -> Reading:
-        """Read ``videos``, float32 [n, C, F, H, W] in [-1, 1]."""
+        """Return the attributes of ``videos``, float32 [n, C, F, H, W] in [-1, 1]."""
         matches = self._match(videos)  # [n, F, K, S, Q]
         best = matches.amax(dim=-1)
-        seen = best.sum(dim=1).flatten(1).argmax(dim=1)  # [n], colour and shape in one
+        seen = best.sum(dim=1).flatten(1).argmax(dim=1)  # [n], joint index of colour and shape
         steady = (best.flatten(2).argmax(dim=2) == seen[:, None]).float().mean(dim=1)
         colour, shape = seen // len(SHAPES), seen % len(SHAPES)
         here = matches.flatten(2, 3)[torch.arange(len(seen)), :, seen]  # [n, F, Q]
@@ -133,9 +134,9 @@ class Reader:
         )
 
     def _match(self, videos: Tensor) -> Tensor:
-        """Correlate with all templates, [n, F, K, S, Q]; whatever contrast the shape has, the best match is the same.
+        """Correlate with all templates, [n, F, K, S, Q]. The best match does not depend on the shape's contrast.
 
-        The ground of a frame is its median in each channel: a shape covers less than half of it.
+        The background of a frame is its median in each channel, because a shape covers less than half of the frame.
         """
         pixels = rearrange(videos, "n c f h w -> n f (h w) c")
         above = pixels - pixels.median(dim=2, keepdim=True).values
@@ -145,7 +146,7 @@ class Reader:
         return found.unflatten(-1, (len(SHAPES), len(self._lattice)))
 
     def _places(self, matches: Tensor) -> Tensor:
-        """Return the place of the best match [n, F, Q] -> [n, F, 2], between lattice points by a parabola per axis."""
+        """Return the positions [n, F, 2] of the best of ``matches`` [n, F, Q], refined by a parabola per axis."""
         best = matches.argmax(dim=-1)
         places = self._lattice[best]
         row, column = best // self._columns, best % self._columns
@@ -164,7 +165,7 @@ class Reader:
     def _residual(
         self, videos: Tensor, shape: Tensor, colour: Tensor, middle: Tensor, travel: Tensor
     ) -> Tensor:
-        """Compare with the clip that has these attributes on an even ground, made small as the data are."""
+        """Compare with the clip that has these attributes on a uniform background, downsampled like the data."""
         frames = self._full[0]
         places = path(middle, travel, frames)
         covered = torch.stack(
@@ -181,12 +182,12 @@ class Reader:
 
 
 def _steps(length: float) -> int:
-    """Return how many lattice steps fit along a side of ``length``."""
+    """Return how many steps of the template grid fit along a side of ``length``."""
     return math.floor((length - 2 * MARGIN) / STEP + 1e-6)
 
 
 def _line(places: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit steady motions to ``places`` [n, F, 2] by least squares; return middles and travels [n, 2]."""
+    """Fit uniform motions to positions ``places`` [n, F, 2] by least squares; return midpoints and travels [n, 2]."""
     times = frame_times(places.shape[1]) - 0.5
     middle = places.mean(dim=1)
     travel = torch.einsum("f,nfa->na", times, places) / times.square().sum().clamp(min=1e-9)
@@ -194,7 +195,7 @@ def _line(places: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _direction(travel: Tensor) -> Tensor:
-    """Return which of `DIRECTIONS` the travels [n, 2] take most nearly, -1 where less than half the way."""
+    """Return the index in `DIRECTIONS` that is nearest to the travels [n, 2]; -1 for less than half of `TRAVEL`."""
     along = travel @ torch.tensor(list(DIRECTIONS.values()), dtype=travel.dtype).T
     far, direction = along.max(dim=1)
     return torch.where(far >= TRAVEL / 2, direction, -1)
@@ -203,10 +204,10 @@ def _direction(travel: Tensor) -> Tensor:
 def figures(
     readings: Sequence[Reading], labels: Sequence[int] | None, short_side: int
 ) -> list[dict[str, Tensor]]:
-    """Return the figures of each level, coarsest first: name -> value of every clip [n].
+    """Return the errors of each level, coarsest first: name -> value of every clip [n].
 
-    ``labels``: what the clips should show; without them nothing is ``wrong``. ``short_side``: in pixels of the
-    finest level, in which distances are given.
+    ``labels``: the classes that the clips should show; None leaves out the ``wrong`` values. ``short_side``: in pixels
+    of the finest level, for distances, which are given in these pixels.
     """
     found = []
     for level, reading in enumerate(readings):
@@ -238,10 +239,10 @@ def _positions(labels: Sequence[int]) -> Tensor:
 
 
 def spread(name: str, real: Tensor, clips: int) -> float:
-    """Return the standard deviation by chance of the mean of figure ``name`` over ``clips`` less that over ``real``.
+    """Return the standard deviation by chance of: mean of ``name`` over ``clips`` clips, minus its mean over ``real``.
 
-    A share has that of a coin with the probability (wrong + 1) / (clips + 2), Laplace's rule, so that real clips
-    without an error do not make the first one infinitely rare; NaN for any other figure of a single clip.
+    For a share, this is the standard deviation of a Bernoulli variable with probability (wrong + 1) / (clips + 2)
+    (Laplace's rule), so that it is not 0 if no real clip has an error. For other values of a single clip it is NaN.
     """
     if name in SHARES:
         chance = float(real.sum() + 1) / (len(real) + 2)
@@ -252,7 +253,7 @@ def spread(name: str, real: Tensor, clips: int) -> float:
 
 
 class ReadBack:
-    """The metric; ``dataset`` is the one whose clips it can read."""
+    """The metric; ``dataset`` is the name of the dataset that it can measure."""
 
     name = "attributes"
     needs: Need = "samples"
@@ -280,7 +281,7 @@ class ReadBack:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return the mean of every figure per level, and its ``.floor`` with ``spread``."""
+        """Return the mean of every error per level, and its ``.floor`` with ``spread``."""
         assembly = context.assembly
         if tuple(assembly.dataset.classes) != CLASSES:
             raise InputError(
@@ -319,7 +320,7 @@ class ReadBack:
 
 
 def _read(readers: Sequence[Reader], batches: Iterator[list[Tensor]]) -> list[Reading]:
-    """Read ``batches`` of clips, uint8 [n, F, H, W, C] on every level."""
+    """Measure ``batches`` of clips, uint8 [n, F, H, W, C] per level; return one `Reading` per level."""
     parts: list[list[Reading]] = [[] for _ in readers]
     for levels in batches:
         for reader, videos, read in zip(readers, levels, parts, strict=True):
@@ -328,7 +329,7 @@ def _read(readers: Sequence[Reader], batches: Iterator[list[Tensor]]) -> list[Re
 
 
 def attributes() -> ReadBack:
-    """Shape, colour, direction and place, read back from videos of the dataset `shapes`."""
+    """Return the metric of shape, colour, direction and position in videos of the dataset `shapes`."""
     return ReadBack()
 
 

@@ -1,4 +1,4 @@
-"""Feature extractors that need weights: I3D and C3D, of which the published FVD and Inception Score are made."""
+"""Feature extractors that need weights: I3D and C3D, which the published FVD and Inception Score use."""
 
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.metrics.networks.detectors import C3DDetector, I3DDetector

@@ -1,4 +1,4 @@
-"""Feature extractors that need no download: a fixed random network, and plain statistics."""
+"""Feature extractors that need no download: a fixed random network, and simple statistics."""
 
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.metrics.distances.statistics import Statistics

@@ -1,4 +1,4 @@
-"""The metric `fake_counts`: how a distance falls over training, at several numbers of fakes (the paper's Figure 8)."""
+"""The metric `fake_counts`: a distance over the course of training, at several numbers of fakes (paper, Figure 8)."""
 
 from typing import Annotated
 
@@ -22,9 +22,10 @@ def fake_counts(
     substitute: Extractor = RANDOM3D,
     dimensions: Annotated[int, Field(gt=0)] | None = None,
 ) -> FakeCounts:
-    """Frechet distance on ``extractor`` at ``counts`` fakes, of every checkpoint that ``training.keep`` names.
+    """Return the metric: Frechet distance on ``extractor`` at ``counts`` fakes, per checkpoint in ``training.keep``.
 
-    ``substitute`` is used while the extractor's weights are missing; ``dimensions`` as for frechet.
+    ``substitute``: the extractor that is used while the weights of ``extractor`` are missing; ``dimensions``: as for
+    `frechet`.
     """
     return FakeCounts(counts=counts, extractor=extractor, substitute=substitute, dimensions=dimensions)
 

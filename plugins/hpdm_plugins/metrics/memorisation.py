@@ -1,12 +1,13 @@
-"""The metric `memorisation`: does the whole chain give back what a model was trained on?
+"""The metric `memorisation`: does a model reproduce the clips that it was trained on?
 
-For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`): generated videos
-are matched to the windows by their error; beside the match stands what plain trilinear upsampling of the level below
-reaches, once of the generated level and once of the window's own. Then the coarsest level of each window is handed in,
-and the finer levels have to follow it.
+For studies that overfit on purpose (a dataset with a fixed set of windows, `ClipDataset.distinct`): each generated
+video is matched to the window with the smallest error. For comparison, the next coarser level is upsampled
+trilinearly, once that of the generated video and once that of the window. Then videos are sampled from the given
+coarsest level of each window, and the metric checks whether the finer levels match this window.
 
-For all others, with ``clips: true``: generated videos are matched to ``evaluation.reals`` training clips, and so are as
-many held-out clips as there are samples. A model that copies stands nearer to its training clips than held-out ones do.
+For all other studies, with ``clips: true``: generated videos are matched to ``evaluation.reals`` training clips, and so
+are as many held-out clips as there are samples. Samples of a model that copies are nearer to the training clips than
+held-out clips are.
 
 PSNR is in decibels with peak 2, the width of [-1, 1], of the mean squared error over a whole video.
 """
@@ -34,24 +35,24 @@ if TYPE_CHECKING:
 __all__ = ["Memorisation", "psnr"]
 
 NEARER = 0.95
-"""A sample is called a copy when it is nearer to a training clip than this share of the held-out clips are."""
+"""A sample counts as a copy if it is nearer to a training clip than this share of the held-out clips is."""
 FOLLOWING = 1_000_000
-"""Sample indices from here on serve the videos whose level 0 is handed in: other noise than that of the samples."""
+"""First sample index of videos whose level 0 is given. Their noise differs from that of the cell's samples."""
 
 
 def psnr(videos: Tensor, targets: Tensor) -> Tensor:
     """Return the PSNR [n, m] of each of ``videos`` [n, C, F, H, W] against each of ``targets`` [m, C, F, H, W].
 
-    In dB, at most 106: equal videos have a finite one.
+    In dB, limited to 106, so that it is finite for equal videos.
     """
     left, right = (rearrange(each.double(), "n c f h w -> n (c f h w)") for each in (videos, targets))
-    # By products, as all differences would fill the memory; in float64 they are exact to 1e-14.
+    # By matrix products, because the tensor of all differences would be too large; in float64 exact to 1e-14.
     squares = left.square().sum(1)[:, None] + right.square().sum(1) - 2 * left @ right.T
     return 10 * torch.log10(4 / (squares / left.shape[1]).clamp(min=1e-10))
 
 
 class Memorisation:
-    """The metric; ``follow`` windows have their level 0 handed in, or with ``clips`` training clips are drawn."""
+    """The metric; ``follow``: number of windows whose level 0 is given; ``clips``: compare with training clips."""
 
     name = "memorisation"
     needs: Need = "samples"
@@ -83,7 +84,7 @@ class Memorisation:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return rows per level; see the module's text."""
+        """Return rows per level; see the module's docstring."""
         assembly = context.assembly
         if self.clips:
             return self._against_clips(context)
@@ -106,7 +107,7 @@ class Memorisation:
         if not context.has_held_out:
             raise InputError(
                 f"metric memorisation with clips: true: data.dataset '{context.assembly.config.data.dataset.use}' has "
-                "no held-out clips here; allowed is one that has: a copy is nearer to a training clip than they are"
+                "no held-out clips here; allowed is a dataset with held-out clips, to which samples are compared"
             )
         trained, _ = context.reals("train", range(evaluation.reals))
         held_out, _ = context.reals("held_out", range(evaluation.samples))
@@ -144,7 +145,7 @@ class Memorisation:
         return rows
 
     def _following(self, context: EvaluationContext, windows: list[Tensor], labels: list[int]) -> list[Row]:
-        """Hand in level 0 of the windows: is the best match of the finer levels the same window?"""
+        """Sample from the given level 0 of the windows; check whether finer levels best match the same window."""
         assembly = context.assembly
         number = min(self.follow, len(labels))
         known = [label if assembly.config.model.classes else -1 for label in labels[:number]]
@@ -168,15 +169,16 @@ class Memorisation:
 
 
 def _pixels(videos: Tensor) -> Tensor:
-    """Stored videos, uint8 [n, F, H, W, C], as [n, C, F, H, W] in [-1, 1]."""
+    """Return stored videos, uint8 [n, F, H, W, C], as [n, C, F, H, W] in [-1, 1]."""
     return rearrange(videos, "n f h w c -> n c f h w").float() / 127.5 - 1
 
 
 def memorisation(
     *, follow: Annotated[int, Field(gt=0)] = 8, clips: Annotated[bool, Later()] = False
 ) -> Memorisation:
-    """Best match among the training windows, and whether finer levels follow a given coarsest one; with ``clips`` best
-    match among training clips, beside that of held-out clips.
+    """Return the metric: best match among the training windows, and whether finer levels follow a given coarsest level.
+
+    With ``clips``: best match among training clips, compared with that of held-out clips.
     """
     return Memorisation(follow=follow, clips=clips)
 

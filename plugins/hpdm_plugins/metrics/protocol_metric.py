@@ -1,4 +1,4 @@
-"""The metric `protocol`: FVD, KVD and Inception Score by a protocol record, with its weights or a stand-in."""
+"""The metric `protocol`: FVD, KVD and Inception Score by a protocol record, with its weights or a substitute."""
 
 from typing import Annotated
 
@@ -22,9 +22,9 @@ def protocol(
     level: Annotated[int, Field(ge=0)] | None = None,
     bootstrap: Annotated[int, Field(ge=0)] = 100,
 ) -> ProtocolMetric:
-    """Return the metric for the protocol ``name``, a known one or a file, on ``level`` (null: where it fits).
+    """Return the metric for the protocol ``name``, a known one or a file, on ``level`` (null: the level that fits it).
 
-    ``bootstrap``: replicates of its interval, 0 for none.
+    ``bootstrap``: number of bootstrap replicates for its interval, 0 for none.
     """
     return ProtocolMetric(name, level=level, replicates=bootstrap, substitutes=SUBSTITUTES)
 

@@ -1,11 +1,11 @@
-"""Metrics that say where the chain of levels goes wrong: `refinement` and `seams`.
+"""Metrics that show which level of the cascade causes errors: `refinement` and `seams`.
 
-`refinement` asks what a finer level makes of parents that are right, so that it answers for itself alone: the
-denoiser's error where the noise hides the patch (what it knows, it knows from its parents), and samples, once with
-all coarser levels real and once with level 0 alone. Beside each stands what plain trilinear upsampling of the real
-level reaches. Not here: `memorisation`, which matches generated videos to training windows.
+`refinement` evaluates a finer level with real parents, so that errors of coarser levels have no influence. It measures
+the denoiser's error at high noise, where all information comes from the parents, and the error of samples, once
+with all coarser levels real and once with only level 0 real. Each is compared with trilinear upsampling of the real
+level. Not here: `memorisation`, which matches generated videos to training windows.
 
-`seams` asks whether the tiles that a level is sampled in can be seen.
+`seams` measures whether the boundaries of the tiles that a level is sampled in are visible.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Refinement", "Seams"]
 
 FIRST = 2_000_000
-"""Sample indices from here on serve this metric: other noise than that of the samples."""
+"""First sample index of this metric. Its noise differs from that of the cell's samples."""
 BATCH = 16
-"""Videos whose differences are taken together."""
+"""Number of videos whose differences are computed together."""
 AXES: dict[str, int] = {"f": 1, "h": 2, "w": 3}
 """Axes of stored videos [n, F, H, W, C]."""
 
@@ -43,7 +43,7 @@ class Refinement:
     """Finer levels from real parents, on ``clips`` clips of ``split``; the denoiser's error at ``sigma_eff``."""
 
     name = "refinement"
-    needs: Need = "samples"  # not them, but how they are sampled
+    needs: Need = "samples"  # it does not read samples, but depends on how they are sampled
 
     def __init__(self, *, clips: int, split: Split, sigma_eff: float) -> None:
         self.clips = clips
@@ -67,7 +67,7 @@ class Refinement:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return rows per level above 0; ``parents`` says which levels were real: all coarser ones, or level 0."""
+        """Return rows per level above 0; ``parents`` is "true" if all coarser levels were real, else "level 0"."""
         assembly = context.assembly
         pyramid, mode = assembly.pyramid, assembly.config.data.downsampling
         clips = [context.clip(self.name, self.split, number) for number in range(self.clips)]
@@ -104,13 +104,13 @@ class Refinement:
 
 
 class _OneEstimate:
-    """In a solver's place: the denoised estimate of a real level under noise of ``sigma_eff``, in two passes."""
+    """A replacement for the solver: the denoised estimate, in two passes, of a real level with noise ``sigma_eff``."""
 
     def __init__(self, real: Sequence[Tensor], sigma_in: Sequence[float], sigma_eff: float) -> None:
         self._real = real
         self._sigma_in = sigma_in
         self._sigma_eff = sigma_eff
-        self._done = [0] * len(real)  # videos, which come in batches and in order
+        self._done = [0] * len(real)  # number of finished videos; they come in batches and in order
 
     def calls(self, level: int) -> int:
         """Return the number of denoiser calls."""
@@ -125,7 +125,7 @@ class _OneEstimate:
         sigma = self._sigma_eff / scale
         z = clean / scale + sigma * drawn
         denoise(z, sigma)
-        return denoise(z, sigma)  # self-conditioned on the first
+        return denoise(z, sigma)  # self-conditioned on the first pass
 
 
 def _upsampled(coarse: Tensor, like: Tensor) -> Tensor:
@@ -138,12 +138,12 @@ def _errors(videos: Tensor, targets: Tensor) -> Tensor:
 
 
 def _psnr(videos: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean PSNR in dB, peak 2; at most 106: equal videos have a finite one."""
+    """Return the mean PSNR in dB, peak 2; limited to 106, so that it is finite for equal videos."""
     return (10 * torch.log10(4 / _errors(videos, targets).clamp(min=1e-10))).mean()
 
 
 class Seams:
-    """How much more neighbouring pixels differ across a face between tiles than elsewhere, as a ratio."""
+    """Ratio of the mean difference of neighbouring pixels across tile boundaries to that of all other neighbours."""
 
     name = "seams"
     needs: Need = "samples"
@@ -160,7 +160,7 @@ class Seams:
         }
 
     def evaluate(self, context: EvaluationContext) -> list[Row]:
-        """Return rows per level and ``axis`` on which tiles meet, of samples and of real clips."""
+        """Return rows per level and per ``axis`` with tile boundaries, for samples and for real clips."""
         assembly = context.assembly
         split: Split = "held_out" if context.has_held_out else "train"
         levels = range(assembly.pyramid.levels)
@@ -193,7 +193,7 @@ class Seams:
 
 
 def faces_between_tiles(assembly: Assembly, level: int) -> dict[str, list[int]]:
-    """Return, per axis, the pixels i of ``level`` such that a tile ends or begins between i - 1 and i."""
+    """Return, per axis, the pixel indices i of ``level`` such that a tile ends or begins between i - 1 and i."""
     pyramid = assembly.pyramid
     tiles = pyramid.tiles(level, assembly.config.sampling.overlap)
     found = {}
@@ -204,7 +204,7 @@ def faces_between_tiles(assembly: Assembly, level: int) -> dict[str, list[int]]:
 
 
 class _Differences:
-    """Sums of absolute differences of neighbours, across faces and elsewhere."""
+    """Sums of absolute differences of neighbouring pixels, across tile boundaries and elsewhere."""
 
     def __init__(self, faces: dict[str, list[int]], level: int, pyramid: Pyramid) -> None:
         sizes = dict(zip(AXES, pyramid.size(level), strict=True))
@@ -216,7 +216,7 @@ class _Differences:
         self._sums = {axis: torch.zeros(2, dtype=torch.float64) for axis in self._across}
 
     def add(self, videos: Tensor) -> None:
-        """Take up uint8 ``videos`` [n, F, H, W, C]."""
+        """Add uint8 ``videos`` [n, F, H, W, C]."""
         for axis, across in self._across.items():
             steps = videos.double().diff(dim=AXES[axis]).abs()
             lines = rearrange(steps.movedim(AXES[axis], 0), "i n a b c -> i (n a b c)").mean(dim=1) * len(
@@ -225,7 +225,7 @@ class _Differences:
             self._sums[axis] += torch.stack([lines[across].mean(), lines[self._elsewhere[axis]].mean()])
 
     def ratios(self) -> dict[str, float]:
-        """Return, per axis on which tiles meet, across over elsewhere; infinite where only faces differ."""
+        """Return, per axis with tile boundaries, the ratio across / elsewhere; infinite if all others are equal."""
         return {
             axis: float(across / elsewhere) if elsewhere else (float("inf") if across else 1.0)
             for axis, (across, elsewhere) in ((axis, sums.tolist()) for axis, sums in self._sums.items())
@@ -239,7 +239,7 @@ def refinement(
     split: Literal["held_out", "train"] = "held_out",
     sigma_eff: Annotated[float, Field(gt=0)] = 20.0,
 ) -> Refinement:
-    """What finer levels make of real parents: the denoiser's error, and samples, beside upsampling."""
+    """Return the metric: errors of the denoiser and of samples with real parents, compared with upsampling."""
     return Refinement(clips=clips, split=split, sigma_eff=sigma_eff)
 
 

@@ -1,4 +1,4 @@
-"""Metrics: distances on features, what those distances see, the held-out loss, and the cost of training."""
+"""Metrics: distances on features, the sensitivity of these distances, the held-out loss, and the cost of training."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ __all__ = ["register_metrics"]
 Extractor = Annotated[Part, "feature_extractors"]
 Limit = Annotated[int, Field(gt=0)] | None
 Controls = Annotated[bool, Later()]
-"""Whether spoiled training clips stand beside the distance."""
+"""Whether the distances of corrupted training clips are reported too."""
 RANDOM3D = Part(use="random3d")
 FEW_DIMENSIONS = 24
 
@@ -31,8 +31,10 @@ def frechet(
     ddof: Literal[0, 1] = 0,
     controls: Controls = False,
 ) -> FeatureDistance:
-    """Frechet distance on ``extractor``; at most ``dimensions`` principal directions when clips are few;
-    ``controls``: with spoiled training clips beside it.
+    """Return the Frechet distance on ``extractor``.
+
+    ``dimensions``: limit on the number of principal components when clips are few; ``controls``: also report the
+    distances of corrupted training clips.
     """
 
     def measure(first: Features, second: Features) -> float:
@@ -51,8 +53,10 @@ def frechet(
 def kvd(
     *, extractor: Extractor = RANDOM3D, dimensions: Limit = None, controls: Controls = False
 ) -> FeatureDistance:
-    """Unbiased kernel distance on ``extractor``, in all dimensions unless limited: it has no bias of few
-    clips. ``controls``: with spoiled training clips beside it.
+    """Return the unbiased kernel distance on ``extractor``.
+
+    It uses all dimensions unless ``dimensions`` is given, because a small number of clips does not bias it.
+    ``controls``: also report the distances of corrupted training clips.
     """
     return FeatureDistance(
         "kvd",
@@ -68,8 +72,9 @@ def kvd(
 def sensitivity(
     *, distance: Literal["frechet", "kvd"] = "frechet", extractor: Extractor = RANDOM3D
 ) -> CorruptionCheck:
-    """How far away corrupted real clips are, by ``distance`` on ``extractor``, in floors (frechet) or spreads
-    of the floor (kvd). Once per study.
+    """Return the metric: ``distance`` of corrupted real clips on ``extractor``, computed once per study.
+
+    Its unit is the floor (frechet) or the spread of the floor (kvd).
     """
     return CorruptionCheck(
         frechet(extractor=extractor) if distance == "frechet" else kvd(extractor=extractor)
@@ -83,7 +88,7 @@ def held_out_loss(
     sigmas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = SIGMAS,
     self_conditioning: bool = True,
 ) -> HeldOutLoss:
-    """Squared error of the denoised estimate on fixed real patches, in data units."""
+    """Return the metric: squared error of the denoised estimate on fixed real patches, in data units."""
     return HeldOutLoss(patches=patches, split=split, sigmas=sigmas, self_conditioning=self_conditioning)
 
 
@@ -93,7 +98,7 @@ def efficiency(
     most: Annotated[int, Field(gt=0)] = 256,
     steps: Annotated[int, Field(gt=0)] = 3,
 ) -> Efficiency:
-    """Parameters, FLOPs, memory and speed of a training step, each process held to ``memory`` GiB."""
+    """Return the metric: parameters, FLOPs, memory and speed of a training step; ``memory``: limit in GiB."""
     return Efficiency(memory=memory, most=most, steps=steps)
 
 

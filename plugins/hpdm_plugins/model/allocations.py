@@ -8,14 +8,15 @@ __all__ = ["explicit", "full", "linear"]
 
 
 def full(blocks: int, levels: int) -> tuple[int, ...]:
-    """Every block runs every level: no adaptive computation."""
+    """Return an allocation in which every block runs every level: no adaptive computation."""
     return (levels,) * blocks
 
 
 def linear(blocks: int, levels: int) -> tuple[int, ...]:
-    """Levels enter evenly: round(1 + (L-1) b / (B-1)), ties to even; a single block runs all levels.
+    """Return an allocation that adds levels evenly: block b of B runs round(1 + (L-1) b / (B-1)) levels, ties to even.
 
-    1/1/2/2/3/3 for 6 blocks and 3 levels, 1/2/2/3/3/4 for 4 levels: the paper's Table 8.
+    A single block runs all levels. 6 blocks give 1/1/2/2/3/3 for 3 levels and 1/2/2/3/3/4 for 4 levels, as in the
+    paper's Table 8.
     """
     if blocks == 1:
         return (levels,)
@@ -23,7 +24,7 @@ def linear(blocks: int, levels: int) -> tuple[int, ...]:
 
 
 def explicit(blocks: int, levels: int, *, levels_per_block: tuple[int, ...]) -> tuple[int, ...]:
-    """Return what the file lists: one number per block (checked where the cell is assembled)."""
+    """Return ``levels_per_block`` unchanged: one number per block (`Assembly.levels_per_block` checks it)."""
     return levels_per_block
 
 

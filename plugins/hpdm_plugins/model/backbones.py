@@ -1,4 +1,4 @@
-"""Backbones: what runs the blocks (HPDM builds on RIN, 2212.11972)."""
+"""The built-in backbone `rin` (HPDM builds on RIN, 2212.11972)."""
 
 from hpdm_core.hookspecs import Register, hookimpl
 from hpdm_core.model.rin import RIN

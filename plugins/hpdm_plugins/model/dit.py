@@ -1,8 +1,8 @@
-"""A plain transformer as backbone: full attention over a patch's tokens, conditioned by modulation, no latents.
+"""The backbone `dit`: a transformer with full attention over a patch's tokens, conditioned by modulation, no latents.
 
-DiT (Peebles & Xie, 2212.09748) with adaLN-zero. Its layers start from RIN's values (`hpdm_core.model.layers`);
-positions in attention are rotary (RoFormer, 2104.09864) along each axis of the token grid, as RoPE-ViT
-(2403.13298) has them along two.
+DiT (Peebles & Xie, 2212.09748) with adaLN-zero. Its layers have the initial values of RIN
+(`hpdm_core.model.layers`). Position embeddings in attention are rotary (RoFormer, 2104.09864) along each of the three
+axes of the token grid, like those of RoPE-ViT (2403.13298) along two.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ __all__ = ["DiT", "DiTBlock", "register_backbones", "rotated", "rotations"]
 Positive = Annotated[int, Field(gt=0)]
 
 BASE = 100.0
-"""The slowest pair of an axis turns by almost ``1 / BASE`` radians from cell to cell, the fastest by 1."""
+"""Per cell, the slowest pair of an axis is rotated by almost ``1 / BASE`` radians, the fastest by 1 radian."""
 
 
 def rotations(grid: Triple, pairs: int) -> Tensor:
-    """Return cosines and sines [2, N, pairs] of what each token's pairs of channels are turned by.
+    """Return cosines and sines [2, N, pairs] of the angles by which each token's channel pairs are rotated.
 
-    Axes with more than one cell share the pairs evenly; pair i of n on an axis turns by the token's place on
-    it times ``BASE ** (-i / n)`` radians. What is left over is not turned. N is row-major over (f, h, w).
+    The pairs are divided evenly among the axes with more than one cell. Pair i of n of an axis is rotated by the
+    token's index on this axis times ``BASE ** (-i / n)`` radians. Pairs that are left over are not rotated. N is
+    row-major over (f, h, w).
     """
     axes = [axis for axis, size in enumerate(grid) if size > 1]
     each = pairs // max(len(axes), 1)
@@ -48,8 +49,9 @@ def rotations(grid: Triple, pairs: int) -> Tensor:
 
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """Return queries or keys x [..., N, 2 * pairs] with channels (i, i + pairs) turned by ``turns``, of the dtype
-    of x: products of two depend on the difference of their places alone.
+    """Return queries or keys x [..., N, 2 * pairs] with channels (i, i + pairs) rotated by ``turns``; dtype as x.
+
+    Products of rotated queries and keys depend on positions only through their difference.
     """
     cosine, sine = turns
     one, other = x.chunk(2, dim=-1)
@@ -57,11 +59,11 @@ def rotated(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """x += gate * Attention(modulated LN(x)); x += gate * MLP(modulated LN(x)); norms have no weights of their own.
+    """x += gate * Attention(modulated LN(x)); x += gate * MLP(modulated LN(x)); these norms have no learned parameters.
 
     Shift, scale and gate of both come from SiLU(condition) through a Linear(D -> 6D) and a layer norm whose
-    gain and bias start at 0, so that the block starts as the identity. DiT's Linear itself starts at 0; LAMB,
-    which moves a matrix by a share of its norm, would leave it there.
+    gain and bias start at 0, so that the block starts as the identity. In DiT the Linear itself starts at 0; LAMB,
+    which moves a matrix by a share of its norm, would never change it.
     """
 
     def __init__(self, width: int, *, heads: int, mlp_ratio: int, qk_norm: bool) -> None:
@@ -111,10 +113,10 @@ class DiT(Backbone):
     """``blocks`` DiT blocks over tokens of width ``token_dim`` on ``grid``, conditioned on the sum of the condition
     tokens.
 
-    ``rotary``: queries and keys are turned by their place; without, places are only what the network adds to
-    its tokens. ``qk_norm``: a layer norm on each head's queries and keys. ``model.zero_residual`` is what the
-    gates are already, so it leaves these blocks alone: a gate and a map behind it that both start at zero would
-    never move. Raises `InputError` when the heads do not divide the width, or are too narrow to be turned.
+    ``rotary``: rotary position embeddings; False leaves only the position embedding that the network adds to its
+    tokens. ``qk_norm``: a layer norm on each head's queries and keys. ``model.zero_residual`` does not change these
+    blocks: their gates start at zero already, and a gate and a linear layer that both start at zero would get no
+    gradient. Raises `InputError` if ``heads`` does not divide the width, or heads are too narrow for the rotations.
     """
 
     turns: Tensor | None
@@ -149,7 +151,7 @@ class DiT(Backbone):
         )
 
     def start(self, previous: Tensor | None, batch: int) -> None:
-        """There is no state."""
+        """Return None, because this backbone has no latent state."""
 
     def run(
         self, block: int, tokens: Tensor, latents: Tensor | None, condition: Tensor

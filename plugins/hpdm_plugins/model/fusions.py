@@ -1,9 +1,9 @@
 """Context fusions: none, shallow (the parent's pixels), deep (the parents' features), and two beyond the paper.
 
-The first three are HPDM's, section 4.2, Eq 7 and Fig 11, and the arms of Table 3. The mean over levels of Eq 7
-blurs by a token what a parent's token shows of its pixels: `deep_levels` has a map for each coarser level in
-its place, `deep_pixels` adds the parent's pixels. All take coordinates through a Linear before the same blocks,
-so that an arm changes one thing.
+The first three are HPDM's, section 4.2, Eq 7 and Fig 11, compared in Table 3. Eq 7 averages the features over levels,
+which loses detail within a token of a parent. `deep_levels` replaces the mean by a separate linear map for each coarser
+level; `deep_pixels` adds the parent's pixels. All fusions add coordinates through a Linear before the same blocks, so
+that two arms differ in the context alone.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ START_STD = 0.02
 
 
 class FusionLinear(nn.Linear):
-    """Linear(width + extra -> width) that starts near a no-op: identity on the own features, rest small."""
+    """Linear(width + extra -> width) that starts near the identity on the first ``width`` inputs, with small weights on
+    the rest.
+    """
 
     def reset_parameters(self) -> None:
-        """Draw the start from the global generator (called by the constructor)."""
+        """Draw the initial values from the global generator (called by the constructor)."""
         if not self.weight.is_meta:
             with torch.no_grad():
                 self.weight.copy_(self.initial("weight", None))
@@ -47,20 +49,23 @@ class FusionLinear(nn.Linear):
         return weight
 
     def part(self, features: Tensor, first: int) -> Tensor:
-        """Apply, without bias, the part of the map that sees its inputs from number ``first`` on.
+        """Apply, without bias, the part of the map that acts on the inputs from index ``first`` on.
 
-        self([a, b]) = part(a, 0) + part(b, width of a) + bias: nothing needs to be concatenated.
+        self([a, b]) = part(a, 0) + part(b, width of a) + bias, so that inputs need not be concatenated.
         """
         return F.linear(features, self.weight[:, first : first + features.shape[-1]])
 
     def constant(self, places: Tensor, first: int) -> Tensor:
-        """Return `part` of ``places`` with the bias."""
+        """Return `part` of ``places`` plus the bias."""
         return F.linear(places, self.weight[:, first : first + places.shape[-1]], self.bias)
 
 
 def _linears(shape: FusionShape, extra: Callable[[int], int]) -> nn.ModuleDict:
-    """One map per block that runs more than one level, named by its block; ``extra``: inputs beside the own
-    features, by the number of levels that the block runs."""
+    """Return one linear map per block that runs more than one level, named by the block's index.
+
+    ``extra``: the number of inputs in addition to the tokens' own features, given the number of levels that the block
+    runs.
+    """
     width = shape.token_dim
     return nn.ModuleDict(
         {
@@ -71,19 +76,19 @@ def _linears(shape: FusionShape, extra: Callable[[int], int]) -> nn.ModuleDict:
 
 
 def _coordinates(coords: Coords, shape: FusionShape) -> Tensor:
-    """Absolute positions (f, h, w) of the token centres in [-1, 1]: [B, N, 3]."""
+    """Return absolute positions (f, h, w) of the token centres in [-1, 1]: [B, N, 3]."""
     return rearrange(coords.centres(shape.grid), "b a n -> b n a")
 
 
 def _parent_pixels(shape: FusionShape, coords: Coords, parent: Source) -> Tensor:
-    """The parent's noisy pixels sampled trilinearly at the child's: [B, C, F, H, W]."""
+    """Return the parent's noisy pixels, sampled trilinearly at the child's pixel centres: [B, C, F, H, W]."""
     cells = rearrange(parent.noisy, "b c f h w -> b f h w c")
     sampled = sample_cells(cells, coords.within(parent.coords, shape.patch), coords.share_of(parent.coords))
     return rearrange(sampled, "b f h w c -> b c f h w")
 
 
 class NoFusion(ContextFusion):
-    """No context. With ``coordinates`` a Linear(D+3 -> D) per block still tells a patch where it lies."""
+    """No context. With ``coordinates``, a Linear(D+3 -> D) per block adds the position of the patch."""
 
     reads_tokens = False
 
@@ -103,10 +108,9 @@ class NoFusion(ContextFusion):
 
 
 class ShallowConcat(NoFusion):
-    """The immediate parent's noisy pixels, sampled at the child's, stand beside the child's in the tokenizer.
+    """Concatenates the immediate parent's noisy pixels, sampled at the child's pixel centres, to the tokenizer input.
 
-    The parent's noise embedding is added to the child's tokens, once, before the first block that runs the
-    level.
+    The parent's noise embedding is added to the child's tokens once, before the first block that runs the level.
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True) -> None:
@@ -133,18 +137,17 @@ class ShallowConcat(NoFusion):
 
 
 class _FromFeatures(ContextFusion):
-    """Base of the deep fusions: Linear(concat[own, something of the parents' block inputs, coordinates]).
+    """Base of the deep fusions: Linear(concat[own tokens, features from the parents' block inputs, coordinates]).
 
-    The map is applied part by part. What context and coordinates give is made with the context, so that a
-    denoising step pays for Linear(D -> D) only; and the context's part is applied to the parents' covered
-    cells before they are sampled, wherever these are fewer than the child's tokens, as they are in a pyramid
-    (about a quarter of them).
+    The map is applied in parts. The parts for context and coordinates are computed with the context, so that a
+    denoising step only needs a Linear(D -> D). The part for the context is applied to the parents' covered cells
+    before they are sampled, if there are fewer of them than child tokens (in a pyramid, about a quarter).
     """
 
     def __init__(
         self, shape: FusionShape, features: Callable[[int], int], *, coordinates: bool, detach: bool
     ) -> None:
-        """``features``: inputs of the map that come from the parents, by the levels that its block runs."""
+        """``features``: the number of inputs from the parents, given the number of levels that the block runs."""
         super().__init__(shape)
         self.coordinates = coordinates
         self.detach = detach
@@ -160,7 +163,7 @@ class _FromFeatures(ContextFusion):
         return _map(self.maps, block).part(tokens, 0) + context
 
     def _covers(self, coords: Coords, sources: Sequence[Source]) -> list[tuple[Cover, Tensor]]:
-        """Return what the child needs of each source, and the source's tokens [B, N, D]."""
+        """Return, for each source, the cells and weights that the child needs, and the source's tokens [B, N, D]."""
         if not sources:
             raise ValueError("deep fusion was given no sources")
         made = []
@@ -173,11 +176,11 @@ class _FromFeatures(ContextFusion):
         return made
 
     def kind(self, block: int) -> Hashable:
-        """See `ContextFusion`: maps differ in size only, by the levels that a block runs."""
+        """See `ContextFusion`: the cost depends only on the number of levels that the block runs."""
         return self.shape.levels_per_block[block]
 
     def _rest(self, layer: FusionLinear, coords: Coords, like: Tensor) -> Tensor:
-        """Return what the bias and, where they are taken, the coordinates give."""
+        """Return the contribution of the bias and, if ``coordinates`` is set, of the coordinates."""
         if not self.coordinates:
             return layer.bias
         places = _coordinates(coords, self.shape).to(like.dtype)
@@ -185,7 +188,7 @@ class _FromFeatures(ContextFusion):
 
 
 class DeepFusion(_FromFeatures):
-    """Deep context fusion: Linear(concat[own, mean over coarser levels of their block inputs, coordinates]).
+    """Deep context fusion: Linear(concat[own tokens, mean over coarser levels of their block inputs, coordinates]).
 
     The parents' block inputs are sampled trilinearly at the child's token centres (Eq 8) and averaged over
     levels. With ``detach`` no gradient flows into the parents.
@@ -213,11 +216,11 @@ class DeepFusion(_FromFeatures):
 
 
 class DeepPixels(DeepFusion):
-    """Deep context fusion, and the immediate parent's noisy pixels beside the child's in the tokenizer.
+    """Deep context fusion, with the immediate parent's noisy pixels concatenated to the tokenizer input.
 
-    Features that are interpolated between tokens have lost what lies within one; pixels have not. The parent's
-    noise level is not added, as shallow fusion does: it comes with the parent's features, whose blocks are
-    conditioned on it. So this differs from `DeepFusion` in the pixels alone.
+    Features that are interpolated between tokens lose detail within a token; pixels do not. Unlike shallow fusion,
+    it does not add the parent's noise embedding, because the parent's features already depend on the noise level. So
+    it differs from `DeepFusion` in the pixels alone.
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:
@@ -230,12 +233,12 @@ class DeepPixels(DeepFusion):
 
 
 class DeepLevels(_FromFeatures):
-    """Deep context fusion with a map of its own for each coarser level: Linear(concat[own, the parent's, the
-    grandparent's, ..., coordinates]).
+    """Deep context fusion with a separate map for each coarser level.
 
-    Features are sampled as in `DeepFusion`, and stand side by side where that takes their mean. Maps go by the
-    distance of the levels, nearest first: to be the parent means the same to children of all levels. A map has
-    as many as the levels that its block runs allow, less one; a child with fewer ancestors uses the first.
+    Linear(concat[own tokens, parent's features, grandparent's features, ..., coordinates]). Features are sampled as in
+    `DeepFusion`, but concatenated instead of averaged. They are ordered by the distance in levels, nearest first, so
+    that the same weights apply to the immediate parent of children of all levels. A block that runs n levels has
+    weights for n - 1 ancestors; a child with fewer ancestors uses the first ones.
     """
 
     def __init__(self, shape: FusionShape, *, coordinates: bool = True, detach: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Where cells run: in this process, in processes of this machine, on a SLURM cluster, or made up."""
+"""Backends: cells run in this process, in processes on this machine, on a SLURM cluster, or are simulated."""
 
 from typing import Any
 
@@ -14,31 +14,31 @@ __all__ = ["register_backends"]
 
 
 def inline(runner: JobRunner) -> Inline:
-    """Cells one after another in the controller's own process."""
+    """Return a backend that runs cells one after another in the controller's own process."""
     return Inline(runner)
 
 
 @options_from(LocalOptions, "runner")
 def local(runner: JobRunner, **options: Any) -> Local:
-    """Processes of this machine, behind slots."""
+    """Return a backend that runs cells in processes on this machine, in a limited number of slots."""
     return Local(runner, LocalOptions(**options))
 
 
 @options_from(SlurmOptions, "runner")
 def slurm(runner: JobRunner, **options: Any) -> Slurm:
-    """Jobs of a SLURM cluster, through submitit."""
+    """Return a backend that runs cells as jobs of a SLURM cluster, through submitit."""
     return Slurm(runner, SlurmOptions(**options))
 
 
 @options_from(SimulatedOptions, "runner")
 def simulated(runner: JobRunner, **options: Any) -> Simulated:
-    """Virtual jobs on a virtual clock, with made-up results: to try studies of thousands of cells."""
+    """Return a backend with virtual jobs on a virtual clock and made-up results, to test large studies."""
     return Simulated(SimulatedOptions(**options))
 
 
 @hookimpl
 def register_backends(register: Register) -> None:
-    """Register the four."""
+    """Register inline, local, slurm and simulated."""
     register("inline", inline, source="cells in the controller's process")
     register("local", local, source="submitit's processes, behind our own slots")
     register("slurm", slurm, source="submitit, SLURM")

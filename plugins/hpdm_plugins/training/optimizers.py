@@ -38,8 +38,10 @@ def adamw(
     eps: NotNegative = 1e-8,
     weight_decay: NotNegative = 0.01,
 ) -> Optimizer:
-    """Return AdamW; decay applies to parameters of two or more axes only. Fused where the device has such a
-    kernel."""
+    """Return AdamW; weight decay applies only to parameters of two or more axes.
+
+    The fused kernel is used if the device has one.
+    """
     parameters = [parameter for _, parameter in named_parameters]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
