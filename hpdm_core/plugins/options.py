@@ -95,6 +95,7 @@ def options_from(
                 )
             )
         factory.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        factory.options_model = model  # type: ignore[attr-defined]  # for those who explain the options
         return factory
 
     return mark

@@ -13,7 +13,6 @@ import inspect
 import itertools
 import json
 import re
-import sys
 import textwrap
 import types
 import typing
@@ -228,7 +227,7 @@ def _registered(plugins: Plugins, family: str, name: str) -> PartEntry:
     registration = plugins.get(family, name)
     model = registration.options
     hints = typing.get_type_hints(model, include_extras=True)
-    said = _option_meanings(registration.factory, list(model.model_fields))
+    said = _option_meanings(registration.factory)
     options = [
         Key(
             path=f"{FAMILIES[family].path}.{option}",
@@ -241,21 +240,19 @@ def _registered(plugins: Plugins, family: str, name: str) -> PartEntry:
     return PartEntry(name=name, meaning=_paragraph(registration.factory), options=tuple(options))
 
 
-def _option_meanings(factory: Callable[..., Any], names: Sequence[str]) -> dict[str, str]:
+def _option_meanings(factory: Callable[..., Any]) -> dict[str, str]:
     """Return option -> what the factory's docstring says of it under ``Args:``.
 
-    The options of a factory marked by `hpdm_core.plugins.options.options_from` are the fields of a model, which
-    stands in the same module: the text below its fields comes first.
+    Of a factory marked by `hpdm_core.plugins.options.options_from`, the text below the fields of its model.
     """
     text = inspect.cleandoc(getattr(factory, "__doc__", None) or "").partition("\nArgs:\n")[2]
     words = _line(text.partition("\n\n")[0])
     arguments = list(inspect.signature(factory).parameters)
     pieces = re.split(rf"(?:^|\s)({'|'.join(arguments)}): ", words) if arguments else []
     found = dict(zip(pieces[1::2], pieces[2::2], strict=True))
-    module = sys.modules.get(getattr(factory, "__module__", ""))
-    for value in vars(module).values() if module is not None and names else ():
-        if inspect.isclass(value) and issubclass(value, BaseModel) and list(value.model_fields) == names:
-            found |= meanings(value)
+    model = getattr(factory, "options_model", None)
+    if model is not None:
+        found |= meanings(model)
     return found
 
 
