@@ -1,5 +1,5 @@
-"""The project's chores: ``nox -s study -- FILE [options]``, ``nox -s tests``, ``nox -s slurm``, ``nox -s lint``,
-``nox -s types``.
+"""The project's chores: ``nox -s study -- FILE [options]``, ``nox -s quick``, ``nox -s tests``, ``nox -s slurm``,
+``nox -s lint``, ``nox -s types``.
 
 Environments are made once and reused; every version comes from constraints.txt.
 """
@@ -37,6 +37,27 @@ def tests(session: nox.Session) -> None:
     # One thread per worker: two workers on two cores beat one worker with two threads.
     arguments = session.posargs or ["-n", "2", "-m", "not slow and not slurm and not gpu", "-q"]
     session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+QUICK = (
+    *(f"tests/{name}.py" for name in ("test_diffusion", "test_pyramid")),
+    *(f"tests/{name}" for name in ("model", "plugins")),
+    *(f"tests/config/test_{name}.py" for name in ("compose", "keys", "loader", "overrides", "study_file")),
+    *(f"tests/training/test_{name}.py" for name in ("ema", "lamb", "schedule", "step")),
+    *(f"tests/sampling/test_{name}.py" for name in ("parents", "solver")),
+    *(f"tests/metrics/test_{name}.py" for name in ("frechet", "preprocessing")),
+    *(f"tests/study/test_{name}.py" for name in ("cells", "retries", "states")),
+)
+"""The mathematics, the model, configuration, plugins, and what becomes of a job: no subprocess, no study is run."""
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Run the tests that start no process and run no study, within a minute."""
+    install(session, "test")
+    session.run(
+        "python", "-m", "pytest", "-n", "2", "-m", "not slow", "-q", *QUICK, env={"OMP_NUM_THREADS": "1"}
+    )
 
 
 @nox.session

@@ -17,7 +17,7 @@ COMMANDS = {
     "metrics": ("hpdm_core.metrics.__main__", "protocols side by side, results compared, known weights"),
     "weights": (
         "hpdm_core.metrics.networks.weights_command",
-        "say which files of weights are known, and what is here",
+        "list the known weight files and which of them are missing",
     ),
     "report": ("hpdm_core.report.__main__", "rebuild the report of a study"),
 }

@@ -16,7 +16,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSampler", "Objective", "Slot", "c_in", "network_input", "noise_clean", "per_row", "plan", "sigma_eff"]
+__all__ = [
+    "NoiseSampler",
+    "Objective",
+    "Slot",
+    "c_in",
+    "network_input",
+    "noise_clean",
+    "per_row",
+    "plan",
+    "sigma_eff",
+]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from hpdm_core import sample as command
 from hpdm_core.assembly.assembly import Assembly
 from hpdm_core.base.errors import report_errors
+from hpdm_core.sampling import command
 from hpdm_core.sampling.cascade import sample
 from hpdm_core.study.plan.cells import cells_of
 from hpdm_core.study.plan.study_file import load_study

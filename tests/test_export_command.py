@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hpdm_core import export as command
-from hpdm_core import sample as sample_command
 from hpdm_core.assembly.compose import load_cell
 from hpdm_core.base.errors import InputError, report_errors
 from hpdm_core.evaluate import main as evaluate
+from hpdm_core.sampling import command as sample_command
 from hpdm_core.training.checkpoint import save_weights
 from hpdm_core.training.trained import load_trained
 

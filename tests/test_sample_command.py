@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdm_core import sample as command
 from hpdm_core.assembly.compose import load_cell
 from hpdm_core.base.errors import report_errors
+from hpdm_core.sampling import command
 from hpdm_core.training.checkpoint import save_weights
 from tests.small import rin
 

