@@ -132,7 +132,8 @@ class BackendCases(Case):
 @contextmanager
 def _jobs(count: int) -> Iterator[list[Job]]:
     """Yield jobs with a folder and a spec each."""
-    with tempfile.TemporaryDirectory() as name:
+    # A process that was killed may still write its last file while the folder is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         made = []
         for number in range(count):
             folder = Path(name) / "study" / "jobs" / f"cell{number}" / "1"
