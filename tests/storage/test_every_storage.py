@@ -98,7 +98,7 @@ def seen_elsewhere(storage: str | None, folder: Path) -> dict[str, str]:
     script = """if True:
     import sys
     from pathlib import Path
-    from hpdm_core.study import storage
+    from hpdm_core.study.ledger import storage
     from hpdm_core.study.ledger.journal import JournalFile
     from optuna.storages import JournalStorage
     url = sys.argv[2] if len(sys.argv) > 2 else None
