@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hpdm_core.base.errors import InputError
 from hpdm_core.base.files import write_json
+from hpdm_core.store.lease import Process
 from hpdm_core.study.backends.interface import Job, JobRunner, SchedulerStatus
 from hpdm_core.testing.case import Case, expect
 
@@ -26,11 +27,13 @@ SECONDS = 60.0
 
 def leave_mark(path: str, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Write a file beside the spec ``path``. Most checks use this as their job."""
+    write_json(Path(path).with_name("worker.json"), Process.here().to_json())
     Path(path).with_name("mark").write_text("was here")
 
 
 def sleep_long(path: str, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Write a file that shows that the job has begun, then sleep until it is cancelled."""
+    write_json(Path(path).with_name("worker.json"), Process.here().to_json())  # as the worker of a cell does
     Path(path).with_name("mark").write_text("has begun")
     time.sleep(10 * SECONDS)
 

@@ -252,7 +252,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, origin: Pat
         wanted = list(expected[name].shape) if name in expected else "nothing"
         if got != wanted:
             raise InputError(
-                f"{origin}: these weights belong to another model: '{name}' has shape {got} in the file and {wanted} "
+                f"{origin}: these weights belong to another model: '{name}' is {got} in the file and {wanted} "
                 "in the model of this configuration"
             )
     model.load_state_dict(dict(weights))
