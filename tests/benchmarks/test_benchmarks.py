@@ -88,7 +88,7 @@ def run():
     return made
 
 
-LONG = ("efficiency", "parallel")
+LONG = ("efficiency", "loader", "parallel")
 """Benchmarks whose smallest run takes half a minute."""
 
 

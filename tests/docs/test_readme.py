@@ -1,5 +1,7 @@
 """What the README shows is run: its library example as it stands, its commands at a size of seconds."""
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -7,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from hpdm_core.__main__ import main as hpdm
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,11 +26,18 @@ SMALL = (
 
 
 def run(*arguments: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run ``python ARGUMENTS`` in ``folder`` and return what it prints: a command of ours in this process."""
+    if arguments[0] != "-m":
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        code = hpdm([arguments[1].removeprefix("hpdm_core."), *arguments[2:]])
+    assert code == 0, printed.getvalue()
+    return printed.getvalue()
 
 
 def commands(module: str) -> list[list[str]]:
