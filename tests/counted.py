@@ -16,6 +16,7 @@ from hpdm_core.study.plan.study_file import load_study
 from hpdm_core.training import cost
 
 STUDIES = Path(__file__).parents[1] / "studies"
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 FIGURES = Path(__file__).with_name("counted.json")
 BARE = ("runtime.micro_batch=null", "runtime.activation_checkpointing=false")
 """Presets may say how a machine runs them; the figures are of the whole batch at once."""
@@ -74,7 +75,6 @@ def configurations() -> Iterator[tuple[str, Assembly]]:
     for file, extends in (
         ("dcf_ablation", "tiny_clips"),
         ("dcf_ablation", "ucf101_hpdm_s"),
-        ("overfit", None),
         ("table1_efficiency", None),
         ("table1_efficiency", "efficiency_small"),
     ):
@@ -82,6 +82,8 @@ def configurations() -> Iterator[tuple[str, Assembly]]:
         study = load_study(STUDIES / f"{file}.yaml", sets=[*sets, *BARE])
         for arm, config in study.configs.items():
             yield f"{file}/{extends or 'as it is'}/{arm}", Assembly(config, study.plugins)
+    study = load_study(PUBLISHED / "overfit_rin" / "study.yaml", sets=BARE)
+    yield "overfit/as it is/default", Assembly(study.configs["default"], study.plugins)
 
 
 def counted(assembly: Assembly) -> dict[str, int]:
