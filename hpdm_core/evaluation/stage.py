@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdm_core.config.schema import Part
+from hpdm_core.evaluation.context import CellContext
 from hpdm_core.metrics.interface import resolution
 
 if TYPE_CHECKING:
     from hpdm_core.assembly.assembly import Assembly
     from hpdm_core.metrics.interface import Metric
-
-from hpdm_core.evaluation.context import CellContext
 
 __all__ = ["evaluate_metric"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
@@ -14,12 +13,8 @@ from hpdm_core.assembly.runtime import prepare_torch
 from hpdm_core.base.errors import InputError
 from hpdm_core.base.files import read_json, trouble_when_unwritable, write_bytes
 from hpdm_core.config.schema import Part
-from hpdm_core.training.trained import load_trained
-
-if TYPE_CHECKING:
-    pass
-
 from hpdm_core.evaluation.stage import evaluate_metric
+from hpdm_core.training.trained import load_trained
 
 __all__ = ["evaluate_cell"]
 
