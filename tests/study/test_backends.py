@@ -226,3 +226,25 @@ def test_a_slot_has_its_gpu(
     spec = json.loads(jobs[-1].spec.read_text())
     assert spec["environment"] == {"CUDA_VISIBLE_DEVICES": seen}
     assert spec["gpus"] == backend.gpus == (1 if gpus else 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "noted", "expected"),
+    [
+        ({"backend": "slurm"}, {}, "slurm"),
+        ({"backend": "mine"}, {"launcher": None}, "mine"),
+        ({}, {"launcher": None, "slot": 0}, "local"),  # written before specs named their backend
+        ({}, {"slurm": None, "name": "hpdm-1"}, "slurm"),
+        ({}, {}, "inline"),
+    ],
+)
+def test_a_job_is_asked_through_the_backend_that_it_was_given_to(
+    job: Job, spec: dict[str, Any], noted: dict[str, Any], expected: str
+) -> None:
+    write_json(job.spec, spec)
+    write_json(job.folder / "job.json", noted)
+    router = BackendRouter("inline", name="inline", other=lambda name: name)  # type: ignore[arg-type,return-value]
+    assert router.of(job) == expected  # type: ignore[comparison-overlap]
+    router = BackendRouter("inline", name="inline", other=lambda name: name)  # type: ignore[arg-type,return-value]
+    router.own(job)
+    assert router.of(job) == "inline"  # type: ignore[comparison-overlap]
